@@ -96,7 +96,7 @@ class Settings:
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity")
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty")
     adalora_orth: float = setting(0.5, "adalora", "gamma, weight of the orthogonality penalty")
-    lalora_gamma: float = setting(1.0, "lalora", "gamma, how fast the budget grows (Eq. 5)")
+    lalora_gamma: float = setting(1.1, "lalora", "gamma, how fast the budget grows (Eq. 5)")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), or 1",
                                    ("step", "truncation", "off"))
