@@ -75,12 +75,14 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
         expected = ours(**inputs)[real]
         auto = getattr(transformers, "AutoModelFor" + AUTO.get(task, "SequenceClassification"))
         theirs = auto.from_pretrained(merged)
+        if "input_ids" in their_inputs:  # transformers' decoders find a row's last token by the padding after it
+            their_inputs["input_ids"][their_inputs["attention_mask"] == 0] = theirs.config.pad_token_id or 0
         torch.testing.assert_close(theirs(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
     labels = json.loads((run / "run.json").read_text())["labels"]
     assert not labels or theirs.config.id2label == dict(enumerate(labels))
     if model != "vit":
         texts = ["the cat is very good", "a film"]
-        assert transformers.AutoTokenizer.from_pretrained(merged)(texts)["input_ids"] == [
+        assert transformers.PreTrainedTokenizerFast.from_pretrained(merged)(texts)["input_ids"] == [
             ids.tolist() for ids in encoder.tokenizer.encode(texts)[0]]
     if AUTO.get(task) != "CausalLM":  # also here, as an untouched model, from the merged folder alone
         again = models.load(merged, "classify")
@@ -99,7 +101,7 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
     assert (part / "README.md").read_text() == card.replace(f'"{part.name}"', '"."')
 
 
-def test_memory_holds_the_weights_once(tmp_path):
+def test_memory_holds_the_weights_once(checkpoints, tmp_path):
     """Anonymous memory at its peak while merging: one copy of the weights and a few of the largest matrix."""
     torch.manual_seed(0)
     (tmp_path / "base").mkdir()
@@ -110,13 +112,14 @@ def test_memory_holds_the_weights_once(tmp_path):
     weights = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     (tmp_path / "train.json").write_text(json.dumps([{"instruction": "the cat", "output": "is good"}] * 20))
     main("--model", tmp_path / "base", "--task", "instructions", "--data", tmp_path, "--steps", 1, "--batch-size", 1, "--rank", 4,
-         "--max-length", 16, "--no-eval-before", "--limit-eval", 1, "--out", tmp_path / "run")
+         "--max-length", 128, "--no-eval-before", "--limit-eval", 1, "--out", tmp_path / "run")
     program = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import eval as evaluation
 def resident():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+evaluation.models.load({str(checkpoints / "llama")!r})  # imports what torch imports late
 peak, start = [0], resident()
 def watch():
     while True:
@@ -132,7 +135,7 @@ print(peak[0] - start)
     assert done.returncode == 0, done.stderr
     peak, largest = int(done.stdout.split()[-1]), 4 * 512 * 1024
     assert weights > 150e6
-    assert 0.9 * weights < peak < weights + 4 * largest + 20e6, (peak, weights)
+    assert 0.9 * weights < peak < weights + 4 * largest + 10e6, (peak, weights)
 
 
 def test_merge_takes_the_dtype_that_is_asked_for(tmp_path):
