@@ -421,7 +421,7 @@ def plot(folder):
     if "omega" in ranks[-1]:
         pictures["choices.png"] = _plot_omega(plt, ranks)
     for name, figure in pictures.items():
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
     return [folder / name for name in pictures]

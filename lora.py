@@ -269,7 +269,7 @@ def load_adapter(model, folder):
         tensors = load_file(file)
     except FileNotFoundError:
         raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
         raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
     prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
@@ -287,7 +287,7 @@ def load_adapter(model, folder):
             heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
         else:
-            raise LoraError(f"{file}: tensor {key} {list(tensor.shape)} fits nothing in this {model.family} model; "
+            raise LoraError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
                             "is it the adapter's base model, with the same number of labels?")
     if untrained:
         raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "

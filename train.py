@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
@@ -457,12 +457,13 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running):
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            raw = (folder / "state.safetensors").read_bytes()
+            with safe_open(folder / "state.safetensors", framework="pt"):  # looks at the header and the file's size alone
+                raw = (folder / "state.safetensors").read_bytes()
             if hashlib.sha256(raw).hexdigest() != about["sha256"]:
                 raise ValueError("checksum differs")
             state = load(raw)
             break
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
     else:
         raise SettingError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
