@@ -595,7 +595,8 @@ class Tokenizer:
             ids[kind] = next(iter(listed(config, f"{kind}_token_id")), None) if known in (None, False) else known
         self.bos_id, self.eos_id, self.types = ids["bos"], ids["eos"], config.get("model_type") == "bert"
         self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
-        self.eos_ids = sorted({self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")} - {None})
+        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
+        self.eos_ids = sorted(ends - {None})
         # bos where the post-processor begins with it; what it may put at the end would stop a generation there
         self.prefix = [self.bos_id] if self.bos_id in self.backend.encode("").ids[:1] else []
         return self
@@ -646,9 +647,10 @@ def image_settings(folder):
     """Return a ViT checkpoint's size, channels (config.json), mean and std (preprocessor_config.json, default 0.5)."""
     config, processor = (read_settings(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-    mean, std = (processor.get("image_" + key) or [0.5] for key in ("mean", "std"))
-    if not all(isinstance(values, list) and len(values) in (1, channels) and
-               all(type(n) in (int, float) and abs(n) < 1e6 for n in values) for values in (mean, std)) or min(std) <= 0:
+    mean, std = (processor.get("image_" + key) or 0.5 for key in ("mean", "std"))
+    mean, std = (values if isinstance(values, list) else [values] for values in (mean, std))
+    numbers = all(type(n) in (int, float) and abs(n) < 1e6 for n in mean + std)
+    if not numbers or not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
         raise DataError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
     mean, std = (torch.tensor(values).float().view(-1, 1, 1) for values in (mean, std))
     return dict(size=tuple(size) if isinstance(size, list) else (size, size), channels=channels, mean=mean, std=std)

@@ -323,7 +323,10 @@ def merge(folder, out, changes):
 
 # ---------------------------------------------------------------------------------------------- model card
 
-AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"), "image": ("AutoModelForImageClassification", "image-classification")}
+AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
+        "image": ("AutoModelForImageClassification", "image-classification"),
+        "classify": ("AutoModelForSequenceClassification", "text-classification"),
+        "regress": ("AutoModelForSequenceClassification", "text-classification")}
 
 
 def write_cards(folder):
@@ -340,48 +343,52 @@ def card(folder, path):
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
     """
     folder, (s, labels) = Path(folder), read_run(folder)
-    log, ranks, kind = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")[-1], data.TASKS[s.task].kind
-    auto, pipeline = AUTO.get(kind, ("AutoModelForSequenceClassification", "text-classification"))
-    adapter, base = (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
+    log, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")[-1]
+    kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
     lines = ["---"] + [f"base_model: {json.dumps(base)}"] * bool(on_hub)  # the Hub refuses names that are not its own
-    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {pipeline}", "tags:"]
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[kind][1]}", "tags:"]
     lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(["lora"] * adapter + [s.method, s.task])] + ["---", ""]
-    name = " ".join(f"{base if on_hub else Path(base).name}".split())
+    name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
     lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
 
-    before = log[0].get("eval", {}) if log[0]["step"] == 0 else {}
+    before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
+    rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
+    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
-    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], [
-        [key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, log[-1]["eval"]))] for key in log[-1]["eval"]])
     lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
     shown = ("seed", "rank", "alpha", "dropout", "scaling", "lr", "schedule", "warmup", "weight_decay", "batch_size",
              "accumulate", "epochs", "max_length", "dtype")
-    lines += _table(["setting", "value"], [[key, getattr(s, key)] for key in shown if getattr(s, key, None) is not None])
+    rows = [[key, getattr(s, key, None)] for key in shown]
+    lines += _table(["setting", "value"], [row for row in rows if row[1] is not None])
     if ranks["ranks"]:
         grid, kinds = _grid(ranks["ranks"])
-        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], [
-            [block, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for block, row in enumerate(grid)])
-
-    if s.init_weights == "random" and adapter:
+        rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
+        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], rows)
+    if adapter and s.init_weights == "random":
         return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
-    text = kind != "image"
-    options = {"lm": "", "regress": ", num_labels=1, ignore_mismatched_sizes=True"}.get(
-        kind, f", id2label={dict(enumerate(labels))!a}, ignore_mismatched_sizes=True")
-    base = str(models.resolve(base)) if base == "vit-digits" else base
-    lines += ["```python", f"from transformers import {auto}" + ", AutoTokenizer" * text]
+    return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
+
+
+def _loading_code(s, labels, kind, base, adapter, path):
+    """Lines of Python that load the adapter with PEFT, or the model with transformers."""
+    auto, text = AUTO[kind][0], kind != "image"
+    lines = [f"from transformers import {auto}" + ", AutoTokenizer" * text]
     if adapter:
+        base = str(models.resolve(base)) if base == "vit-digits" else base
+        options = {"lm": "", "regress": ", num_labels=1, ignore_mismatched_sizes=True"}.get(
+            kind, f", id2label={dict(enumerate(labels))!a}, ignore_mismatched_sizes=True")
         lines += ["from peft import PeftModel", "", f"base = {json.dumps(base)}",
                   f'model = {auto}.from_pretrained(base, dtype="{s.dtype}"{options})',
-                  f'model = PeftModel.from_pretrained(model, "{path}").eval()  # "{path}": or where you put these files']
+                  f'model = PeftModel.from_pretrained(model, "{path}").eval()  # or where you put these files']
     else:
-        lines += ["", f'base = "{path}"', f"model = {auto}.from_pretrained(base)"]
+        lines += ["", f'base = "{path}"  # or where you put these files', f"model = {auto}.from_pretrained(base)"]
     if text:
         lines += ["tokenizer = AutoTokenizer.from_pretrained(base)",
                   "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
                   "model.config.pad_token_id = tokenizer.pad_token_id"]
-    return "\n".join([*lines, "```", ""])
+    return lines
 
 
 def _table(head, rows):
@@ -599,7 +606,7 @@ def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
-    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model, adapter included, to OUT")
+    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model with its adapter to OUT")
     parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
     parser.add_argument("--task", metavar="X", help="task of an untouched model (a run knows its own)")
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
@@ -612,7 +619,8 @@ def main(argv=None):
                         help="the model's; default: the run's, else float32")
     parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that the checkpoint lacks")
     args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("what", "places", "task", "adapter", "plot")}
+    own = ("what", "places", "task", "adapter", "plot")
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
     for name, least in (("limit_eval", 0), ("batch_size", 1), ("max_length", 1)):
         if given.get(name, least) < least:
             raise SettingError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
@@ -631,7 +639,7 @@ def main(argv=None):
         if args.seed is not None:
             raise SettingError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
         if args.adapter is not None:
-            raise SettingError(f"{args.what} is a run, which has its own adapter; leave out --adapter, or name its model")
+            raise SettingError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
         if args.task not in (None, s.task):
             raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
         metrics = evaluate_run(args.what, **given)

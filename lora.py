@@ -213,7 +213,7 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     Gates are folded into B, so a file is plain LoRA whatever policy made it; scales stay in alpha_pattern, so that
     training can go on from it. Matrices without active components are left out. `base` is the base model's Hub id or
     path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
-    modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig, its saved files.
+    modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
     """
     tensors, rank_of, alpha_of, dropout = {}, {}, {}, 0.0
     for name, layer in adapters(model).items():
@@ -233,8 +233,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
+        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
         "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
@@ -250,7 +250,7 @@ def save_adapter(model, folder, base, task_type=None, head=True):
 
 
 def whole_parts(model):
-    """Names of the parameters that an adapter file holds as they are: the head's, and a pooler's that the base lacks."""
+    """Names of the parameters that an adapter file holds whole: the head's, and a pooler's that the base lacks."""
     head = [name for name, _ in model.head.named_parameters(prefix="head")]
     return head + [name for name in model.fresh if name.startswith("pooler.")]
 
@@ -259,7 +259,7 @@ def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, dropout and a head among modules_to_save are read. Raises LoraError for a
+    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises LoraError for a
     file that is missing, damaged, does not fit the model, or uses a PEFT feature that this project does not have.
     """
     folder = Path(folder)
@@ -274,9 +274,9 @@ def load_adapter(model, folder):
     prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
-    tied = model.head_kind == "lm" and model.config.tied  # PEFT's copy of such a head is no longer the embedding
-    heads = {} if tied else {model.hf_name(name): model.get_parameter(name) for name in whole_parts(model)}
-    fresh = [name for name in model.fresh if name.startswith("head.") and model.head_kind == "classify"]
+    whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
+    heads = {model.hf_name(name): model.get_parameter(name) for name in whole}
+    fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
         path = key.removeprefix(prefix).replace(".default", "")

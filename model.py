@@ -187,8 +187,8 @@ def normalise(raw, path):
     bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
     dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
     return Config(
-        family=family, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden, layers=layers, heads=heads,
-        intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
+        family=family, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden, layers=layers,
+        heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
         max_positions=get("max_position_embeddings", low=3) if text else 0,
         type_vocab_size=get("type_vocab_size", 2) if text else 0,
         pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
@@ -626,7 +626,7 @@ def read_weights(model, folder, dtype, device):
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            raise ModelError(f"{path}: cannot be mapped ({error}); free memory, or split the file into shards") from None
+            raise ModelError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (classify and name.startswith(("head.", "pooler."))):

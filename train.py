@@ -58,7 +58,7 @@ class Settings:
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
-    adapter: str = setting(None, "adapter", "start --method lora from this PEFT adapter's folder: weights, ranks, alphas, head")
+    adapter: str = setting(None, "adapter", "PEFT adapter's folder that --method lora starts from: weights, ranks, head")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -152,8 +152,8 @@ def settle(s, config):
     kind = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}.get(config.family, "decoder")
     own = [name for name in ("rank", "alpha", "dropout", "targets") if getattr(s, name) is not None and not s.resume]
     if s.adapter and (s.method != "lora" or own or s.scaling != "nominal"):
-        raise SettingError(f"--adapter {s.adapter}: goes with --method lora, and ranks, alphas, dropout and targets are "
-                           f"the adapter's: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
+        raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
+                           f"of its own: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
     if s.targets is None:
         s.targets = ["query", "key", "value", "up", "down"] if kind == "decoder" else ["query", "value"]
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
@@ -457,7 +457,7 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running):
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            with safe_open(folder / "state.safetensors", framework="pt"):  # looks at the header and the file's size alone
+            with safe_open(folder / "state.safetensors", framework="pt"):  # looks at header and file size
                 raw = (folder / "state.safetensors").read_bytes()
             if hashlib.sha256(raw).hexdigest() != about["sha256"]:
                 raise ValueError("checksum differs")
@@ -567,8 +567,8 @@ def run(s):
     if warning:
         result["warning"] = warning
         say("warning: " + warning)
-    evaluation.write_cards(out)
     write_json(out / "result.json", result)
+    evaluation.write_cards(out)
     return result
 
 

@@ -256,9 +256,10 @@ def test_what_is_not_supported_is_one_line(name, tmp_path):
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
 
 
-def test_a_language_model_head_that_is_the_embedding_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_models_head_is_not_replaced(tied, tmp_path):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=tied)
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path / "base")
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
