@@ -90,7 +90,7 @@ def read_json(path):
     for number, part in enumerate(text.split("\n") if one_a_line else [text], 1):
         try:
             value = json.loads(part) if part.strip() else []
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             line = number + getattr(error, "lineno", 1) - 1
             raise DataError(f"{path} line {line}: not JSON ({error}): mend the file") from None
         for row, item in enumerate(value if isinstance(value, list) else [value], 1):
@@ -582,16 +582,21 @@ class Tokenizer:
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             "tokenizer_config.json", "config.json", "generation_config.json"))
         names = {**read_settings(path.with_name("special_tokens_map.json")), **names}
+
+        def listed(settings, key):  # an id, or a list of them; some configs say -1 for none
+            value = settings.get(key)
+            return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and 0 <= n < 2**31]
+
         ids = {}
         for kind in ("pad", "bos", "eos", "unk"):
-            name, listed = names.get(f"{kind}_token"), config.get(f"{kind}_token_id")
-            ids[kind] = self.backend.token_to_id(name["content"] if isinstance(name, dict) else name) if name else None
-            if ids[kind] is None:
-                ids[kind] = listed[0] if isinstance(listed, list) else listed
+            name = names.get(f"{kind}_token")
+            name = name.get("content") if isinstance(name, dict) else name
+            known = isinstance(name, str) and self.backend.token_to_id(name.encode("utf-8", "replace").decode())
+            ids[kind] = next(iter(listed(config, f"{kind}_token_id")), None) if known in (None, False) else known
         self.bos_id, self.eos_id, self.types = ids["bos"], ids["eos"], config.get("model_type") == "bert"
-        self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None and ids[kind] >= 0), 0)
-        self.eos_ids = sorted({self.eos_id, *np.atleast_1d(config.get("eos_token_id", self.eos_id)).tolist(),
-                               *np.atleast_1d(generation.get("eos_token_id", self.eos_id)).tolist()} - {None})
+        self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
+        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
+        self.eos_ids = sorted(ends - {None})
         # bos where the post-processor begins with it; what it may put at the end would stop a generation there
         self.prefix = [self.bos_id] if self.bos_id in self.backend.encode("").ids[:1] else []
         return self
@@ -642,9 +647,12 @@ def image_settings(folder):
     """Return a ViT checkpoint's size, channels (config.json), mean and std (preprocessor_config.json, default 0.5)."""
     config, processor = (read_settings(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-    mean, std = (torch.tensor(processor.get("image_" + key) or [0.5]).float().view(-1, 1, 1) for key in ("mean", "std"))
-    if not {len(mean), len(std)} <= {1, channels} or (std <= 0).any():
+    mean, std = (processor.get("image_" + key) or 0.5 for key in ("mean", "std"))
+    mean, std = (values if isinstance(values, list) else [values] for values in (mean, std))
+    numbers = all(type(n) in (int, float) and abs(n) < 1e6 for n in mean + std)
+    if not numbers or not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
         raise DataError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
+    mean, std = (torch.tensor(values).float().view(-1, 1, 1) for values in (mean, std))
     return dict(size=tuple(size) if isinstance(size, list) else (size, size), channels=channels, mean=mean, std=std)
 
 

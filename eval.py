@@ -2,6 +2,8 @@
 
     python eval.py runs/lora-vit-digits-digits-rot90-0           # a run again: the identical numbers
     python eval.py roberta-base --task cola --data glue/         # an untouched model
+    python eval.py roberta-base --task cola --adapter FOLDER     # an adapter that PEFT made, say
+    python eval.py merge runs/lora-roberta-base-cola-0 merged    # a checkpoint with the adapter in its weights
     python eval.py --plot runs/lalora-minilm-stsb-0              # pictures of a run (needs matplotlib)
 
 The last line on stdout is one JSON object with the result.
@@ -10,6 +12,9 @@ The last line on stdout is one JSON object with the result.
 import argparse
 import json
 import math
+import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,8 +242,17 @@ class Encoder:
 def evaluate_run(folder, splits=None, **changes):
     """Evaluate what a run folder holds, on a freshly loaded base model: {metric: number}.
 
-    `splits` spares reading the data again; `changes` replace settings of the run, such as device, batch_size or data.
-    Raises SettingError when the folder is not a finished run.
+    `splits` spares reading the data again; the rest is as in `load_run`.
+    """
+    s, task, encoder, model = load_run(folder, changes)
+    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer)
+
+
+def load_run(folder, changes):
+    """A run folder's (settings, task, Encoder, model): a freshly loaded base with the run's adapter, or its own model.
+
+    `changes` replace settings of the run, such as device, batch_size or data. Raises SettingError when the folder is
+    not a finished run.
     """
     folder = Path(folder)
     s, labels = read_run(folder, changes)
@@ -255,7 +269,7 @@ def evaluate_run(folder, splits=None, **changes):
         lora.load_adapter(model, folder / "adapter")
     else:
         raise SettingError(f"{folder}: neither adapter/ nor model/ in it; did the run finish?")
-    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer)
+    return s, task, encoder, model
 
 
 def read_run(folder, changes=None):
@@ -272,6 +286,113 @@ def read_run(folder, changes=None):
         raise SettingError(f"{file}: not found; name the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{file}: not the settings of a run ({error!r}); run the training again") from None
+
+
+def save_model(model, encoder, folder):
+    """Write the plain model as a whole checkpoint folder, with its base's tokenizer or image processor."""
+    raw = model.config.raw
+    if model.head_kind == "classify" and encoder.tokenizer and raw.get("pad_token_id") is None:
+        raw["pad_token_id"] = encoder.tokenizer.pad_id  # without it transformers' decoders classify one text at a time
+    models.save(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                 "preprocessor_config.json", "generation_config.json"):
+        if encoder.folder and (encoder.folder / name).is_file():
+            shutil.copy(encoder.folder / name, folder)
+
+
+def merge(folder, out, changes):
+    """Write a run's model, the adapter added into its weights, as the checkpoint folder `out`; returns its path.
+
+    It has the run's dtype unless `changes` (see `load_run`) say otherwise. Matrices are merged in place and one at a
+    time, so memory holds the weights once. `out` appears whole or not at all.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out}: exists and is not empty; choose another folder or remove it")
+    _, _, encoder, model = load_run(folder, {"device": "cpu"} | changes)
+    for layer in lora.adapters(model).values():
+        layer.merge()
+    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        save_model(model, encoder, beside)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- model card
+
+AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
+        "image": ("AutoModelForImageClassification", "image-classification"),
+        "classify": ("AutoModelForSequenceClassification", "text-classification"),
+        "regress": ("AutoModelForSequenceClassification", "text-classification")}
+
+
+def write_cards(folder):
+    """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload."""
+    folder = Path(folder)
+    part = "adapter" if (folder / "adapter").is_dir() else "model"
+    for place, path in ((folder, part), (folder / part, ".")):
+        (place / "README.md").write_text(card(folder, path), encoding="utf-8", errors="backslashreplace")
+
+
+def card(folder, path):
+    """A run's model card: Markdown with the Hub's front matter. `path` is where its code finds the adapter or model.
+
+    Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
+    """
+    folder, (s, labels) = Path(folder), read_run(folder)
+    log, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")[-1]
+    kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
+    lines = ["---"] + [f"base_model: {json.dumps(base)}"] * bool(on_hub)  # the Hub refuses names that are not its own
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[kind][1]}", "tags:"]
+    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(["lora"] * adapter + [s.method, s.task])] + ["---", ""]
+    name = " ".join((base if on_hub else Path(base).name).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
+    lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
+
+    before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
+    rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
+    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
+    size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
+    lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
+    shown = ("seed", "rank", "alpha", "dropout", "scaling", "lr", "schedule", "warmup", "weight_decay", "batch_size",
+             "accumulate", "epochs", "max_length", "dtype")
+    rows = [[key, getattr(s, key, None)] for key in shown]
+    lines += _table(["setting", "value"], [row for row in rows if row[1] is not None])
+    if ranks["ranks"]:
+        grid, kinds = _grid(ranks["ranks"])
+        rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
+        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], rows)
+    if adapter and s.init_weights == "random":
+        return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
+    return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
+
+
+def _loading_code(s, labels, kind, base, adapter, path):
+    """Lines of Python that load the adapter with PEFT, or the model with transformers."""
+    auto, text = AUTO[kind][0], kind != "image"
+    lines = [f"from transformers import {auto}" + ", AutoTokenizer" * text]
+    if adapter:
+        base = str(models.resolve(base)) if base == "vit-digits" else base
+        options = {"lm": "", "regress": ", num_labels=1, ignore_mismatched_sizes=True"}.get(
+            kind, f", id2label={dict(enumerate(labels))!a}, ignore_mismatched_sizes=True")
+        lines += ["from peft import PeftModel", "", f"base = {json.dumps(base)}",
+                  f'model = {auto}.from_pretrained(base, dtype="{s.dtype}"{options})',
+                  f'model = PeftModel.from_pretrained(model, "{path}").eval()  # or where you put these files']
+    else:
+        lines += ["", f'base = "{path}"  # or where you put these files', f"model = {auto}.from_pretrained(base)"]
+    if text:
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(base)",
+                  "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
+                  "model.config.pad_token_id = tokenizer.pad_token_id"]
+    return lines
+
+
+def _table(head, rows):
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def summary(metrics):
@@ -307,7 +428,7 @@ def plot(folder):
     if "omega" in ranks[-1]:
         pictures["choices.png"] = _plot_omega(plt, ranks)
     for name, figure in pictures.items():
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
     return [folder / name for name in pictures]
@@ -483,10 +604,12 @@ def to_json(value, indent=None):
 
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
-    parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]")
+    parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
+    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model with its adapter to OUT")
     parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
     parser.add_argument("--task", metavar="X", help="task of an untouched model (a run knows its own)")
+    parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
@@ -496,10 +619,18 @@ def main(argv=None):
                         help="the model's; default: the run's, else float32")
     parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that the checkpoint lacks")
     args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("what", "task", "plot")}
+    own = ("what", "places", "task", "adapter", "plot")
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
     for name, least in (("limit_eval", 0), ("batch_size", 1), ("max_length", 1)):
         if given.get(name, least) < least:
             raise SettingError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
+    if args.places or args.what == "merge":
+        if args.what != "merge":
+            parser.error(f"unexpected {' '.join(args.places)}")
+        if len(args.places) != 2 or args.task or args.adapter or args.plot or given.keys() - {"device", "dtype"}:
+            parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
+        print(to_json({"merged": str(merge(*args.places, given))}))
+        return
     if args.plot:
         print(to_json({"plots": [str(path) for path in plot(args.what)]}))
         return
@@ -507,6 +638,8 @@ def main(argv=None):
         s, _ = read_run(args.what)
         if args.seed is not None:
             raise SettingError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
+        if args.adapter is not None:
+            raise SettingError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
         if args.task not in (None, s.task):
             raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
         metrics = evaluate_run(args.what, **given)
@@ -520,7 +653,9 @@ def main(argv=None):
         "max_length": task.max_length, "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": "float32",
         "init_weights": "checkpoint"} | given)
     check_device(s.device)
-    encoder, model = Encoder(s, task), load_model(s, task)
+    encoder, model = Encoder(s, task), load_model(s, task, adapted=args.adapter is not None)
+    if args.adapter is not None:
+        lora.load_adapter(model, args.adapter)
     metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer)
     print(to_json({"task": task.name, "method": None, "model": s.model, "seed": s.seed, **metrics}))
 

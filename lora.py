@@ -64,12 +64,12 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def factors(self):
-        """The difference to the original W as (A (r, in), B (out, r)) float32 with B A = difference, scale folded in.
+        """The difference to the original W as (A (r, in), B (out, r)) float32 with `scale` B A = difference.
 
         Components that are gated off are left out. A layer that trains W's own components (`start` is set) gives
         B A - B0 A0 over the components that have moved: twice as many factors, at most the matrix's own rank.
         """
-        A, B = self.A.detach(), self.B.detach() * (self.scale * self.gate)
+        A, B = self.A.detach(), self.B.detach() * self.gate
         if self.start is None:
             kept = (self.gate * torch.ones_like(A[:, 0])) != 0
             return A[kept], B[:, kept]
@@ -210,33 +210,33 @@ class AdamW(torch.optim.Optimizer):
 def save_adapter(model, folder, base, task_type=None, head=True):
     """Write the adapters of `model` in PEFT's layout into `folder`, which appears whole or not at all.
 
-    Gates and scales are folded into B, so a file is plain LoRA whatever policy made it, of scale 1:
-    `alpha_pattern` equals `rank_pattern`. Matrices without active components are left out. `base` is the base model's
-    Hub id or path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as modules_to_save.
-    Source of the layout: PEFT's LoraConfig and its saved files.
+    Gates are folded into B, so a file is plain LoRA whatever policy made it; scales stay in alpha_pattern, so that
+    training can go on from it. Matrices without active components are left out. `base` is the base model's Hub id or
+    path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
+    modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
     """
-    tensors, rank_of = {}, {}
+    tensors, rank_of, alpha_of, dropout = {}, {}, {}, 0.0
     for name, layer in adapters(model).items():
         A, B = layer.factors()
         if len(A) == 0:
             continue
         path = model.hf_name(name, module=True)
-        rank_of[path] = len(A)
+        rank_of[path], alpha_of[path], dropout = len(A), layer.scale * len(A), layer.dropout
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous().cpu()
     heads = set()
     if head:
-        for name, value in model.head.named_parameters(prefix="head"):
+        for name in whole_parts(model):
             path = model.hf_name(name, module=True)
-            heads.add(path.split(".")[0])
-            tensors[f"base_model.model.{path}"] = value.detach().contiguous().cpu()
-    r = max(rank_of.values(), default=1)
+            heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
+            tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
+    r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
+        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
-        "alpha_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
+        "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
     }
     folder = Path(folder)
@@ -249,11 +249,18 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     beside.rename(folder)
 
 
+def whole_parts(model):
+    """Names of the parameters that an adapter file holds whole: the head's, and a pooler's that the base lacks."""
+    head = [name for name, _ in model.head.named_parameters(prefix="head")]
+    return head + [name for name in model.fresh if name.startswith("pooler.")]
+
+
 def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
-    Reads rank_pattern, alpha_pattern, rsLoRA, dropout and modules_to_save. Raises LoraError for a file that is
-    missing, damaged, does not fit the model, or uses a PEFT feature that this project does not have.
+    The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
+    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises LoraError for a
+    file that is missing, damaged, does not fit the model, or uses a PEFT feature that this project does not have.
     """
     folder = Path(folder)
     config = _adapter_config(folder / "adapter_config.json")
@@ -262,13 +269,14 @@ def load_adapter(model, folder):
         tensors = load_file(file)
     except FileNotFoundError:
         raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
         raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
     prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
-    heads = {model.hf_name(name): value for name, value in model.head.named_parameters(prefix="head")}
-    fresh = [name for name in model.fresh if name.startswith("head.") and model.head_kind == "classify"]
+    whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
+    heads = {model.hf_name(name): model.get_parameter(name) for name in whole}
+    fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
         path = key.removeprefix(prefix).replace(".default", "")
@@ -276,10 +284,10 @@ def load_adapter(model, folder):
         if match and match[1] in names:
             found.setdefault(match[1], {})[match[2]] = tensor
         elif path in heads and heads[path].shape == tensor.shape:
-            heads[path].data = tensor.to(heads[path])
+            heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
         else:
-            raise LoraError(f"{file}: tensor {key} {list(tensor.shape)} fits nothing in this {model.family} model; "
+            raise LoraError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
                             "is it the adapter's base model, with the same number of labels?")
     if untrained:
         raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
@@ -311,7 +319,7 @@ def _adapter_config(file):
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoraError(f"{file}: not found; name a folder with a PEFT adapter") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError(f"{file}: not valid JSON ({error})") from None
     defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False}
     if not isinstance(config, dict):
@@ -319,15 +327,20 @@ def _adapter_config(file):
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("use_dora", "fan_in_fan_out", "layers_to_transform", "trainable_token_indices", "lora_bias"):
+    for key in ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+                "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
         if config.get(key):
-            raise LoraError(f"{file}: {key} is not supported")
+            raise LoraError(f"{file}: {key} is not supported, only plain LoRA is")
+    start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
+    if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
+        raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
+                        "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
     if config.get("bias", "none") != "none":
         raise LoraError(f"{file}: bias {config['bias']!r} is not supported; only none is")
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
-    if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
         raise LoraError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
     return config
 
@@ -338,6 +351,6 @@ def _pattern(patterns, path, default):
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise LoraError(f"adapter_config.json: alpha_pattern {pattern!r} is no regular expression ({error})") from None
     return default

@@ -119,7 +119,7 @@ def read_config(folder):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
-    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise ModelError(f"{path}: not a JSON object ({error}); download it again") from None
     return normalise(raw, path)
 
@@ -129,15 +129,18 @@ def normalise(raw, path):
     def refuse(key, expected):
         raise ModelError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
 
-    def get(key, default=None, low=1, high=math.inf, kind=int):
+    def get(key, default=None, low=1, high=2**20, kind=int):
         value = default if raw.get(key) is None else raw[key]
         if not isinstance(value, (int, kind)) or isinstance(value, bool) or not low <= value <= high:
             refuse(key, f"{kind.__name__} from {low} to {high}")
         return value
 
     family = raw.get("model_type")
-    if family not in CLASSES:
+    if not isinstance(family, str) or family not in CLASSES:
         refuse("model_type", f"one of {', '.join(CLASSES)}")
+    for key, kind in {"architectures": list, "id2label": dict}.items():
+        if not isinstance(raw.get(key) or kind(), kind):
+            refuse(key, f"a {kind.__name__}")
     text, vit, qwen = family in ("bert", "roberta"), family == "vit", family in ("qwen2", "qwen3")
     decoder = not (text or vit)
     for key, only in {"position_embedding_type": "absolute", "is_decoder": False, "partial_rotary_factor": 1.0,
@@ -145,7 +148,7 @@ def normalise(raw, path):
         if raw.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
 
-    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
+    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
     kv_heads = get("num_key_value_heads", heads) if decoder else heads
     head_dim = {"qwen3": 128, "gemma": 256}.get(family, hidden // heads)
     head_dim = get("head_dim", head_dim) if decoder else head_dim
@@ -155,7 +158,7 @@ def normalise(raw, path):
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("silu" if decoder else "gelu")
     if family == "gemma" and activation in ("gelu", "silu"):  # its first releases say "gelu" and mean the tanh form
         activation = "gelu_pytorch_tanh"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
 
     # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
@@ -163,31 +166,32 @@ def normalise(raw, path):
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0, **(rope if isinstance(rope, dict) else {"type": rope})}
     rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
     numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
-    if decoder and not (all(isinstance(n, (int, float)) and n > 0 for n in numbers)
+    if decoder and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
                         and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
         raise ModelError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
                          + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
 
     window = None
     if family == "mistral" and raw.get("sliding_window", 4096) or qwen and raw.get("use_sliding_window"):
-        window = get("sliding_window", 4096)
+        window = get("sliding_window", 4096, high=2**31)
     first = get("max_window_layers", 28, 0) if qwen else 0
     kinds = qwen and raw.get("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(layers)]
-    if len(kinds) != layers:
+    if not isinstance(kinds, list) or len(kinds) != layers:
         refuse("layer_types", f"{layers} entries, one per layer")
     image, patch = (tuple(size) if isinstance(size, list) else (size, size)
                     for size in (raw.get("image_size", 224), raw.get("patch_size", 16)))
-    if vit and not all(isinstance(n, int) and 0 < p <= n for n, p in zip(image, patch)):
+    if vit and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
+                                                          for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
     bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
-    dropout = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float)
+    dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
     return Config(
-        family=family, vocab_size=0 if vit else get("vocab_size"), hidden_size=hidden, layers=layers, heads=heads,
-        intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
+        family=family, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden, layers=layers,
+        heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
         max_positions=get("max_position_embeddings", low=3) if text else 0,
         type_vocab_size=get("type_vocab_size", 2) if text else 0,
-        pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else raw.get("pad_token_id"),
+        pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
         num_labels=len(raw.get("id2label") or ()) or get("num_labels", 2), activation=activation,
         norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if decoder else get("layer_norm_eps", 1e-12, 0, kind=float),
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
@@ -521,7 +525,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     """
     config, folder = find_config(name, weights)
     kind = {"bert": Encoder, "roberta": Encoder, "vit": ViT}.get(config.family, Decoder)
-    saved_as = (config.raw.get("architectures") or [""])[0]
+    saved_as = str((config.raw.get("architectures") or [""])[0])
     head = head or ("lm" if kind is Decoder and not saved_as.endswith("Classification") else "classify")
     if head not in (["classify", "lm"] if kind is Decoder else ["classify"]):
         raise ModelError(f"model '{name}': a {config.family} model has no head '{head}', only classify"
@@ -581,7 +585,7 @@ def weight_files(folder, config):
         raise ModelError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not a checkpoint index ({type(error).__name__}); download it again") from None
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or not (folder / name).is_file():
@@ -619,6 +623,10 @@ def read_weights(model, folder, dtype, device):
                     missing.remove(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: damaged or truncated ({error}); download it again") from None
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            raise ModelError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (classify and name.startswith(("head.", "pooler."))):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
@@ -58,6 +58,7 @@ class Settings:
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
+    adapter: str = setting(None, "adapter", "PEFT adapter's folder that --method lora starts from: weights, ranks, head")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -149,6 +150,10 @@ def parser_of(settings_class, description):
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
     kind = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}.get(config.family, "decoder")
+    own = [name for name in ("rank", "alpha", "dropout", "targets") if getattr(s, name) is not None and not s.resume]
+    if s.adapter and (s.method != "lora" or own or s.scaling != "nominal"):
+        raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
+                           f"of its own: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
     if s.targets is None:
         s.targets = ["query", "key", "value", "up", "down"] if kind == "decoder" else ["query", "value"]
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
@@ -158,8 +163,9 @@ def settle(s, config):
         raise SettingError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
                            f"{', '.join(takes)}: choose another model or task")
     for name, value in data.hyperparameters(task, config.family, config.hidden_size, s.method).items():
-        length_is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
-        if hasattr(s, name) and getattr(s, name) is None and not length_is_set:
+        is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
+        is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
+        if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
     s.accumulate = 1 if s.accumulate is None else s.accumulate
     s.device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
@@ -185,7 +191,7 @@ def check(s):
         if getattr(s, name) == 0 and name not in may_be_0:
             raise SettingError(f"{flag(name)}: must be above 0")
     for name in ("dropout", "adalora_beta1", "adalora_beta2"):
-        if getattr(s, name) >= 1:
+        if (getattr(s, name) or 0) >= 1:
             raise SettingError(f"{flag(name)}: must be below 1")
     if not 0 < len(s.targets) == len(set(s.targets)):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
@@ -451,12 +457,13 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running):
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            raw = (folder / "state.safetensors").read_bytes()
+            with safe_open(folder / "state.safetensors", framework="pt"):  # looks at header and file size
+                raw = (folder / "state.safetensors").read_bytes()
             if hashlib.sha256(raw).hexdigest() != about["sha256"]:
                 raise ValueError("checksum differs")
             state = load(raw)
             break
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
     else:
         raise SettingError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
@@ -504,7 +511,7 @@ def run(s):
                                f"{len(rows)}: use more rows")
         rows, held = [rows[i] for i in sorted(order[held_rows:])], [rows[i] for i in sorted(order[:held_rows])]
     encoder = evaluation.Encoder(s, task)
-    model = evaluation.load_model(s, task)
+    model = evaluation.load_model(s, task, adapted=s.adapter is not None)
     split, held_out = encoder.training(rows), encoder.training(held) if held_rows else None
     splits = encoder.evaluation()
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
@@ -545,10 +552,7 @@ def run(s):
         say("before training: " + evaluation.summary(evaluate(0, Budget(allocator).report())))
     result = train(s, task, model, allocator, split, held_out, log, evaluate)
     if s.method in ("full", "bitfit"):
-        models.save(model, out / "model")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"):
-            if encoder.folder and (encoder.folder / name).is_file():
-                shutil.copy(encoder.folder / name, out / "model")
+        evaluation.save_model(model, encoder, out / "model")
     else:
         task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
         lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, head=task.kind != "lm")
@@ -564,6 +568,7 @@ def run(s):
         result["warning"] = warning
         say("warning: " + warning)
     write_json(out / "result.json", result)
+    evaluation.write_cards(out)
     return result
 
 
@@ -605,8 +610,9 @@ def main(argv=None):
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
             raise SettingError(f"{s.resume}/run.json: of another version of this program ({error}); start again") from None
-    if s.data is not None:
-        s.data = os.path.abspath(os.path.expanduser(s.data))  # the run folder must find it from anywhere
+    for name in ("data", "adapter"):
+        if getattr(s, name) is not None:  # the run folder must find it from anywhere
+            setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
     print(evaluation.to_json(run(s)))

@@ -114,7 +114,8 @@ def test_embedded_default_from_the_command_line(tmp_path):
     assert "before training: accuracy 0." in done.stderr and "after training: accuracy 0.9" in done.stderr
     assert "examples/s" in done.stderr and "loss" in done.stderr
     out = tmp_path / result["out"]
-    assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter", "checkpoints"}
+    assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter", "checkpoints",
+                                            "README.md"}
     assert json.loads((out / "result.json").read_text()) == result
     logged = lines(out / "metrics.jsonl")
     losses = [line["loss"] for line in logged if "loss" in line]
