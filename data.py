@@ -635,6 +635,7 @@ class Split:
     tokens: list | None = None                  # N int32 arrays
     types: list | None = None
     starts: list | None = None                  # lm: where the answers begin
+    numbers: list | None = None                 # lm: which of the encoded rows these are, from 0; None = all
     pixels: torch.Tensor | None = None          # uint8 (N, C, H, W)
     image: dict | None = None                   # image_settings
     pad_id: int = 0
@@ -686,7 +687,7 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
     tokens = [np.concatenate((tokenizer.prefix, asked[i], answers[i], [tokenizer.eos_id])).astype(np.int32)[:max_length]
               for i in keep]
     return Split(task.kind, [rows[i] for i in keep], [len(ids) for ids in tokens], tokens=tokens,
-                 starts=[starts[i] for i in keep], pad_id=tokenizer.pad_id)
+                 starts=[starts[i] for i in keep], numbers=keep, pad_id=tokenizer.pad_id)
 
 
 def batches(split, batch_size, seed=0, epoch=0, shuffle=True):

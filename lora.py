@@ -192,6 +192,8 @@ class AdamW(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             grads = [p.grad for p in params]
             active = [getattr(p, "active", torch.ones((), device=p.device)) for p in params]
+            if hasattr(self, "found_inf"):  # as torch's fused AdamW: 1 = this step's gradients are bad, nothing moves
+                active = torch._foreach_mul(active, 1 - self.found_inf)
             step, m, v = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
             torch._foreach_add_(step, active)
             for a, g, m_, v_ in zip(active, grads, m, v):  # a = 0 leaves m and v as they are
@@ -240,13 +242,31 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "modules_to_save": sorted(heads) or None,
     }
     folder = Path(folder)
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    beside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
     (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    publish(beside, folder)
+
+
+def publish(part, final):
+    """Give the finished file or folder `part` its final name, on the disk for good; what had that name is replaced."""
+    for path in [*part.glob("*"), part]:  # contents before the name
+        sync(path)
+    if final.is_dir():
+        shutil.rmtree(final)
+    part.replace(final)
+    sync(final.parent)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def whole_parts(model):
