@@ -217,9 +217,9 @@ class Linear(nn.Linear):
     """nn.Linear that takes the faster product on a CPU in float32 while it is frozen; compiled code has its own."""
 
     def forward(self, x):
-        if (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
-                and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
-                and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()):
+        if (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
+                and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)):
             return FrozenProduct.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
