@@ -729,11 +729,12 @@ def save(model, folder, shard_bytes=5_000_000_000):
 
 
 @torch.no_grad()
-def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None):
+def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
-    `max_new_tokens`. `progress(n)` is called after the n-th token. The model's train or eval mode is kept.
+    `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
+    too: (B,) bool on the same device. The model's train or eval mode is kept.
     """
     (B, T), device = tokens.shape, tokens.device
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
@@ -754,8 +755,8 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None
             logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
             generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
             done = done | torch.isin(generated[:, step], eos)
-            if progress is not None:
-                progress(step + 1)
+            if stop is not None:
+                done = done | stop(generated[:, :step + 1])
             if done.all():
                 return generated[:, :step + 1]
             tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)

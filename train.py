@@ -77,6 +77,8 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut")
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
+    score: str = setting("generation", "data", "score generated answers, or the likeliest of the allowed ones",
+                         ("generation", "likelihood"))
 
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",

@@ -392,11 +392,14 @@ def test_generation(name, tmp_path):
     one, two = free[0, 3].item(), free[2, 5].item()  # tokens that do occur: some rows stop, perhaps all
     for eos in (one, [one, two], free[:, 4].tolist()):
         expected = hf_generate(oracle, tokens, mask, 16, eos)
-        counts = []
-        result = generate(ours, tokens, mask, 16, eos, 0, progress=counts.append)
-        assert result.equal(expected)
-        assert counts == list(range(1, expected.shape[1] + 1))
+        assert generate(ours, tokens, mask, 16, eos, 0).equal(expected)
     assert expected.shape[1] < 16  # every row met its end in the last case
+    for eos in (None, one):  # the same rows end where a function of what is generated says so, too
+        seen, ends = [], torch.arange(len(tokens)) % 7 + 3
+        result = generate(ours, tokens, mask, 16, eos, 0, lambda ids: seen.append(ids.clone()) or ids.shape[1] >= ends)
+        expected = hf_generate(oracle, tokens, mask, 16, eos)[:, :result.shape[1]]
+        assert result.equal(torch.where(torch.arange(result.shape[1]) < ends[:, None], expected, 0))
+        assert [ids.shape[1] for ids in seen] == list(range(1, result.shape[1] + 1)) and seen[-1].equal(result)
     whole = tokens[mask.all(1)]
     assert generate(ours, whole, None, 5, one, 0).equal(hf_generate(oracle, whole, torch.ones_like(whole), 5, one))
     ours.train()

@@ -396,7 +396,7 @@ def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch
     (split,) = encoder.evaluation().values()
     prompts = {tuple(ids[:start].tolist()): i for i, (ids, start) in enumerate(zip(split.tokens, split.starts))}
 
-    def answer(model, tokens, mask, new_tokens, eos_ids, pad_id):
+    def answer(model, tokens, mask, new_tokens, eos_ids, pad_id, stop):
         rows = [prompts[tuple(ids[keep].tolist())] for ids, keep in zip(tokens, mask)]
         wrong = {"true": "false", "false": "true"}
         texts = [f"the answer is {split.rows[i]['target'] if i % 3 else wrong[split.rows[i]['target']]}" for i in rows]
