@@ -239,7 +239,7 @@ class AdaLora(Allocator):
     def smoothen(self, averages, values, weight):
         """Move the running averages by `weight` towards the values; not at all after a bad step."""
         change = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(change, weight * self.ok)
+        torch._foreach_mul_(change, weight * self.ok.double())
         torch._foreach_add_(averages, change)
 
     def scores(self):
@@ -312,7 +312,7 @@ class LaLora(Allocator):
         """Empirical Fisher information: running mean of the squared gradients (inactive components have none)."""
         if self.settings.lalora_score == "fisher":
             grads = squared_norms([(layer.A.grad, layer.B.grad) for layer in self.layers.values()])
-            self.fisher += 0.1 * self.ok * (grads.sum(0).nan_to_num(posinf=0.0) - self.fisher)
+            self.fisher += 0.1 * self.ok.double() * (grads.sum(0).nan_to_num(posinf=0.0) - self.fisher)
 
     @torch.no_grad()
     def after_step(self, step):
