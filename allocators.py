@@ -33,6 +33,8 @@ class Allocator:
     held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
     validation_loss = None
+    ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
+    # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
@@ -229,10 +231,16 @@ class AdaLora(Allocator):
         """Smoothed sensitivity (Eqs. 8-9) and its uncertainty (Eq. 10) of every entry of lambda, Q and P."""
         sensitivity = torch._foreach_mul(self.weights, [w.grad for w in self.weights])
         torch._foreach_abs_(sensitivity)
-        torch._foreach_lerp_(self.smooth, sensitivity, 1 - self.settings.adalora_beta1)
+        self.smoothen(self.smooth, sensitivity, 1 - self.settings.adalora_beta1)
         torch._foreach_sub_(sensitivity, self.smooth)
         torch._foreach_abs_(sensitivity)
-        torch._foreach_lerp_(self.unsure, sensitivity, 1 - self.settings.adalora_beta2)
+        self.smoothen(self.unsure, sensitivity, 1 - self.settings.adalora_beta2)
+
+    def smoothen(self, averages, values, weight):
+        """Move the running averages by `weight` towards the values; not at all after a bad step."""
+        change = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(change, weight * self.ok)
+        torch._foreach_add_(averages, change)
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""
@@ -304,7 +312,7 @@ class LaLora(Allocator):
         """Empirical Fisher information: running mean of the squared gradients (inactive components have none)."""
         if self.settings.lalora_score == "fisher":
             grads = squared_norms([(layer.A.grad, layer.B.grad) for layer in self.layers.values()])
-            self.fisher.lerp_(grads.sum(0).nan_to_num(posinf=0.0), 0.1)  # such a step leaves no trace
+            self.fisher += 0.1 * self.ok * (grads.sum(0).nan_to_num(posinf=0.0) - self.fisher)
 
     @torch.no_grad()
     def after_step(self, step):
@@ -323,7 +331,8 @@ class LaLora(Allocator):
                             "off": (new, new)}[s.lalora_fidelity]
             f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
             c = self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
-        self.block_ranks.copy_(whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r))  # Eq. 8
+        ranks = whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r)  # Eq. 8
+        self.block_ranks.copy_(torch.where(self.ok, ranks, self.block_ranks))
         self.energy = energy
         self.truncate()
         self.allocations += 1
@@ -573,14 +582,14 @@ class LeLora(Allocator):
         after, first = self.validation_loss().float(), self.allocations == 0
         change = 0 if first else after - self.before  # the last action's "after" is this one's "before"
         reward = after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
-        self.reward = torch.where(reward.isfinite(), reward, self.mean)  # no lesson from such a loss
+        self.reward = torch.where(reward.isfinite() & self.ok, reward, self.mean)  # else no lesson
         self.mean = self.reward if first else self.mean
         log_p = sum(head.gather(1, choice[:, None]) for head, choice in zip(self.log_p, self.choice.T))  # (n, 1)
         ((self.reward - self.mean) * log_p.mean()).backward()  # Eq. 9
         self.optimizer.step()  # Eq. 10
         self.optimizer.zero_grad()
         self.before = torch.where(after.isfinite(), after, self.before)
-        self.mean = 0.9 * self.mean + 0.1 * self.reward  # running mean of some 10 rewards
+        self.mean = self.mean.lerp(self.reward, 0.1)  # running mean of some 10 rewards
         self.allocations += 1
         self.act(step)
         return False

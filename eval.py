@@ -84,12 +84,13 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 
 
 @torch.no_grad()
-def evaluate(model, task, split, batch_size, tokenizer=None, generate=True):
+def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
     """Measure the model on one split: {metric name: number}, the task's own metrics.
 
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
-    generated answer, extracted as the task says, is the right one. The order of rows and batches is fixed, so the same
-    weights on the same machine give the same numbers.
+    answer is right: the one extracted, as the task says, from what the model generates, or with score="likelihood" the
+    likeliest of the allowed ones. A list `samples` gets a dict per generated answer. The order of rows and batches is
+    fixed, so the same weights on the same machine give the same numbers.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -98,8 +99,10 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True):
                disable=not sys.stderr.isatty())
     if task.kind == "lm":
         result = _perplexity(model, split, bar, device)
-        if generate and task.metrics[0] != "perplexity":
-            result |= _generated(model, task, split, batch_size, tokenizer, device)
+        if generate and score == "likelihood":
+            result |= _likelihood(model, split, batch_size, tokenizer, device)
+        elif generate and task.new_tokens:
+            result |= _generated(model, task, split, batch_size, tokenizer, device, samples)
     else:
         outputs, labels = [], []
         for indices in bar:
@@ -132,33 +135,87 @@ def _perplexity(model, split, batches, device):
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-def _generated(model, task, split, batch_size, tokenizer, device):
+def _generated(model, task, split, batch_size, tokenizer, device, samples):
     """Share of rows whose generated answer is right, under the task's headline name; rows sorted by prompt length."""
-    hits, new_tokens = 0, 0
+    def stopped(ids):  # the newest tokens decide, each of which is a character or more
+        texts = tokenizer.backend.decode_batch(ids[:, -1 - max(map(len, task.stop)):].tolist())
+        return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
+
+    hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
+    scored = "target" in split.rows[0]
     order = sorted(range(len(split)), key=lambda i: -split.starts[i])
     with tqdm(total=len(order), desc="generating", unit="row", leave=False, file=sys.stderr, dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start:start + batch_size]
             tokens, mask = (t.to(device) for t in data.prompts(split, indices))
-            output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id)
+            output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
+                                     stopped if task.stop else None)
             for i, ids in zip(indices, output.tolist()):
-                row = split.rows[i]
-                new_tokens += next((n for n, token in enumerate(ids, 1) if token in tokenizer.eos_ids), len(ids))
-                hits += data.extract_answer(tokenizer.decode(ids), row["choices"]) == row["target"]
+                row, prompt = split.rows[i], split.tokens[i][:split.starts[i]]
+                ids = ids[:next((n for n, token in enumerate(ids) if token in ends), len(ids))]
+                new_tokens += len(ids)
+                text = tokenizer.decode(ids, prompt)
+                text = text[:min((text.find(stop) for stop in task.stop if stop in text), default=len(text))]
+                written[i] = row.get("sample", {"prompt": row["prompt"]}) | {task.output: text}
+                if scored:
+                    found = data.extract_answer(text, row["answers"])
+                    hits += found == row["target"]
+                    written[i] |= {"answer": found, "target": row["target"]}
             bar.update(len(indices))
             rate = new_tokens / bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{task.metrics[0]} {hits / bar.n:.3f}, {rate:.0f} tokens/s", refresh=False)
-    return {task.metrics[0]: hits / len(order)}
+            bar.set_postfix_str((f"{task.metrics[0]} {hits / bar.n:.3f}, " if scored else "") + f"{rate:.0f} tokens/s",
+                                refresh=False)
+    print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+    if samples is not None:
+        samples += [written[i] for i in sorted(written)]
+    return {task.metrics[0]: hits / len(order)} if scored else {}
 
 
-def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True):
+def _likelihood(model, split, batch_size, tokenizer, device):
+    """Share of rows whose right answer is the likeliest of the allowed ones: by log-probability, and by that over the
+    answer's number of characters (the acc and acc_norm of EleutherAI's evaluation harness).
+
+    The prompt, and what a row's answers begin with in common, is computed once; each answer goes on from the cache.
+    """
+    hits = np.zeros(2)
+    order = sorted(range(len(split)), key=lambda i: -split.starts[i])
+    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, file=sys.stderr,
+                      dynamic_ncols=True, disable=not sys.stderr.isatty()):
+        rows = [split.rows[i] for i in order[start:start + batch_size]]
+        words, texts = zip(*map(data.allowed, rows))
+        answers = [[ids.tolist() for ids in tokenizer.encode(list(text), special=False)[0]] for text in texts]
+        shared = [os.path.commonprefix([ids[:-1] for ids in row]) for row in answers]
+        prompts = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(order[start:], shared)]
+        tokens, mask = (t.to(device) for t in data.pad(prompts, split.pad_id, left=True))
+        (B, T), rest = tokens.shape, max(len(ids) - len(begin) for row, begin in zip(answers, shared) for ids in row) - 1
+        cache = models.Cache(model, B, T + rest)
+        first = model(tokens, mask, torch.arange(1, B + 1, device=device) * T - 1, cache)[:, None]  # (B, 1, V)
+        scores = []
+        for k in range(max(map(len, answers))):  # a row with fewer answers repeats its last
+            ids, real = data.pad([row[min(k, len(row) - 1)][len(begin):] for row, begin in zip(answers, shared)], 0)
+            ids, cache.length = ids.to(device), T
+            logits = first
+            if ids.shape[1] > 1:
+                whole = F.pad(mask, (0, ids.shape[1] - 1), value=True)
+                logits = torch.cat((first, model(ids[:, :-1], whole, cache=cache)), 1)
+            each = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]  # (B, n)
+            scores.append((each * real.to(device)).sum(1))
+        for row, allowed, score in zip(rows, words, torch.stack(scores, 1).cpu().numpy()):
+            score = score[:len(allowed)]
+            right = allowed.index(row["target"])
+            hits += score.argmax() == right, (score / [len(word) for word in allowed]).argmax() == right
+    return {"accuracy": hits[0] / len(order), "accuracy_norm": hits[1] / len(order)}
+
+
+def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
     """Measure the model on {split name: Split}; with several splits each metric gets the split's name as suffix.
 
     The headline without suffix is then that of the split "dev" (MNLI: matched), or else the mean over the splits
     (commonsense: over the tasks).
     """
-    each = {name: evaluate(model, task, split, batch_size, tokenizer, generate) for name, split in splits.items()}
+    each = {name: evaluate(model, task, split, batch_size, tokenizer, generate, score, samples)
+            for name, split in splits.items()}
     if len(each) == 1:
         return next(iter(each.values()))
     metrics = next(iter(each.values())).keys()
@@ -213,10 +270,21 @@ def check_device(device):
 
 
 class Encoder:
-    """Turns rows into Splits with the tokenizer or the image settings of the run's model."""
+    """Turns rows into Splits with the tokenizer or the image settings of the run's model.
+
+    `scoring` is how the settings have answers scored, keyword arguments of `evaluate`; SettingError if that cannot be.
+    """
 
     def __init__(self, s, task):
         self.s, self.task = s, task
+        score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
+        if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
+            raise SettingError(f"--score likelihood: {task.name} has no list of allowed answers; use --score generation")
+        if task.sample and samples is None:
+            raise SettingError(f"{task.name} is scored by another program; name the file for its input by --samples")
+        if samples is not None and (score == "likelihood" or not task.new_tokens):
+            raise SettingError(f"--samples: --task {task.name} --score {score} generates no text; leave it out")
+        self.scoring = {"score": score, "samples": samples}
         config, self.folder = models.find_config(s.model, s.init_weights)
         self.tokenizer = self.image = None
         if task.kind != "image":
@@ -234,7 +302,7 @@ class Encoder:
 
     def evaluation(self):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
-        length = None if self.task.kind == "lm" and self.task.answers is not None else self.s.max_length
+        length = None if self.task.new_tokens else self.s.max_length
         return {name: data.encode(self.task, data.read(self.task, self.s.data, name, self.s.limit_eval), self.tokenizer,
                                   length, self.image) for name in self.task.eval_splits}
 
@@ -245,7 +313,7 @@ def evaluate_run(folder, splits=None, **changes):
     `splits` spares reading the data again; the rest is as in `load_run`.
     """
     s, task, encoder, model = load_run(folder, changes)
-    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer)
+    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer, **encoder.scoring)
 
 
 def load_run(folder, changes):
@@ -602,14 +670,26 @@ def to_json(value, indent=None):
     return json.dumps(clean(value), indent=indent)
 
 
+def report(s, metrics, path, samples, generator):
+    """Write the samples, if they are asked for, to `path`, and print the result as one line of JSON."""
+    if path:
+        samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
+        text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
+
+
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
     parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model with its adapter to OUT")
     parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
-    parser.add_argument("--task", metavar="X", help="task of an untouched model (a run knows its own)")
+    parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
+    parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
+                        help="score the answers that the model generates, or the likeliest of the allowed ones")
+    parser.add_argument("--samples", metavar="FILE", help="write generated answers there, as a list where it is a .json")
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
@@ -619,8 +699,12 @@ def main(argv=None):
                         help="the model's; default: the run's, else float32")
     parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that the checkpoint lacks")
     args = parser.parse_args(argv)
-    own = ("what", "places", "task", "adapter", "plot")
+    own = ("what", "places", "task", "adapter", "samples", "plot")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
+    if args.samples:
+        given["samples"] = []
+        if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
+            raise SettingError(f"--samples {args.samples}: no file can be there; name another place")
     for name, least in (("limit_eval", 0), ("batch_size", 1), ("max_length", 1)):
         if given.get(name, least) < least:
             raise SettingError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
@@ -641,9 +725,11 @@ def main(argv=None):
         if args.adapter is not None:
             raise SettingError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
         if args.task not in (None, s.task):
-            raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+            if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
+                raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+            s.task, given = args.task, {"task": args.task, "data": None} | given
         metrics = evaluate_run(args.what, **given)
-        print(to_json({"task": s.task, "method": s.method, "model": s.model, "seed": s.seed, **metrics}))
+        report(s, metrics, args.samples, given.get("samples"), Path(args.what).resolve().name)
         return
     if args.task is None:
         raise SettingError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
@@ -656,8 +742,8 @@ def main(argv=None):
     encoder, model = Encoder(s, task), load_model(s, task, adapted=args.adapter is not None)
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
-    metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer)
-    print(to_json({"task": task.name, "method": None, "model": s.model, "seed": s.seed, **metrics}))
+    metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer, **encoder.scoring)
+    report(s, metrics, args.samples, given.get("samples"), Path(args.what).name)
 
 
 if __name__ == "__main__":

@@ -204,21 +204,68 @@ def normalise(raw, path):
         image_size=(get("num_channels", 3), *image), patch_size=patch)
 
 
-def attention(q, k, v, mask, causal, dropout):
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b by oneDNN, of frozen W and b: on CPUs where MKL is slow in float32 (AMD), twice as fast as F.linear."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):  # reads W^T in place
+        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].T, None, "none", [], ""), None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear that takes the faster product on a CPU in float32 while it is frozen; compiled code has its own."""
+
+    def forward(self, x):
+        if (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
+                and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)):
+            return FrozenProduct.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def dropout(x, p):
+    """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
+    if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    keep = bits[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep * torch.tensor(1 / (1 - p), dtype=x.dtype))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+def attention(q, k, v, mask, causal, p):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
     Each key/value head serves H / G query heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with
     repeated k and v; CUDA: the flash kernel). CUDA's masked kernels know no groups and would fall back to slow generic
     code, so there k and v are repeated. A single query token needs neither: its heads become the rows of one query.
+    In training the CPU's kernel is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
     """
     (B, H, T, D), G, grouped = q.shape, k.shape[1], {}
+    plain = q.device.type == "cpu" and torch.is_grad_enabled() and (p > 0 or q.dtype == torch.bfloat16)
     if G < H and T == 1:
         q, causal = q.reshape(B, G, H // G, D), False
-    elif G < H and mask is None:
+    elif G < H and mask is None and not plain:
         grouped["enable_gqa"] = True
     elif G < H:
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, **grouped)
+    if plain:
+        scores = (q * D ** -0.5) @ k.mT  # (B, H, T, S)
+        seen = torch.ones(T, T, dtype=torch.bool).tril() if causal else mask
+        if seen is not None:
+            scores = scores + torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+        y = dropout(scores.softmax(-1), p) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, **grouped)
     return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -265,21 +312,24 @@ class Transformer(nn.Module):
 class EncoderBlock(nn.Module):
     """Block of bert and roberta (norms after the residual sums) and of vit (norms before attention and MLP)."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
-        D, bias = config.hidden_size, config.qkv_bias
-        self.query, self.key, self.value = (nn.Linear(D, D, bias=bias) for _ in range(3))
-        self.out = nn.Linear(D, D)
+        D, bias, self.last = config.hidden_size, config.qkv_bias, index == config.layers - 1
+        self.query, self.key, self.value = (Linear(D, D, bias=bias) for _ in range(3))
+        self.out = Linear(D, D)
         self.norm1, self.norm2 = (nn.LayerNorm(D, eps=config.norm_eps) for _ in range(2))
-        self.up, self.down = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.up, self.down = Linear(D, config.intermediate_size), Linear(config.intermediate_size, D)
+        self.dropout = Dropout(config.hidden_dropout)
         self.attention_dropout, self.head_dim = config.attention_dropout, config.head_dim
         self.activation = ACTIVATIONS[config.activation]
         self.norm_first = config.family == "vit"
 
-    def forward(self, x, mask=None):  # x (B, T, D), mask (B, 1, 1, T)
+    def forward(self, x, mask=None):  # x (B, T, D), mask (B, 1, 1, T) -> (B, T, D), the last block (B, 1, D)
         y = self.norm1(x) if self.norm_first else x
-        q, k, v = (split_heads(project(y), self.head_dim) for project in (self.query, self.key, self.value))
+        k, v = split_heads(self.key(y), self.head_dim), split_heads(self.value(y), self.head_dim)
+        if self.last:  # the heads read the first token only
+            x, y = x[:, :1], y[:, :1]
+        q = split_heads(self.query(y), self.head_dim)
         y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0)
         x = x + self.dropout(self.out(y))
         x = x if self.norm_first else self.norm1(x)
@@ -293,9 +343,9 @@ class RobertaHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.num_labels)
+        self.dropout = Dropout(config.classifier_dropout)
 
     def forward(self, x):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
@@ -318,11 +368,11 @@ class Encoder(Transformer):
         self.embed, self.positions, self.types = (
             nn.Embedding(rows, D) for rows in (config.vocab_size, config.max_positions, config.type_vocab_size))
         self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.dropout, self.pooled_dropout = nn.Dropout(config.hidden_dropout), nn.Dropout(config.classifier_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
         if config.family == "bert":
-            self.pooler = nn.Linear(D, D)
-        self.head = nn.Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
+            self.pooler = Linear(D, D)
+        self.head = Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
         # roberta counts positions from pad_id + 1
         self.max_length = config.max_positions - (config.pad_id + 1 if config.family == "roberta" else 0)
 
@@ -398,11 +448,11 @@ class DecoderBlock(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         D, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-        self.query = nn.Linear(D, config.heads * dim, bias=config.qkv_bias)
-        self.key, self.value = (nn.Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
-        self.out = nn.Linear(config.heads * dim, D, bias=config.out_bias)
-        self.gate, self.up = (nn.Linear(D, inner, bias=config.mlp_bias) for _ in range(2))
-        self.down = nn.Linear(inner, D, bias=config.mlp_bias)
+        self.query = Linear(D, config.heads * dim, bias=config.qkv_bias)
+        self.key, self.value = (Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
+        self.out = Linear(config.heads * dim, D, bias=config.out_bias)
+        self.gate, self.up = (Linear(D, inner, bias=config.mlp_bias) for _ in range(2))
+        self.down = Linear(inner, D, bias=config.mlp_bias)
         self.norm1, self.norm2 = RMSNorm(D, config), RMSNorm(D, config)
         qk_norm = config.family == "qwen3"
         self.query_norm, self.key_norm = (RMSNorm(dim, config) if qk_norm else nn.Identity() for _ in range(2))
@@ -452,7 +502,7 @@ class Decoder(Transformer):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size if head == "lm" else config.num_labels, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size if head == "lm" else config.num_labels, bias=False)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens, mask=None, positions=None, cache=None, position_ids=None, right_padded=False):
@@ -501,10 +551,10 @@ class ViT(Transformer):
         self.patch = nn.Conv2d(channels, D, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.positions = nn.Parameter(torch.zeros(1, (height // patch[0]) * (width // patch[1]) + 1, D))
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.dropout = Dropout(config.hidden_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.head = nn.Linear(D, config.num_labels)
+        self.head = Linear(D, config.num_labels)
 
     def forward(self, pixels):
         """pixels (B, C, H, W) float, normalised -> (B, num_labels); raises ModelError for another image size."""
@@ -679,11 +729,12 @@ def save(model, folder, shard_bytes=5_000_000_000):
 
 
 @torch.no_grad()
-def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None):
+def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
-    `max_new_tokens`. `progress(n)` is called after the n-th token. The model's train or eval mode is kept.
+    `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
+    too: (B,) bool on the same device. The model's train or eval mode is kept.
     """
     (B, T), device = tokens.shape, tokens.device
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
@@ -704,8 +755,8 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None
             logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
             generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
             done = done | torch.isin(generated[:, step], eos)
-            if progress is not None:
-                progress(step + 1)
+            if stop is not None:
+                done = done | stop(generated[:, :step + 1])
             if done.all():
                 return generated[:, :step + 1]
             tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)

@@ -8,13 +8,17 @@ Progress goes to stderr; the last line on stdout is one JSON object with the res
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import allocators
@@ -73,6 +77,8 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut")
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
+    score: str = setting("generation", "data", "score generated answers, or the likeliest of the allowed ones",
+                         ("generation", "likelihood"))
 
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
@@ -85,6 +91,7 @@ class Settings:
     eval_every: int = setting(0, "machine", "steps between evaluations; 0 = each epoch, at most 10 in all")
     save_every: int = setting(0, "machine", "steps between checkpoints; 0 = with each evaluation")
     keep: int = setting(2, "machine", "checkpoints to keep")
+    max_bad_steps: int = setting(10, "machine", "steps in a row with a non-finite loss or gradient that end the run")
     resume: str = setting(None, "machine", "run folder to go on with from its newest checkpoint, with its own settings")
     eval_before: bool = setting(True, "machine", "evaluate before training, too")
 
@@ -97,7 +104,7 @@ class Settings:
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity")
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty")
     adalora_orth: float = setting(0.5, "adalora", "gamma, weight of the orthogonality penalty")
-    lalora_gamma: float = setting(1.0, "lalora", "gamma, how fast the budget grows (Eq. 5)")
+    lalora_gamma: float = setting(1.1, "lalora", "gamma, how fast the budget grows (Eq. 5)")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), or 1",
                                    ("step", "truncation", "off"))
@@ -271,6 +278,78 @@ class Budget:
         return {"now": round(now.item()), "mean": round(mean.item()), "peak": round(max(self.peak, now).item())}
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though its settings are right; the message is one line for the user, exit status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; args[0] is its number."""
+
+
+@contextlib.contextmanager
+def on_signal(act):
+    """Inside this context SIGINT and SIGTERM call act(number)."""
+    before = {n: signal.signal(n, lambda number, _: act(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_at_once(number):
+    """A signal outside the training loop: there is nothing to finish."""
+    raise Interrupted(number)
+
+
+class BadSteps:
+    """Counts the steps whose loss or gradient was not finite; in such a step nothing moves.
+
+    Whether a step was bad is known on the device only, and asking would make the host wait at every step. So all that
+    follows is computed in either case, and a bad step made harmless: its gradients become zeros, the optimizer's
+    `found_inf` holds weights and moments still (as torch.amp's GradScaler does it), and policies see `allocator.ok`.
+    The counts stay on the device until `check` reads them, which waits for it.
+    """
+
+    def __init__(self, device):
+        self.counts = torch.zeros(4, dtype=torch.long, device=device)  # in all, in a row now, at most, the last step
+
+    def guard(self, step, loss, params, optimizer, allocator):
+        """Look at the gradients of `params`, which backward has just made, and make them harmless if they are bad."""
+        grads = [p.grad for p in params if p.grad is not None]
+        ok = torch.nn.utils.get_total_norm(grads).isfinite() & loss.isfinite()
+        bad = ~ok
+        for grad in grads:
+            grad.masked_fill_(bad, 0)
+        optimizer.found_inf, allocator.ok = bad.float(), ok
+        total, row, most, last = self.counts.unbind()
+        total += bad
+        row += 1
+        row *= bad
+        torch.maximum(most, row, out=most)
+        last.copy_(torch.where(bad, step, last))
+        return ok
+
+    def check(self, s, task, split):
+        """The number of bad steps so far; raises RunError when too many came in a row."""
+        total, _, most, last = self.counts.tolist()
+        if most < min(s.max_bad_steps, total_steps(s, split)):
+            return total
+        batch = sorted(i for indices in next(stream(s, split, last - 1)) for i in indices)
+        newest = next(iter(checkpoints(s.out)), "none yet")
+        raise RunError(f"step {last}: loss or gradient not finite for {most} steps in a row, here with the rows "
+                       f"{origin(s, task, split, batch)}; the last good checkpoint is {newest}: lower --lr or mend the rows")
+
+
+def origin(s, task, split, indices):
+    """Where the user finds these examples of the training split: "train.tsv line 18, 20"."""
+    places, found = [place for place, _ in task.reader(task, s.data, "train")], {}
+    for i in indices:
+        name, _, number = places[split.numbers[i] if split.numbers else i].rpartition(" ")
+        found.setdefault(name, []).append(number)
+    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in found.items())
+
+
 def train(s, task, model, allocator, split, held_out, log, evaluate):
     """Run the optimizer over `split`; returns {"steps", "seconds", "trainable_params", ...}.
 
@@ -280,71 +359,90 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
     device, steps = torch.device(s.device), total_steps(s, split)
     params = allocator.parameters() + trained_head(model, task)
     optimizer, rate_at, budget = optimizer_for(s, params), schedule(s, steps), Budget(allocator)
-    running = torch.zeros((), device=device)  # loss since the last line in the log
+    running = torch.zeros(2, device=device)  # loss since the last line in the log, and its number of steps
+    bad = BadSteps(device)
     steps_per_epoch = epoch_steps(s, split)
     eval_every = s.eval_every or max(steps_per_epoch, math.ceil(steps / 10))
     save_every = s.save_every or eval_every
     done, seconds = 0, 0.0  # steps and training time before a restart
     if s.resume:
-        done, seconds = load_checkpoint(s, model, task, allocator, optimizer, budget, running)
+        done, seconds = load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad)
         params = allocator.parameters() + trained_head(model, task)
+    moving = [p for p in model.parameters() if p.requires_grad]  # `params`, and gates that a policy moves itself
     started = time.time() - seconds
     if held_out is not None:
         allocator.validation_loss = validation(model, task, held_out, device)
 
     model.train()
-    bar = tqdm(total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", file=sys.stderr, dynamic_ncols=True,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file needs no animation
-    batches, seen = stream(s, split, done), 0
-    for step in range(done + 1, steps + 1):
-        optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
-        chosen = next(batches)
-        micro = [data.collate(split, indices) for indices in chosen]
-        count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
-        for inputs, labels in micro:
-            labels = labels.to(device, non_blocking=True)
-            loss = criterion(task.kind, evaluation.logits(model, inputs), labels) / count
-            running += loss.detach()
-            (loss + allocator.penalty() / len(micro)).backward()
-        seen += sum(len(indices) for indices in chosen)
-        allocator.after_backward(step)
-        norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
-        optimizer.step()
-        budget.add()
-        if allocator.after_step(step):
-            params = allocator.parameters() + trained_head(model, task)
-            follow(optimizer, params)
-        optimizer.zero_grad(set_to_none=True)
+    batches, seen, came = stream(s, split, done), 0, []
 
-        bar.update()
-        logged = step % s.log_every == 0 or step == steps
-        if logged or step <= 10:  # warm-up phases are short
-            numbers = plain(allocator.log())
-            log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
-                | {k: v for k, v in numbers.items() if isinstance(v, dict)})
-        if logged:
-            size, mean_loss = budget.report(), running.item() / ((step - 1) % s.log_every + 1)
-            running.zero_()
-            rate = seen / (time.time() - started - seconds)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s", refresh=False)
-            log("metrics.jsonl", {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": mean_loss,
-                                  "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-                                  "examples_per_second": rate, "trainable_params": size}
-                | {k: v for k, v in numbers.items() if not isinstance(v, dict)})
-        if step % eval_every == 0 and step < steps:
-            began = time.time()
-            evaluate(step, budget.report())
-            model.train()
-            started += time.time() - began
-        if step % save_every == 0 or step == steps:
-            save_checkpoint(s, model, task, allocator, optimizer, budget, running, step, time.time() - started)
-    bar.close()
+    def stop_after_this_step(number):
+        if came:  # the second signal
+            raise Interrupted(number)
+        came.append(number)
+
+    with on_signal(stop_after_this_step), tqdm(
+            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", file=sys.stderr, dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
+        for step in range(done + 1, steps + 1):
+            if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
+                began = time.time()
+                evaluate(step - 1, budget.report())  # after the checkpoint: killed here, a run loses no step
+                started += time.time() - began
+            optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
+            chosen = next(batches)
+            micro = [data.collate(split, indices) for indices in chosen]
+            count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
+            loss = torch.zeros((), device=device)
+            for inputs, labels in micro:
+                labels = labels.to(device, non_blocking=True)
+                part = criterion(task.kind, evaluation.logits(model, inputs), labels) / count
+                loss += part.detach()
+                (part + allocator.penalty() / len(micro)).backward()
+            seen += sum(len(indices) for indices in chosen)
+            ok = bad.guard(step, loss, moving, optimizer, allocator)
+            running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
+            allocator.after_backward(step)
+            norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
+            optimizer.step()
+            budget.add()
+            if allocator.after_step(step):
+                params = allocator.parameters() + trained_head(model, task)
+                moving = [p for p in model.parameters() if p.requires_grad]
+                follow(optimizer, params)
+            optimizer.zero_grad(set_to_none=True)
+
+            bar.update()
+            logged = step % s.log_every == 0 or step == steps
+            stopping = bool(came)
+            saved = step % save_every == 0 or step == steps or stopping
+            if logged or saved:
+                skipped = bad.check(s, task, split)
+            if logged or step <= 10:  # warm-up phases are short
+                numbers = plain(allocator.log())
+                log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
+                    | {k: v for k, v in numbers.items() if isinstance(v, dict)})
+            if logged:
+                size, (total, good) = budget.report(), running.tolist()
+                running.zero_()
+                mean_loss, rate = total / good if good else math.nan, seen / (time.time() - started - seconds)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s", refresh=False)
+                log("metrics.jsonl", {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": mean_loss,
+                                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
+                                      "skipped_steps": skipped, "examples_per_second": rate, "trainable_params": size}
+                    | {k: v for k, v in numbers.items() if not isinstance(v, dict)})
+            if saved:
+                save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, step, time.time() - started)
+            if stopping:
+                break
+    if came:
+        raise Interrupted(came[0])
     model.eval()
     if allocator.dynamic and not allocator.allocations:
         raise SettingError(f"{s.method} never allocated in {steps} steps, so this was plain LoRA: train longer")
     spent = time.time() - started
     return {"steps": steps, "seconds": round(spent, 2), "trainable_params": budget.report(),
-            "held_params": sum(p.numel() for p in allocator.parameters()),
+            "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": bad.check(s, task, split),
             "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2)}
 
 
@@ -410,37 +508,52 @@ def plain(value):
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def run_state(model, task, allocator, optimizer, budget, running):
+def run_state(model, task, allocator, optimizer, budget, running, bad):
     """Everything that changes while a run goes on, besides the step: {name: tensor}, the live tensors themselves."""
     params = allocator.parameters() + trained_head(model, task)
     state = {f"parameter.{i}": p.data for i, p in enumerate(params)}
     state |= {f"optimizer.{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
     state |= {f"gate.{name}": layer.gate.data for name, layer in allocator.layers.items()}
-    return state | {"budget.total": budget.total, "budget.peak": budget.peak, "running": running}
+    return state | {"budget.total": budget.total, "budget.peak": budget.peak, "running": running, "bad": bad.counts}
 
 
-def save_checkpoint(s, model, task, allocator, optimizer, budget, running, step, seconds):
-    """Write checkpoints/step-N into the run folder: beside, synced, then renamed; only the newest `keep` stay."""
+def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, step, seconds):
+    """Write checkpoints/step-N into the run folder: beside, synced, then renamed; only the newest `keep` stay.
+
+    Raises RunError when it cannot be written; those that are there stay.
+    """
     folder = Path(s.out) / "checkpoints" / f"step-{step}"
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    state = run_state(model, task, allocator, optimizer, budget, running)
+    state = run_state(model, task, allocator, optimizer, budget, running, bad)
     state |= {f"allocator.{name}": value for name, value in allocator.state_dict().items()}
     state["random.cpu"] = torch.get_rng_state()
     if s.device.startswith("cuda"):
         state["random.cuda"] = torch.cuda.get_rng_state(s.device)
-    copies = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(copies, part / "state.safetensors")
-    digest = hashlib.sha256((part / "state.safetensors").read_bytes()).hexdigest()
-    (part / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "sha256": digest}))
-    for file in part.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    for old in checkpoints(s.out)[s.keep:]:
-        shutil.rmtree(old)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    state |= {name: gate.clone() for name, gate in state.items() if name.startswith("gate.")}  # may be views of one
+    try:
+        for old in folder.parent.glob("*.part"):  # left by a run that was killed here
+            shutil.rmtree(old)
+        part.mkdir(parents=True)
+        save_file(state, part / "state.safetensors")
+        about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
+        (part / "state.json").write_text(json.dumps(about))
+        lora.publish(part, folder)
+        lora.sync(s.out)  # the name checkpoints/ itself
+        for old in checkpoints(s.out)[s.keep:]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{folder}: cannot be written ({error}): make room") from None
+
+
+def digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def checkpoints(out):
@@ -449,19 +562,21 @@ def checkpoints(out):
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def load_checkpoint(s, model, task, allocator, optimizer, budget, running):
-    """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds).
+def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
+    """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds), (0, 0) without any.
 
-    A damaged checkpoint is reported and the one before it is taken. Raises SettingError when there is none.
+    A damaged checkpoint is reported and the one before it is taken. Raises SettingError when all are damaged.
     """
+    if not checkpoints(s.out):
+        say(f"{s.out} has no checkpoint yet: starting from the beginning")
+        cut_logs(s.out, 0)
+        return 0, 0.0
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            with safe_open(folder / "state.safetensors", framework="pt"):  # looks at header and file size
-                raw = (folder / "state.safetensors").read_bytes()
-            if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+            if digest(folder / "state.safetensors") != about["sha256"]:
                 raise ValueError("checksum differs")
-            state = load(raw)
+            state = {name: value.clone() for name, value in load_file(folder / "state.safetensors").items()}
             break
         except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
@@ -475,18 +590,26 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running):
         optimizer.state[p] = {name[len(prefix):]: value.to(p.device) for name, value in state.items()
                               if name.startswith(prefix)}
     with torch.no_grad():
-        for name, tensor in run_state(model, task, allocator, optimizer, budget, running).items():
+        for name, tensor in run_state(model, task, allocator, optimizer, budget, running, bad).items():
             tensor.copy_(state[name])
     budget.steps = about["step"]
     torch.set_rng_state(state["random.cpu"])
     if s.device.startswith("cuda"):
         torch.cuda.set_rng_state(state["random.cuda"], s.device)
-    for file in ("metrics.jsonl", "ranks.jsonl"):  # what was logged after the checkpoint happens again
-        kept = [line for line in (Path(s.out) / file).read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= about["step"]]
-        (Path(s.out) / file).write_text("".join(kept), encoding="utf-8")
+    cut_logs(s.out, about["step"])
     say(f"resuming {s.out} after step {about['step']}")
     return about["step"], about["seconds"]
+
+
+def cut_logs(out, step):
+    """Remove what was logged after the checkpoint of `step`, its evaluation included: it happens again."""
+    for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
+        part = file.with_name(file.name + ".part")
+        part.write_text("".join(line for about, line in logged if about["step"] < step + ("eval" not in about)),
+                        encoding="utf-8")
+        lora.publish(part, file)
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -498,6 +621,14 @@ def run(s):
     Leaves the run folder: run.json, metrics.jsonl, ranks.jsonl, result.json and adapter/ (model/ for full and bitfit).
     The final numbers are those of a freshly loaded model with the saved adapter: what eval.py gives for the folder.
     """
+    with contextlib.ExitStack() as held:  # the lock on the run folder
+        return fine_tune(s, held)
+
+
+def fine_tune(s, held):
+    """`run`, with a place for what has to be closed however it ends."""
+    if s.resume:
+        claim(s, held)
     warmup_is_ours = s.warmup is None
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
@@ -509,10 +640,13 @@ def run(s):
         if len(rows) <= held_rows:
             raise SettingError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are only "
                                f"{len(rows)}: use more rows")
-        rows, held = [rows[i] for i in sorted(order[held_rows:])], [rows[i] for i in sorted(order[:held_rows])]
+        kept, rest = sorted(order[held_rows:]), sorted(order[:held_rows])
+        rows, held_out = [rows[i] for i in kept], [rows[i] for i in rest]
     encoder = evaluation.Encoder(s, task)
     model = evaluation.load_model(s, task, adapted=s.adapter is not None)
-    split, held_out = encoder.training(rows), encoder.training(held) if held_rows else None
+    split, held_out = encoder.training(rows), encoder.training(held_out) if held_rows else None
+    if held_rows:
+        split.numbers = [kept[i] for i in split.numbers or range(len(split))]
     splits = encoder.evaluation()
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
         s.warmup = min(s.warmup, math.ceil(0.1 * total_steps(s, split)))
@@ -528,28 +662,30 @@ def run(s):
             block.compile()
 
     out = Path(s.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
     if not s.resume:
-        write_json(out / "run.json", {"settings": dataclasses.asdict(s), "labels": list(task.labels),
-                                      "versions": versions(), "device": device_name(s.device)})
+        file = claim(s, held)
+        file.write(evaluation.to_json({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
+                                       "device": device_name(s.device)}, indent=2) + "\n")
+        file.flush()
+        lora.sync(out / "run.json")
+        lora.sync(out)
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {total_steps(s, split):,} steps, "
         f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{s.dtype} on {device_name(s.device)}; run folder {out}")
 
     def log(file, line):
-        with open(out / file, "a", encoding="utf-8") as f:
-            f.write(evaluation.to_json(line) + "\n")
+        try:
+            with open(out / file, "a", encoding="utf-8") as f:
+                f.write(evaluation.to_json(line) + "\n")
+        except OSError as error:  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(out / file)) from None
 
     def evaluate(step, size):  # generating the answers takes long: only at the end
         metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, encoder.tokenizer, generate=False)
         log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": size})
-        return metrics
+        if step == 0:
+            say("before training: " + evaluation.summary(metrics))
 
-    if s.eval_before and not s.resume:
-        say("before training: " + evaluation.summary(evaluate(0, Budget(allocator).report())))
     result = train(s, task, model, allocator, split, held_out, log, evaluate)
     if s.method in ("full", "bitfit"):
         evaluation.save_model(model, encoder, out / "model")
@@ -572,11 +708,36 @@ def run(s):
     return result
 
 
+def claim(s, held):
+    """Make the run folder this run's until `held` closes; returns its run.json, open for writing at the end.
+
+    The lock is the system's on that file: it goes with the process, however that ends. Raises SettingError when the
+    folder cannot be made, another run is at work in it, or this one has finished.
+    """
+    out = Path(s.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+    file = held.enter_context(open(out / "run.json", "a", encoding="utf-8"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SettingError(f"{out}: another run is at work in this folder; wait for it, or choose another --out") from None
+    except OSError as error:
+        say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
+    if not s.resume and file.tell():
+        raise SettingError(f"{out}: another run has begun in this folder; choose another --out")
+    if s.resume and (out / "result.json").exists():
+        raise SettingError(f"--resume {out}: this run has finished; see its result.json")
+    return file
+
+
 def write_json(path, value):
-    """Write a JSON file, beside and then renamed."""
+    """Write a JSON file: beside, synced, then renamed."""
     part = path.with_name(path.name + ".part")
     part.write_text(evaluation.to_json(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    lora.publish(part, path)
 
 
 def versions():
@@ -604,8 +765,6 @@ def main(argv=None):
         if s != dataclasses.replace(Settings(), resume=s.resume):
             parser.error("--resume takes the run's own settings: leave the other flags out")
         saved, _ = evaluation.read_run(s.resume)
-        if (Path(s.resume) / "result.json").exists():
-            raise SettingError(f"--resume {s.resume}: this run has finished; see its result.json")
         try:
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
@@ -615,7 +774,20 @@ def main(argv=None):
             setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
-    print(evaluation.to_json(run(s)))
+    try:
+        with on_signal(stop_at_once):
+            result = run(s)
+    except (Interrupted, RunError, OSError, SafetensorError) as error:
+        began = s.out and (Path(s.out) / "run.json").exists()
+        if isinstance(error, OSError) and not began:
+            raise
+        reason, status = f"error: {error}", 1
+        if isinstance(error, Interrupted):
+            reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
+        command = f"python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}" if began else ""
+        say(" ".join(reason.split()) + (f"; go on with: {command}" if began else " before the run began"))
+        raise SystemExit(status) from None
+    print(evaluation.to_json(result))
 
 
 if __name__ == "__main__":
