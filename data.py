@@ -740,8 +740,10 @@ class Tokenizer:
         for kind in ("pad", "bos", "eos", "unk"):
             name = names.get(f"{kind}_token")
             name = name.get("content") if isinstance(name, dict) else name
-            known = isinstance(name, str) and self.backend.token_to_id(name.encode("utf-8", "replace").decode())
-            ids[kind] = next(iter(listed(config, f"{kind}_token_id")), None) if known in (None, False) else known
+            found = listed(config, f"{kind}_token_id")
+            if isinstance(name, str):  # no half surrogate pairs, which tokenizers do not take
+                found.insert(0, self.backend.token_to_id(name.encode("utf-8", "replace").decode()))
+            ids[kind] = next((n for n in found if n is not None), None)
         self.bos_id, self.eos_id, self.types = ids["bos"], ids["eos"], config.get("model_type") == "bert"
         self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
         ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}

@@ -281,8 +281,8 @@ def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises LoraError for a
-    file that is missing, damaged, does not fit the model, or uses a PEFT feature that this project does not have.
+    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises
+    LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     folder = Path(folder)
     config = _adapter_config(folder / "adapter_config.json")

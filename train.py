@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -574,8 +574,9 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            if digest(folder / "state.safetensors") != about["sha256"]:
-                raise ValueError("checksum differs")
+            with safe_open(folder / "state.safetensors", framework="pt"):  # a lying header costs nothing
+                if digest(folder / "state.safetensors") != about["sha256"]:
+                    raise ValueError("checksum differs")
             state = {name: value.clone() for name, value in load_file(folder / "state.safetensors").items()}
             break
         except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
