@@ -290,10 +290,11 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
     bar = tqdm(total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", file=sys.stderr, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file needs no animation
     batches, seen = stream(s, split, done), 0
+    widths = [w for k in range(3, 16) for w in (2 ** k, 3 * 2 ** (k - 1)) if w <= (s.max_length or 0)] if s.compile else None
     for step in range(done + 1, steps + 1):
         optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
         chosen = next(batches)
-        micro = [data.collate(split, indices) for indices in chosen]
+        micro = [data.collate(split, indices, widths) for indices in chosen]
         count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
         for inputs, labels in micro:
             labels = labels.to(device, non_blocking=True)
