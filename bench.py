@@ -408,7 +408,8 @@ def ratio(b, r, other):
 
 
 def default_targets(kind):
-    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]  # as train.settle
+    """As train.settle's."""
+    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]
 
 
 def real_tokens(inputs):
@@ -623,34 +624,34 @@ LLAMA2_70B = models.sizes("llama", 32000, 4096, 8192, 28672, 80, 64, 8, rms_norm
 
 
 def predict(b, config, head, method="lora", shards=1, checkpointing=False):
-    """Bytes per device that training needs: {weights, adapters, gradients, optimizer, policy, activations, total}.
+    """Bytes per device that training needs: weights, adapters, gradients, optimizer, policy, activations, passing, total.
 
-    Weights, adapters, gradients and optimizer are sharded by FSDP block by block, of which one is whole at a time and
-    the next on its way. Activations are what autograd keeps per block (no dropout) and the loss's at its largest.
+    FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
+    are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
     """
     with torch.device("meta"):
-        model = (models.Encoder if config.family in ("bert", "roberta") else models.Decoder)(config, head)
-    e, n, T = (4 if b.dtype == "float32" else 2), b.batch_size * b.length, b.length
-    kinds = b.targets or default_targets("lm" if head == "lm" else "classify")
+        model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
+    e, n, L, D, I = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers, config.hidden_size, \
+        config.intermediate_size
+    heads, kv, kinds = config.heads * config.head_dim, config.kv_heads * config.head_dim, b.targets or default_targets(head)
     shapes = [model.get_submodule(site).weight.shape for site, _, _ in lora.sites(model, kinds)]
-    factor = {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5, "weightlora+": 1}.get(method, 1)
-    classifier = 0 if head == "lm" else sum(p.numel() for p in model.head.parameters())
-    trained = factor * b.rank * sum(map(sum, shapes)) + classifier
-    total, one = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks[0].parameters())
-    D, I, heads, kv = config.hidden_size, config.intermediate_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    if head == "lm":
-        given = {"D": bool({"query", "key", "value"} & {*kinds}) + bool({"gate", "up"} & {*kinds}), "I": 3 + ("down" in kinds)}
-        block = n * (2 * 4 * D + e * (given["D"] * D + 2 * heads + 2 * kv + given["I"] * I + ("out" in kinds) * heads))
-        ends = n * 4 * D + n // 2 * config.vocab_size * (e + 3 * 4)  # half of the tokens are answers
-    else:
-        block, ends = n * e * (3 * D + 2 * heads + 2 * kv + I), n * e * D
-    block += n * 4 * config.heads + n * e * factor * b.rank * len(shapes) / config.layers
-    passing = n * e * (3 * I if head == "lm" else 2 * I + 2 * D)  # gradients on their way through one block
-    blocks = config.layers if head == "lm" else config.layers - 0.8  # an encoder's last block computes one token
-    parts = {"weights": total * e / shards + (2 * one * e if shards > 1 else 0), "adapters": 4 * trained / shards,
+    R = b.rank * {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5}.get(method, 1)
+    trained = R * sum(map(sum, shapes)) + (0 if head == "lm" else sum(p.numel() for p in model.head.parameters()))
+    weights, one = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    if head == "lm":  # norms keep float32; silu's input and output, up's output; the inputs of adapted projections
+        inputs = D * bool({"query", "key", "value"} & {*kinds}) + D * bool({"gate", "up"} & {*kinds})
+        inputs += I * ("down" in kinds) + heads * ("out" in kinds)
+        block = last = 8 * D + e * (inputs + 2 * heads + 2 * kv + 3 * I) + 4 * config.heads
+        answers = n // 2 * config.vocab_size  # log-probabilities are kept; their and the logits' gradients pass
+        ends, passing = 4 * answers - 4 * n * D, max(8 * answers, 3 * e * n * I)
+    else:  # x, query, key, value, attention's output, both norms' inputs, gelu's input; the last block: key, value
+        block, last = e * (3 * D + 2 * heads + 2 * kv + I) + 4 * config.heads, e * (D + 2 * kv)
+        ends, passing = 0, 2 * e * n * (I + D)
+    kept = n * (L * D * e + block if checkpointing else (L - 1) * block + last) + ends
+    kept += e * R * (n * len(shapes) + sum(out for out, _ in shapes))  # x A^T, and B^T as it is multiplied
+    parts = {"weights": e * weights / shards + (2 * e * one if shards > 1 else 0), "adapters": 4 * trained / shards,
              "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards,
-             "policy": 8 * trained / shards if method == "adalora" else 0,
-             "activations": (config.layers * n * e * D + block if checkpointing else blocks * block) + max(ends, passing)}
+             "policy": 8 * trained / shards if method == "adalora" else 0, "activations": kept, "passing": passing}
     return parts | {"total": sum(parts.values())}
 
 
