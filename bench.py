@@ -45,7 +45,8 @@ class Bench:
     """What to measure; a field is a flag of every command."""
 
     methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
-    model: str = setting("roberta-base", "what", "short name, Hub id or folder; inference takes decoders only")
+    model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, on "
+                                       "a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
                                 ("random", "checkpoint"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
@@ -55,6 +56,7 @@ class Bench:
     rank: int = setting(8, "what", "nominal rank")
     targets: list = setting(None, "what", "projections to adapt; default: train.py's for the family")
     dropout: float = setting(0.0, "what", "of the model and of the adapters")
+    new_tokens: int = setting(32, "what", "tokens that inference generates")
     seed: int = setting(0, "what", "of weights and data")
     rounds: int = setting(15, "how", "timed steps per contender, interleaved")
     warmup: int = setting(3, "how", "steps before, at least 3")
@@ -282,21 +284,21 @@ class Shifted(nn.Module):
         return self.linear(x) + self.shift.to(x.dtype)
 
 
-def peft_contender(b, base, kind, method):
+def peft_model(b, base, kind, method):
     """transformers' model on the same weights with PEFT's adapters, as their users run them."""
     import peft
     import transformers
-    s = settings_for(b, "lora")
+    s, dtype = settings_for(b, "lora"), getattr(torch, b.dtype)
     auto = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
             "image": "AutoModelForImageClassification"}[kind]
     raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
     config = transformers.AutoConfig.for_model(base.family, **raw)
     if kind != "lm":
         config.num_labels = base.config.num_labels
-    theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=getattr(torch, b.dtype))
+    theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     if kind != "lm":
-        weights |= {k: v.to(getattr(torch, b.dtype)).clone() for k, v in weights.items() if k.startswith(base.head_name)}
+        weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(base.head_name)}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
     theirs.to(b.device).tie_weights()
@@ -308,7 +310,12 @@ def peft_contender(b, base, kind, method):
                                     deltaT=s.adalora_delta_t, total_step=1000, **options)
     else:
         chosen = peft.LoraConfig(r=b.rank, use_dora=method == "dora", **options)
-    theirs = peft.get_peft_model(theirs, chosen).train()
+    return peft.get_peft_model(theirs, chosen).train()
+
+
+def peft_contender(b, base, kind, method):
+    """`peft_model`, ready to take steps."""
+    theirs = peft_model(b, base, kind, method)
 
     def loss(inputs, labels):
         if kind == "image":
@@ -320,7 +327,8 @@ def peft_contender(b, base, kind, method):
         return theirs(input_ids=inputs["tokens"], attention_mask=inputs["mask"].long(), labels=labels).loss
 
     allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
-    return Contender(s, theirs, loss, [p for p in theirs.parameters() if p.requires_grad], allocate=allocate)
+    params = [p for p in theirs.parameters() if p.requires_grad]
+    return Contender(settings_for(b, "lora"), theirs, loss, params, allocate=allocate)
 
 
 def batches_for(b, split, rounds):
@@ -400,7 +408,8 @@ def ratio(b, r, other):
 
 
 def default_targets(kind):
-    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]  # as train.settle
+    """As train.settle's."""
+    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]
 
 
 def real_tokens(inputs):
@@ -482,16 +491,21 @@ def one(b, name):
         base, kind = base_model(b, folder)
         b.targets = b.targets or default_targets(kind)
         split = split_for(b, base, kind)
+        if name in VARIANTS:
+            model = variant(b, base, kind, name)
+            del base
+            reset_peak(b.device)
+            generate(b, model)
+            return {"peak_mb": peak_bytes(b.device, start) / 2**20}
         runner = contender(b, base, kind, split, name)
     batches, size = batches_for(b, split, 2), nbytes(base.parameters())
-    if name.partition("/")[0] not in ("full", "bitfit"):
-        del base
+    del base
     for i in range(b.warmup):
         runner.timed_step(batches[i % 2])
     reset_peak(b.device)
     for i in range(b.rounds):
         runner.timed_step(batches[i % 2])
-    peak = torch.cuda.max_memory_allocated(b.device) if b.device.startswith("cuda") else resident()[1] - start
+    peak = peak_bytes(b.device, start)
     seconds = statistics.median(runner.times[b.warmup:])
     policy = runner.policy_seconds(batches[0])
     return {"contender": name, "step_ms": 1e3 * seconds, "policy_ms": None if policy is None else 1e3 * policy,
@@ -512,6 +526,11 @@ def resident():
         return 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def peak_bytes(device, start):
+    """Most memory in use since `reset_peak`: of a GPU, or resident beyond the `start` that the imports took."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident()[1] - start
+
+
 def reset_peak(device):
     """Forget the peak so far and give what was freed back to the system."""
     gc.collect()
@@ -521,6 +540,192 @@ def reset_peak(device):
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------------------------------------- scaling
+
+
+def scaling(b):
+    """Step time, policy time and memory as rank, batch, length and depth grow; each point in a process of its own."""
+    methods, layers = b.methods or list(ADAPTIVE), b.layers or models.find_config(b.model, b.init_weights)[0].layers
+    axes = {"rank": [b.rank, 2 * b.rank, 4 * b.rank], "batch_size": [b.batch_size // 4, b.batch_size // 2, b.batch_size],
+            "length": [b.length // 4, b.length // 2, b.length], "layers": [layers // 4, layers // 2, layers]}
+    small, seen, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), {}, []
+    points = [(axis, max(1, value), method) for axis, values in axes.items() for value in dict.fromkeys(values)
+              for method in methods]
+    for axis, value, method in tqdm(points, "scaling", file=sys.stderr):
+        point = (method, *({"rank": b.rank, "batch_size": b.batch_size, "length": b.length, "layers": layers}
+                           | {axis: value}).values())
+        seen[point] = seen.get(point) or measure_alone(small, method, **{axis: value})
+        rows.append({"axis": axis, "value": value, **seen[point]})
+    return rows, ["axis", "value", "contender", "step_ms", "policy_ms", "peak_mb"], {}
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+
+VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
+
+
+def inference(b):
+    """Time to first token, inter-token latency, tokens per second and memory, one sequence at a time (La-LoRA, Table 13).
+
+    Uniform LoRA as it is trained, with half the rank as a policy may leave it, and merged, beside the base model.
+    """
+    alone = {name: measure_alone(b, name) for name in tqdm(VARIANTS, "memory", file=sys.stderr)} if b.memory else {}
+    with folder_for(b) as folder:
+        base, kind = base_model(b, folder)
+    runners = {name: variant(b, base, kind, name) for name in VARIANTS}
+    times = {name: [] for name in VARIANTS}
+    for i in tqdm(range(b.warmup + b.rounds), "generating", file=sys.stderr):
+        for name, model in runners.items():
+            times[name].append(generate(b, model))
+    rows = []
+    for name in VARIANTS:
+        first, between = (statistics.median(t[i] for t in times[name][b.warmup:]) for i in (0, 1))
+        rows.append({"variant": name, "ttft_ms": 1e3 * first, "itl_ms": 1e3 * between, "tokens_per_second":
+                     b.new_tokens / (first + (b.new_tokens - 1) * between), **alone.get(name, {})})
+    return rows, ["variant", "ttft_ms", "itl_ms", "tokens_per_second", *["peak_mb"] * b.memory], {}
+
+
+def variant(b, base, kind, name):
+    """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging changes something."""
+    if kind != "lm":
+        raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder such as llama2-7b")
+    model, b.targets = own_copy(base).eval(), b.targets or default_targets(kind)
+    if name == "base":
+        return model
+    rank = max(1, b.rank // 2) if "half" in name else b.rank
+    ranks = {site: rank for site, _, _ in lora.sites(model, b.targets)}
+    for layer in lora.attach(model, ranks, 2 * b.rank, nominal=b.rank).values():
+        layer.B.data.normal_(std=0.02)
+        if name == "merged":
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+            layer.merge()
+    if name == "merged":
+        for site in ranks:
+            lora.detach(model, site)
+    return model
+
+
+def generate(b, model):
+    """Seconds to the first token, and the median between the following ones, of one greedy continuation."""
+    generator = torch.Generator().manual_seed(b.seed)
+    prompt = torch.randint(5, model.config.vocab_size, (1, b.length), generator=generator).to(b.device)
+    at = [clock(b.device)]
+    models.generate(model, prompt, None, b.new_tokens, None, 0, progress=lambda n: at.append(clock(b.device)))
+    return at[1] - at[0], statistics.median(y - x for x, y in zip(at[1:], at[2:]))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+LLAMA2_70B = models.sizes("llama", 32000, 4096, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5)
+
+
+def predict(b, config, head, method="lora", shards=1, checkpointing=False):
+    """Bytes per device that training needs: weights, adapters, gradients, optimizer, policy, activations, passing, total.
+
+    FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
+    are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
+    """
+    with torch.device("meta"):
+        model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
+    e, n, L, D, I = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers, config.hidden_size, \
+        config.intermediate_size
+    heads, kv, kinds = config.heads * config.head_dim, config.kv_heads * config.head_dim, b.targets or default_targets(head)
+    shapes = [model.get_submodule(site).weight.shape for site, _, _ in lora.sites(model, kinds)]
+    R = b.rank * {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5}.get(method, 1)
+    trained = R * sum(map(sum, shapes)) + (0 if head == "lm" else sum(p.numel() for p in model.head.parameters()))
+    weights, one = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    if head == "lm":  # norms keep float32; silu's input and output, up's output; the inputs of adapted projections
+        inputs = D * bool({"query", "key", "value"} & {*kinds}) + D * bool({"gate", "up"} & {*kinds})
+        inputs += I * ("down" in kinds) + heads * ("out" in kinds)
+        block = last = 8 * D + e * (inputs + 2 * heads + 2 * kv + 3 * I) + 4 * config.heads
+        answers = n // 2 * config.vocab_size  # log-probabilities are kept; their and the logits' gradients pass
+        ends, passing = 4 * answers - 4 * n * D, max(8 * answers, 3 * e * n * I)
+    else:  # x, query, key, value, attention's output, both norms' inputs, gelu's input; the last block: key, value
+        block, last = e * (3 * D + 2 * heads + 2 * kv + I) + 4 * config.heads, e * (D + 2 * kv)
+        ends, passing = 0, 2 * e * n * (I + D)
+    kept = n * (L * D * e + block if checkpointing else (L - 1) * block + last) + ends
+    kept += e * R * (n * len(shapes) + sum(out for out, _ in shapes))  # x A^T, and B^T as it is multiplied
+    parts = {"weights": e * weights / shards + (2 * e * one if shards > 1 else 0), "adapters": 4 * trained / shards,
+             "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards,
+             "policy": 8 * trained / shards if method == "adalora" else 0, "activations": kept, "passing": passing}
+    return parts | {"total": sum(parts.values())}
+
+
+def memory(b):
+    """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
+    if b.dropout:
+        raise evaluation.SettingError("--dropout: the memory model is without dropout")
+    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 16, 256), ("bert-large", 12, 8, 256),
+              ("llama2-7b", 1, 2, 128), ("llama2-7b", 2, 4, 256)]
+    rows = []
+    for name, layers, batch, length in tqdm(points, "memory", file=sys.stderr):
+        for method in b.methods or ["lora"]:
+            point = dataclasses.replace(b, model=name, layers=layers, batch_size=batch, length=length, targets=None,
+                                        rounds=2)
+            with folder_for(point) as folder:
+                config = models.read_config(folder)
+            parts = predict(point, config, "classify" if name.startswith(("roberta", "bert")) else "lm", method)
+            measured = measure_alone(point, method)["peak_mb"]
+            rows.append({"model": name, "layers": layers, "batch": batch, "length": length, "method": method,
+                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()},
+                         "off_percent": 100 * (parts["total"] / 2**20 / measured - 1)})
+    big, config = dataclasses.replace(b, dtype="bfloat16", rank=32, batch_size=1, length=4096, targets=None), \
+        models.normalise(dict(LLAMA2_70B), "LLaMA2 70B")
+    for shards in dict.fromkeys((1, b.shards, 2 * b.shards)):
+        parts = predict(big, config, "lm", "lora", shards, checkpointing=True)
+        rows.append({"model": f"70B / {shards}", "layers": 80, "batch": 1, "length": 4096, "method": "lora",
+                     **{k + "_mb": v / 2**20 for k, v in parts.items()}})
+    with torch.device("meta"):
+        model = models.Decoder(config, "lm")
+    weights = nbytes(model.parameters()) / 2  # bfloat16, on the meta device float32
+    adapters = sum(32 * sum(model.get_submodule(site).weight.shape) for site, _, _ in lora.sites(model, default_targets("lm")))
+    about = {"large": {"model": "LLaMA2 70B, bfloat16, rank 32 on five projections, batch 1 x 4096, checkpointing",
+                       "weights_gb": weights / 1e9, "adapter_gb": 4 * adapters / 1e9, "checkpoint_gb": 12 * adapters / 1e9,
+                       "devices_of_80_gb": next(k for k in range(1, 513) if predict(
+                           big, config, "lm", "lora", k, True)["total"] < 0.9 * 80e9)}}
+    return rows, list(dict.fromkeys(key for row in rows for key in row)), about
+
+
+# ---------------------------------------------------------------------------------------------- an epoch
+
+
+def epoch(b):
+    """Seconds of one epoch of uniform LoRA by train.train and by transformers' Trainer with PEFT at their defaults."""
+    with folder_for(b) as folder, tempfile.TemporaryDirectory() as out:
+        for file in Path(b.tokenizer or folder).glob("*token*.json"):
+            if not (Path(folder) / file.name).exists():
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        s = settings_for(b, "lora", model=folder, task=b.task, data=b.data, epochs=1.0, out=out)
+        task = train.settle(s, models.read_config(folder))
+        encoder = evaluation.Encoder(s, task)
+        split = encoder.training(data.read(task, b.data, "train", b.limit_train))
+        base = evaluation.load_model(s, task)
+        b.targets, model = s.targets, own_copy(base)
+        allocator = allocators.METHODS["lora"](model, s, train.total_steps(s, split))
+        for p in allocator.parameters() + train.trained_head(model, task):
+            p.requires_grad_(True)
+        ours = train.train(s, task, model, allocator, split, None, lambda *line: None, lambda *line: None)["seconds"]
+        rows = [{"contender": "train.py", "seconds": ours, "ratio": 1.0}]
+        if b.peft and contender_names(b, ["lora"])[-1] == "peft/lora":
+            import transformers
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token=next(
+                t for t in ("<pad>", "[PAD]") if encoder.tokenizer.backend.token_to_id(t) is not None))
+            args = transformers.TrainingArguments(out, num_train_epochs=1, per_device_train_batch_size=b.batch_size,
+                                                  learning_rate=s.lr, save_strategy="no", report_to=[], seed=s.seed,
+                                                  use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16", disable_tqdm=True)
+            rows_of = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": label.item()}
+                       for ids, label in zip(split.tokens, split.labels)]
+            theirs = transformers.Trainer(peft_model(b, base, "classify", "lora"), args, train_dataset=rows_of,
+                                          data_collator=transformers.DataCollatorWithPadding(tokenizer))
+            began = clock(b.device)
+            theirs.train()
+            rows.append({"contender": "Trainer + PEFT", "seconds": clock(b.device) - began})
+            rows[0]["ratio"] = ours / rows[1]["seconds"]
+    return rows, ["contender", "seconds", "ratio"], {"rows_in_epoch": len(split), "mean_length": statistics.mean(split.lengths)}
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -537,7 +742,7 @@ def table(rows, columns):
                      for line in cells)
 
 
-COMMANDS = {"speed": speed}
+COMMANDS = {"speed": speed, "scaling": scaling, "inference": inference, "memory": memory, "epoch": epoch}
 
 
 def settle(b, command):
@@ -545,6 +750,9 @@ def settle(b, command):
     b.device = ("cuda" if torch.cuda.is_available() else "cpu") if b.device == "auto" else b.device
     evaluation.check_device(b.device)
     cuda = b.device.startswith("cuda")
+    if b.model is None:
+        b.model = "llama2-7b" if command == "inference" else "roberta-base"
+        b.layers = b.layers or (2 if command == "inference" and not cuda else 0)
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods

@@ -197,15 +197,18 @@ class AdamW(torch.optim.Optimizer):
             if hasattr(self, "found_inf"):  # as torch's fused AdamW: 1 = this step's gradients are bad, nothing moves
                 active = torch._foreach_mul(active, 1 - self.found_inf)
             step, m, v = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
-            torch._foreach_add_(step, active)
-            for a, g, m_, v_ in zip(active, grads, m, v):  # a = 0 leaves m and v as they are
-                m_.lerp_(g, a * (1 - beta1))
-                v_.lerp_(g * g, a * (1 - beta2))
+            torch._foreach_add_(step, active)  # a = 0 leaves step, m, v and p as they are
+            torch._foreach_lerp_(m, grads, torch._foreach_mul(active, 1 - beta1))
+            torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), torch._foreach_mul(active, 1 - beta2))
             clock = torch._foreach_clamp_min(step, 1)  # a component that never moved: 0 / 0 otherwise
-            correct1, correct2 = torch._foreach_pow(beta1, clock), torch._foreach_pow(beta2, clock)
-            for p, a, m_, v_, c1, c2 in zip(params, active, m, v, correct1, correct2):
-                update = m_ / (1 - c1) / ((v_ / (1 - c2)).sqrt() + group["eps"])
-                p.sub_((update + group["weight_decay"] * p) * (a * group["lr"]))
+            correct1, correct2 = ([1 - c for c in torch._foreach_pow(beta, clock)] for beta in (beta1, beta2))
+            size = torch._foreach_sqrt(v)
+            torch._foreach_div_(size, torch._foreach_sqrt(correct2))
+            torch._foreach_add_(size, group["eps"])
+            update, rate = torch._foreach_div(m, size), torch._foreach_mul(active, group["lr"])
+            torch._foreach_mul_(update, torch._foreach_div(rate, correct1))
+            torch._foreach_mul_(params, [1 - r for r in torch._foreach_mul(rate, group["weight_decay"])])
+            torch._foreach_sub_(params, update)
 
 
 # ---------------------------------------------------------------------------------------------- adapter files

@@ -375,6 +375,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
 
     model.train()
     batches, seen, came = stream(s, split, done), 0, []
+    widths = [w for k in range(3, 16) for w in (2 ** k, 3 * 2 ** (k - 1)) if w <= (s.max_length or 0)] if s.compile else None
 
     def stop_after_this_step(number):
         if came:  # the second signal
@@ -391,7 +392,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 started += time.time() - began
             optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
             chosen = next(batches)
-            micro = [data.collate(split, indices) for indices in chosen]
+            micro = [data.collate(split, indices, widths) for indices in chosen]
             count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
             loss = torch.zeros((), device=device)
             for inputs, labels in micro:
