@@ -128,8 +128,8 @@ def cache():
 def find_files(task, data, split):
     """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits."""
     data, names = Path(data), task.files.get(split, ())
-    shared = set.intersection(*map(set, task.files.values())) if task.files else ()
-    if names and data.is_file() and data.suffix in {Path(name).suffix for name in shared}:
+    shared = set.intersection(*map(set, task.files.values())) if names else ()
+    if data.is_file() and data.suffix[:5] in {Path(name).suffix[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
     found = (sorted(folder.glob(name)) for folder in (data / task.folder, data) for name in names)
     return next(filter(None, found), [])
@@ -395,8 +395,10 @@ COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "respons
 
 
 def instruction(task, where, row):
-    """Return {prompt, answer} of a row with instructions, where generated answers are scored also {target, answers},
-    and where other programs score them {sample}: the columns that these want beside the completion."""
+    """Return {prompt, answer} of a row with instructions; also {target, answers} where generated answers are scored.
+
+    {sample} where another program scores them: the columns that it wants beside the completion.
+    """
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
     if asks is None:
         expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
@@ -440,7 +442,7 @@ def extract_answer(text, answers):
 
 
 def allowed(row):
-    """Return the words that a row allows as its answer, those that its prompt lists, and the answer with each of them."""
+    """Return the words that a row allows as its answer, those that its prompt lists, and the answer with each."""
     words = [word for word in row["answers"] if word in row["prompt"]]
     words = words if row["target"] in words and len(words) > 1 else list(row["answers"])
     return words, [row["answer"].rpartition(row["target"])[0] + word for word in words]
@@ -493,7 +495,7 @@ def normalise(answer):
         answer = value
     answer = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", answer).replace(" ", "")
     if not re.search(r"\\frac[^{]?(\\frac|$)", answer):     # \frac12, \frac1{2}; what is no fraction stays as it is
-        answer = re.sub(r"\\frac([^{])(?:\{|(.))", lambda m: f"\\frac{{{m[1]}}}{{" + (m[2] + "}" if m[2] else ""), answer)
+        answer = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", answer))
     fraction = re.fullmatch(r"(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)", "1/2" if answer == "0.5" else answer)
     return "\\frac{%s}{%s}" % fraction.groups() if fraction else answer
 
@@ -614,8 +616,8 @@ TASKS = {task.name: task for task in (
          "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=last_number,
          new_tokens=400, stop=NEXT),
     Task("math", "lm", ("exact_match",), read_instructions, (),     # MetaMath's file, PRM800K's names, or MATH.tar's
-         {"train": ("train.jsonl", "train/*/*.json"), "dev": ("MATH_test.jsonl", "test.jsonl", "test/*/*.json")}, "MATH",
-         (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
+         {"train": ("train.jsonl", "train/*/*.json"), "dev": ("MATH_test.jsonl", "test.jsonl", "test/*/*.json")},
+         "MATH", (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
          new_tokens=1024, stop=NEXT),
     complete("humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
              template=lambda text, more: text, new_tokens=512, stop=CODE),

@@ -88,9 +88,10 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     """Measure the model on one split: {metric name: number}, the task's own metrics.
 
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
-    answer is right: the one extracted, as the task says, from what the model generates, or with score="likelihood" the
-    likeliest of the allowed ones. A list `samples` gets a dict per generated answer. The order of rows and batches is
-    fixed, so the same weights on the same machine give the same numbers.
+    answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
+    of the allowed answers with the highest log-probability (not divided by length: they are about as long). A list
+    `samples` gets a dict per generated text. The order of rows and batches is fixed, so the same weights on the same
+    machine give the same numbers.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -100,7 +101,9 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     if task.kind == "lm":
         result = _perplexity(model, split, bar, device)
         if generate and score == "likelihood":
-            result |= _likelihood(model, split, batch_size, tokenizer, device)
+            likeliest = [words[scores.argmax()] == row["target"]
+                         for row, words, scores in log_likelihoods(model, split, batch_size, tokenizer)]
+            result["accuracy"] = float(np.mean(likeliest))
         elif generate and task.new_tokens:
             result |= _generated(model, task, split, batch_size, tokenizer, device, samples)
     else:
@@ -172,40 +175,34 @@ def _generated(model, task, split, batch_size, tokenizer, device, samples):
     return {task.metrics[0]: hits / len(order)} if scored else {}
 
 
-def _likelihood(model, split, batch_size, tokenizer, device):
-    """Share of rows whose right answer is the likeliest of the allowed ones: by log-probability, and by that over the
-    answer's number of characters (the acc and acc_norm of EleutherAI's evaluation harness).
+def log_likelihoods(model, split, batch_size, tokenizer):
+    """Yield (row, the answers it allows, each one's log-probability (answers,) float32) for all rows, longest first.
 
-    The prompt, and what a row's answers begin with in common, is computed once; each answer goes on from the cache.
+    That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
-    hits = np.zeros(2)
-    order = sorted(range(len(split)), key=lambda i: -split.starts[i])
+    order, device = sorted(range(len(split)), key=lambda i: -split.starts[i]), next(model.parameters()).device
     for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, file=sys.stderr,
                       dynamic_ncols=True, disable=not sys.stderr.isatty()):
-        rows = [split.rows[i] for i in order[start:start + batch_size]]
-        words, texts = zip(*map(data.allowed, rows))
-        answers = [[ids.tolist() for ids in tokenizer.encode(list(text), special=False)[0]] for text in texts]
+        chosen = order[start:start + batch_size]
+        words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
+        answers = [[ids.tolist() for ids in tokenizer.encode(row, special=False)[0]] for row in texts]
         shared = [os.path.commonprefix([ids[:-1] for ids in row]) for row in answers]
-        prompts = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(order[start:], shared)]
-        tokens, mask = (t.to(device) for t in data.pad(prompts, split.pad_id, left=True))
-        (B, T), rest = tokens.shape, max(len(ids) - len(begin) for row, begin in zip(answers, shared) for ids in row) - 1
-        cache = models.Cache(model, B, T + rest)
-        first = model(tokens, mask, torch.arange(1, B + 1, device=device) * T - 1, cache)[:, None]  # (B, 1, V)
+        rest = [[ids[len(begin):] for ids in row] for row, begin in zip(answers, shared)]
+        begun = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(chosen, shared)]
+        tokens, mask = (t.to(device) for t in data.pad(begun, 0, left=True))
+        (B, T), longest = tokens.shape, max(len(ids) for row in rest for ids in row)
+        cache, mask = models.Cache(model, B, T + longest), F.pad(mask, (0, longest), value=True)
+        first = model(tokens, mask[:, :T], torch.arange(1, B + 1, device=device) * T - 1, cache)[:, None]  # (B, 1, V)
         scores = []
-        for k in range(max(map(len, answers))):  # a row with fewer answers repeats its last
-            ids, real = data.pad([row[min(k, len(row) - 1)][len(begin):] for row, begin in zip(answers, shared)], 0)
-            ids, cache.length = ids.to(device), T
-            logits = first
-            if ids.shape[1] > 1:
-                whole = F.pad(mask, (0, ids.shape[1] - 1), value=True)
-                logits = torch.cat((first, model(ids[:, :-1], whole, cache=cache)), 1)
+        for k in range(max(map(len, rest))):  # a row with fewer answers repeats its last
+            ids, real = (t.to(device) for t in data.pad([row[min(k, len(row) - 1)] for row in rest], 0))  # (B, n)
+            cache.length, n, logits = T, ids.shape[1], first
+            if n > 1:
+                logits = torch.cat((first, model(ids[:, :-1], mask[:, :T + n - 1], cache=cache)), 1)
             each = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]  # (B, n)
-            scores.append((each * real.to(device)).sum(1))
-        for row, allowed, score in zip(rows, words, torch.stack(scores, 1).cpu().numpy()):
-            score = score[:len(allowed)]
-            right = allowed.index(row["target"])
-            hits += score.argmax() == right, (score / [len(word) for word in allowed]).argmax() == right
-    return {"accuracy": hits[0] / len(order), "accuracy_norm": hits[1] / len(order)}
+            scores.append((each * real).sum(1))
+        for i, row, score in zip(chosen, words, torch.stack(scores, 1).cpu().numpy()):
+            yield split.rows[i], row, score[:len(row)]
 
 
 def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
@@ -279,7 +276,7 @@ class Encoder:
         self.s, self.task = s, task
         score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
         if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
-            raise SettingError(f"--score likelihood: {task.name} has no list of allowed answers; use --score generation")
+            raise SettingError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
         if task.sample and samples is None:
             raise SettingError(f"{task.name} is scored by another program; name the file for its input by --samples")
         if samples is not None and (score == "likelihood" or not task.new_tokens):
@@ -313,7 +310,8 @@ def evaluate_run(folder, splits=None, **changes):
     `splits` spares reading the data again; the rest is as in `load_run`.
     """
     s, task, encoder, model = load_run(folder, changes)
-    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer, **encoder.scoring)
+    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer,
+                           **encoder.scoring)
 
 
 def load_run(folder, changes):
@@ -689,7 +687,7 @@ def main(argv=None):
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
                         help="score the answers that the model generates, or the likeliest of the allowed ones")
-    parser.add_argument("--samples", metavar="FILE", help="write generated answers there, as a list where it is a .json")
+    parser.add_argument("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
