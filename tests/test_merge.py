@@ -1,12 +1,13 @@
 """Merged checkpoints and model cards: what transformers, PEFT and the Hub's tools make of a run's folder."""
 
+import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_train import checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
@@ -152,7 +153,6 @@ def test_merge_takes_the_dtype_that_is_asked_for(tmp_path):
     (["{run}", "{out}"], "unexpected"), (["{run}", "--adapter", "{run}/adapter"], "its own adapter"),
     (["merge", "{run}", "{file}/out"], "file")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(argv, expected, tmp_path, capsys, short):
-    import shutil
     for name in ("unfinished", "damaged"):
         shutil.copytree(short, tmp_path / name)
     shutil.rmtree(tmp_path / "unfinished" / "adapter")
@@ -229,8 +229,8 @@ def test_no_name_breaks_the_card(name, short, tmp_path):
     assert [line for line in body.splitlines() if line.startswith("#")] == [body.splitlines()[1]]
     assert len(re.findall("^```", body, re.M)) == 2 and body.rstrip().endswith("```")
     (code,) = re.findall(r"^```python\n(.*?)^```", body, re.S | re.M)
-    tree = __import__("ast").parse(code)  # Python that says what was meant
-    values = [node.value for node in __import__("ast").walk(tree) if isinstance(node, __import__("ast").Constant)]
+    tree = ast.parse(code)  # Python that says what was meant
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     assert f"/models/{name}" in values and name in values
     for table in re.findall(r"(?:^\|.*\|\n)+", body, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -250,7 +250,7 @@ def resident():
 
 
 def try_headers(kind, folder):
-    """Runs in a process of its own: load every file of HEADERS as `kind`; prints {case: [error, message, bytes, seconds]}."""
+    """Runs in a process of its own: load every file of HEADERS as `kind`; prints {case: [error, message, bytes, CPU seconds]}."""
     import contextlib
     import hashlib
     import time
@@ -269,14 +269,14 @@ def try_headers(kind, folder):
                 about = json.loads((file.parent / "state.json").read_text())
                 about["sha256"] = hashlib.sha256(HEADERS[case]).hexdigest()
                 (file.parent / "state.json").write_text(json.dumps(about))
-        before, began = resident(), time.time()
+        before, began = resident(), time.process_time()
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 calls[kind]()
             error = None
         except Exception as caught:
             error = caught
-        results[case] = [type(error).__name__, str(error), resident() - before, time.time() - began]
+        results[case] = [type(error).__name__, str(error), resident() - before, time.process_time() - began]
     print(json.dumps(results))
 
 
