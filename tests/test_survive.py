@@ -157,10 +157,10 @@ def test_three_kills_change_nothing(whole, tmp_path):
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes: set SLOW=1 to run it")
 @pytest.mark.parametrize("method", METHODS)
 def test_many_kills_change_nothing(method, whole, tmp_path):
-    """30 kills at moments drawn from a seed: while loading, between steps, in a checkpoint's or the adapter's writing."""
+    """24 kills at moments drawn from a seed: while loading, between steps, in a checkpoint's or the adapter's writing."""
     draw = random.Random(method)
     kills = [draw.choice([("line", draw.randrange(9)), ("part", draw.uniform(0, 0.15)), ("time", draw.uniform(0, 2.5))])
-             for _ in range(30)]
+             for _ in range(24)]
     killed, parts = kill_until_done(method, tmp_path / "run", kills)
     assert killed >= 20 and parts >= 3
     assert_same(outcome(tmp_path / "run"), whole(method))
