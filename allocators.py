@@ -26,7 +26,8 @@ class Allocator:
     """Uniform LoRA, and what every policy starts from: one adapter of the nominal rank per target matrix.
 
     `model` is a frozen model from model.py, `settings` the run's settings (train.Settings), `steps` the number of
-    optimizer steps of the whole run. A policy overrides the methods below where it differs.
+    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout. A
+    policy overrides the methods below where it differs.
     """
 
     held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
@@ -37,13 +38,19 @@ class Allocator:
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
+        started = lora.load_adapter(model, settings.adapter) if settings.adapter else {}  # method lora only
+        if settings.adapter and not started:
+            raise lora.LoraError(f"--adapter {settings.adapter}: there is no matrix with an adapter in it to train")
+        if started:
+            settings.targets = sorted({name.split(".")[-1] for name in started}, key=lora.TARGETS.index)
         self.sites = lora.sites(model, settings.targets)  # (name, block index, kind)
         self.names = [name for name, _, _ in self.sites]
         self.blocks = 1 + max(block for _, block, _ in self.sites)
         self.allocations = 0
-        self.layers = lora.attach(model, self.capacities(), settings.alpha, settings.dropout, nominal=settings.rank,
-                                  scaling=settings.scaling, device=getattr(settings, "device", None))
-        self.device = next(iter(self.layers.values())).A.device
+        device = getattr(settings, "device", None)  # under --shard the weights are still on the CPU
+        self.layers = started or lora.attach(model, self.capacities(), settings.alpha, settings.dropout,
+                                             nominal=settings.rank, scaling=settings.scaling, device=device)
+        self.device = torch.device(device or next(iter(self.layers.values())).A.device)
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
         self.cost = torch.tensor([n_in + n_out for n_out, n_in in sizes], dtype=torch.float64, device=self.device)
         ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]

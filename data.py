@@ -10,6 +10,7 @@
 import csv
 import difflib
 import functools
+import gzip
 import hashlib
 import http.client
 import io
@@ -44,11 +45,14 @@ note = functools.cache(logging.getLogger("data").warning)  # to stderr, each dis
 # -------------------------------------------------------------------------------------------------- text, tables, JSON
 
 def read_text(path):
-    """Return a file's text without byte-order mark. DataError: missing, empty, not UTF-8."""
+    """Return a file's text without byte-order mark, a .gz file's unpacked. DataError: missing, empty, not UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check --data") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: a broken archive ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path} line {line}: byte {error.start} is not UTF-8: convert the file") from None
@@ -90,7 +94,7 @@ def read_json(path):
     for number, part in enumerate(text.split("\n") if one_a_line else [text], 1):
         try:
             value = json.loads(part) if part.strip() else []
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             line = number + getattr(error, "lineno", 1) - 1
             raise DataError(f"{path} line {line}: not JSON ({error}): mend the file") from None
         for row, item in enumerate(value if isinstance(value, list) else [value], 1):
@@ -121,40 +125,43 @@ def cache():
     return Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora")
 
 
-def find_file(task, data, split):
-    """Return a split's file in data/<task.folder> or data, or data itself if it is the user's own file, or None."""
-    data = Path(data)
-    if not task.sources and data.is_file() and data.suffix in {Path(name).suffix for name in task.files[split]}:
-        return data
-    paths = (folder / name for folder in (data / task.folder, data) for name in task.files[split])
-    return next((path for path in paths if path.is_file()), None)
+def find_files(task, data, split):
+    """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits."""
+    data, names = Path(data), task.files.get(split, ())
+    shared = set.intersection(*map(set, task.files.values())) if names else ()
+    if data.is_file() and data.suffix[:5] in {Path(name).suffix[:5] for name in shared}:    # .json is as good as .jsonl
+        return [data]
+    found = (sorted(folder.glob(name)) for folder in (data / task.folder, data) for name in names)
+    return next(filter(None, found), [])
 
 
 def locate(task, data, split):
-    """Return the path of a split's file, fetched into the cache where data is None and it is not there."""
+    """Return the paths of a split's files, fetched into the cache where data is None and they are not there."""
     if data is None and not task.sources:
         raise DataError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
-    if data is None and not find_file(task, cache(), split):
+    if data is None:
         fetch(task, split)
-    path = find_file(task, data or cache(), split)
-    if path is None:
-        remedy = ", or leave it out to fetch the file" if task.sources else " to name a file or its folder"
+    paths = find_files(task, data or cache(), split)
+    if not paths:
+        known = any(wanted in ("", split) for wanted, _, _ in task.sources)
+        remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
         path = Path(data or cache(), task.folder, task.files[split][0])
         raise DataError(f"{path}: no such file: correct --data{remedy}")
-    return path
+    return paths
 
 
 def held_out(task, data, split, rows):
-    """Return a split's rows; of the user's own data without a dev file, 10 % (at most 1,000 rows) are dev.
+    """Return a split's rows; where one file is both training and dev file, 10 % (at most 1,000 rows) are dev.
 
     These are the last rows of instructions, otherwise evenly spread ones: files are often sorted by label.
     """
-    if task.sources or find_file(task, data, "train") != find_file(task, data, "dev"):
+    if find_files(task, data or cache(), "train") != find_files(task, data or cache(), "dev"):
         return rows
     rows, last = list(rows), task.kind == "lm"
     count = min(math.ceil(len(rows) / 10), 1000)
     dev = {len(rows) - 1 - i if last else (2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
-    note(f"{data}: no dev file: {count} of {len(rows)} rows are dev ({'the last' if last else 'evenly spread'})")
+    note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev "
+         f"({'the last' if last else 'evenly spread'})")
     return [row for i, row in enumerate(rows) if (i in dev) == (split != "train")]
 
 
@@ -162,9 +169,10 @@ def fetch(task, split):
     """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place."""
     for wanted, address, sha256 in task.sources:
         path = cache() / task.folder / address.rpartition("/")[2]
-        if wanted not in ("", split) or path.is_file():
+        verb = "unpack" if path.name.endswith((".zip", ".tar.gz")) else "put"
+        there = find_files(task, cache(), split) if verb == "unpack" else path.is_file()
+        if wanted not in ("", split) or there:
             continue
-        verb = "unpack" if path.suffix in (".zip", ".gz") else "put"
         try:
             download(address, path, sha256)
         except (OSError, http.client.HTTPException) as error:
@@ -242,12 +250,12 @@ def read_texts(task, data, split):
 
     MRPC also comes as Microsoft's original file with GLUE's list of the pairs that are dev.
     """
-    path, columns = locate(task, data, split), task.columns
+    (path, *_), columns = locate(task, data, split), task.columns
     original = path.name == "msr_paraphrase_train.txt"
     if original:
         dev_ids = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
     rows = read_json(path) if path.suffix.startswith(".json") else read_table(path, task.header, task.name == "qqp")
-    for where, row in held_out(task, data, split, rows):
+    for where, row in rows if original else held_out(task, data, split, rows):
         if original and ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev_ids) != (split == "dev"):
             continue
         if not columns:
@@ -260,9 +268,26 @@ def read_texts(task, data, split):
 
 
 def read_instructions(task, data, split):
-    """Rows of {instruction, [input], output, [answer]} or {question, answer}: LLM-Adapters, GSM8K, the user's own."""
-    for where, row in held_out(task, data, split, read_json(locate(task, data, split))):
-        yield where, instruction(task, where, row)
+    """Rows of a question and its answer, in one of the layouts that COLUMNS lists."""
+    def rows(paths, skipped=0):
+        for where, row in (pair for path in paths for pair in read_json(path)):
+            row = instruction(task, where, row)
+            if row["answer"].strip():
+                yield where, row
+            elif not task.sources:
+                raise DataError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
+            else:
+                skipped += 1    # Alpaca and UltraFeedback were published with some
+        if skipped:
+            note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
+
+    return held_out(task, data, split, rows(locate(task, data, split)))
+
+
+def read_mbpp(task, data, split):
+    """Task ids 11 to 510 are the test set, says google-research/mbpp's README."""
+    rows = read_instructions(task, data, split)
+    return ((where, row) for where, row in rows if 11 <= get(row["sample"], "task_id", where, int) <= 510)
 
 
 def read_commonsense(task, data, split):
@@ -272,8 +297,8 @@ def read_commonsense(task, data, split):
             yield from read_instructions(TASKS[name], data, "dev")
         return
     parts = [task]
-    if data is not None and not find_file(task, data, split):
-        parts = [TASKS[name] for name in COMMONSENSE if find_file(TASKS[name], data, split)] or parts
+    if data is not None and not find_files(task, data, split):
+        parts = [TASKS[name] for name in COMMONSENSE if find_files(TASKS[name], data, split)] or parts
         note(f"{data}: no commonsense_170k.json: training on train.json of {', '.join(part.name for part in parts)}")
     for part in parts:
         yield from read_instructions(replace(part, answers=None), data, split)
@@ -282,7 +307,7 @@ def read_commonsense(task, data, split):
 def read_arrays(task, data, split):
     """CIFAR-100's binary files; .npz with x_train y_train x_test y_test, or images labels [split: 0 train, 1 test]."""
     embedded = Path(__file__).parent / "assets" / "digits.npz"
-    path = locate(task, embedded if data is None and task.name.startswith("digits") else data, split)
+    path = locate(task, embedded if data is None and task.name.startswith("digits") else data, split)[0]
     keys = ("images", "labels")
     if path.suffix == ".bin":
         raw = np.fromfile(path, np.uint8)
@@ -357,39 +382,122 @@ def prompt(text, extra=""):
     return lead + " request.\n\n### Instruction:\n" + text + extra + "\n\n### Response:\n"
 
 
+def docstring(text, test):
+    """Return MBPP's prompt as bigcode-evaluation-harness and InCoder write it: a docstring with the first test."""
+    return f'"""\n{text}\n{test}\n"""\n'
+
+
+# what asks and what answers: Alpaca, LLM-Adapters, AlpacaEval; GSM8K; MetaMathQA; CodeFeedback; MATH; UltraFeedback as
+# published and binarized; HumanEval; MBPP and its sanitized half
+COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("query", "answer"),
+           ("problem", "solution"), ("instruction", "completions"), ("prompt", "chosen"),
+           ("prompt", "canonical_solution"), ("text", "code"), ("prompt", "code"))
+
+
 def instruction(task, where, row):
-    """Return {prompt, answer} and, where generated answers are scored, {target, choices} of a row with instructions."""
-    asks, says = ("instruction", "output") if "instruction" in row else ("question", "answer")
-    if asks not in row or says not in row:
-        raise DataError(f"{where}: {str([*row])[:200]}: expected instruction, [input], output or question, answer")
-    answer = get(row, says, where)
-    result = {"prompt": prompt(get(row, asks, where), row.get("input") and get(row, "input", where)), "answer": answer}
-    if not answer.strip():
-        raise DataError(f"{where}: {says!r} is empty, there is nothing to learn from: fill or remove the row")
+    """Return {prompt, answer} of a row with instructions; also {target, answers} where generated answers are scored.
+
+    {sample} where another program scores them: the columns that it wants beside the completion.
+    """
+    asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
+    if asks is None:
+        expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
+        raise DataError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
+    extra = row.get("input") and get(row, "input", where)
+    if "test_list" in row:
+        extra = get(dict(enumerate(get(row, "test_list", where, list))), 0, where)
+    answer = best(row, says, where) if isinstance(row[says], list) else get(row, says, where)
+    result = {"prompt": task.template(get(row, asks, where), extra), "answer": answer}
+    if task.sample:
+        result["sample"] = {name: get(row, name, where, (str, int)) for name in task.sample}
     if task.answers is None:
         return result
-    target = get(row, "answer", where) if task.answers else extract_answer(answer.partition("####")[2], ())
-    if target not in (task.answers or [target or None]):
-        expected = " or ".join(task.answers) or "a number after ####"
+    words = task.answers
+    target = words(answer, True) if callable(words) else get(row, "answer", where)
+    if not target or not callable(words) and target not in words:
+        expected = ("a number after ####" if words is last_number else "one in \\boxed{}" if words is final_answer else
+                    " or ".join(words))
         raise DataError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
-    return {**result, "target": target, "choices": task.answers}
+    return {**result, "target": target, "answers": words}
+
+
+def best(row, says, where):
+    """Return the best rated of UltraFeedback's completions ("" of none), or what a conversation's last message says."""
+    parts = [get({says: part}, says, where, dict) for part in row[says]]
+    if says != "completions":
+        return get(parts[-1], "content", where) if parts else ""
+    top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})
+    return str(top.get("response", "")).encode(errors="replace").decode()  # a few have half a surrogate pair
+
+
+def extract_answer(text, answers):
+    """Return the answer in a generated text, "" where there is none.
+
+    answers: words, of which the first that occurs is it, as in LLM-Adapters' evaluation; or a function of the text.
+    """
+    if callable(answers):
+        return answers(text)
+    found = re.search("|".join(map(re.escape, answers)), text)
+    return found.group() if found else ""
+
+
+def allowed(row):
+    """Return the words that a row allows as its answer, those that its prompt lists, and the answer with each."""
+    words = [word for word in row["answers"] if word in row["prompt"]]
+    words = words if row["target"] in words and len(words) > 1 else list(row["answers"])
+    return words, [row["answer"].rpartition(row["target"])[0] + word for word in words]
 
 
 # a minus sign after a digit subtracts; commas belong to a number where they group three digits
 NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
-def extract_answer(text, choices):
-    """Return the answer in a generated text, "" where there is none.
+def last_number(text, reference=False):
+    """Return the last number of a text, without commas, currency and trailing zeros after the point (GSM8K).
 
-    choices: the first of them that occurs, as in LLM-Adapters' evaluation; without choices (GSM8K): the last number,
-    without commas, currency and trailing zeros after the point.
+    reference: GSM8K's own solution, where it stands after ####.
     """
-    if choices:
-        found = re.search("|".join(map(re.escape, choices)), text)
-        return found.group() if found else ""
+    text = text.partition("####")[2] if reference else text
     number = (NUMBER.findall(text.replace("$", "")) or [""])[-1].replace(",", "")
     return number.rstrip("0").rstrip(".") or "0" if "." in number else number
+
+
+def final_answer(text, reference=False):
+    """Return the final answer of a solution to a MATH problem, normalised, "" where there is none.
+
+    It follows the last "The answer is: ", up to a full stop that ends a line, as in MetaMath's eval_math.py; without
+    that phrase, and in MATH's own solutions (reference), it is in the last \\boxed{} or else \\fbox{}, as in the data
+    set's own evaluation, github.com/hendrycks/math.
+    """
+    _, phrase, found = text.rpartition("The answer is: ")
+    if phrase and not reference:
+        return normalise(found.partition(".\n")[0].strip().removesuffix("."))
+    _, box, found = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
+    if box and found.startswith(" "):   # \boxed 2
+        return normalise(found.partition("$")[0])
+    depth = 0
+    for i, character in enumerate(found if box else ""):
+        depth += (character == "{") - (character == "}")
+        if character == "}" and depth == 0:
+            return normalise(found[:i].partition("{")[2])
+    return ""
+
+
+def normalise(answer):
+    """Return LaTeX as math_equivalence.py (github.com/hendrycks/math) compares it: the same answers become equal."""
+    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
+                     ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
+        answer = answer.replace(old, new)
+    answer = answer.partition("\\text{ ")[0].replace("\\%", "").replace("%", "")   # a unit, a percentage
+    answer = re.sub(r"(^|[ {])\.", r"\g<1>0.", answer)
+    name, equals, value = answer.partition("=")
+    if equals and len(name) <= 2 and "=" not in value:
+        answer = value
+    answer = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", answer).replace(" ", "")
+    if not re.search(r"\\frac[^{]?(\\frac|$)", answer):     # \frac12, \frac1{2}; what is no fraction stays as it is
+        answer = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", answer))
+    fraction = re.fullmatch(r"(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)", "1/2" if answer == "0.5" else answer)
+    return "\\frac{%s}{%s}" % fraction.groups() if fraction else answer
 
 
 # --------------------------------------------------------------------------------------------------- the table of tasks
@@ -402,14 +510,18 @@ class Task:
     metrics: tuple                   # the first is the headline
     reader: object                   # reader(task, data, split) yields (where, row)
     labels: tuple = ()               # class names in order; () = find_task finds them in the training rows
-    files: dict = field(default_factory=dict)   # split -> names, the first that is there is read
+    files: dict = field(default_factory=dict)   # split -> names or patterns, the first that is there is read
     folder: str = ""                 # the files' folder in an archive and under --data
     sources: tuple = ()              # (split it is for or "", address, SHA-256 or None = the one first seen)
     columns: tuple = ()              # text, pair or None, label
     header: tuple | None = None      # column names of files without a header line
     span: tuple = (-math.inf, math.inf)         # what a regression's scores lie in
-    answers: tuple | None = None     # lm: what to find in generated text; () = numbers, or as rows say; None = nothing
-    new_tokens: int = 32             # lm: how long a generated answer may get
+    template: object = prompt        # lm: template(question, more) returns the prompt
+    answers: object = None           # lm: what a generated text is searched for: words, or by a function of the text
+    sample: tuple = ()               # lm: columns that belong to a completion which another program scores,
+    output: str = "completion"       # ... and what it calls the completion
+    new_tokens: int = 0              # lm: how long a generated answer may get; 0 = nothing is generated
+    stop: tuple = ()                 # lm: strings that end a generated answer
     eval_splits: tuple = ("dev",)
     base: tuple = (4e-4, 32, 10)     # learning rate, batch size, epochs for hidden size < 1024 (lelora Table 5)
     large: tuple = (3e-4, 16, 10)    # ... from 1024 on (lelora Table 6)
@@ -418,12 +530,15 @@ class Task:
 
 
 FACEBOOK, GITHUB = "https://dl.fbaipublicfiles.com/", "https://raw.githubusercontent.com/"
+HUB = "https://huggingface.co/datasets/"
 ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/main/"
 GSM8K = GITHUB + "openai/grade-school-math/master/grade_school_math/data/"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 BINARY, ENTAIL, DIGITS = ("0", "1"), ("entailment", "not_entailment"), tuple("0123456789")
 TSV = {"train": ("train.tsv",), "dev": ("dev.tsv",)}
+NEXT = ("### Instruction",)          # a model that has answered and goes on with the prompt's template
+CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # what ends a function (Chen et al. 2021, section 3)
 
 
 def own(*suffixes):
@@ -446,7 +561,19 @@ def choose(name, folder, *answers):
     files = {"train": ("train.json",), "dev": ("test.json",)}
     sources = tuple((split, f"{ADAPTERS}dataset/{folder}/{file}", None) for split, (file,) in files.items())
     return Task(name, "lm", ("accuracy",), read_instructions, (), files, folder, sources, answers=answers,
-                max_length=256)
+                new_tokens=32, max_length=256)
+
+
+def tune(name, file, *sources):
+    """Return the row of an instruction tuning set, whose last rows are held out; sources: (address, SHA-256)."""
+    return Task(name, "lm", ("perplexity",), read_instructions, (), {"train": (file,), "dev": (file,)}, name,
+                tuple(("", *source) for source in sources))
+
+
+def complete(name, file, address, sample, reader=read_instructions, **more):
+    """Return the row of a set to generate completions for (eval.py --samples), which another program scores."""
+    return Task(name, "lm", ("perplexity",), reader, (), {"dev": (file, file + ".gz")}, name, (("dev", address, None),),
+                sample=sample, **more)
 
 
 TASKS = {task.name: task for task in (
@@ -483,11 +610,33 @@ TASKS = {task.name: task for task in (
     choose("arc-c", "ARC-Challenge", *ANSWERS),
     choose("obqa", "openbookqa", *ANSWERS),
     Task("commonsense", "lm", ("accuracy",), read_commonsense, (), {"train": ("commonsense_170k.json",)},
-         "ft-training_set", (("train", ADAPTERS + "ft-training_set/commonsense_170k.json", None),), answers=(),
+         "ft-training_set", (("train", ADAPTERS + "ft-training_set/commonsense_170k.json", None),), new_tokens=32,
          max_length=256),
     Task("gsm8k", "lm", ("exact_match",), read_instructions, (), {"train": ("train.jsonl",), "dev": ("test.jsonl",)},
-         "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=(),
-         new_tokens=400),
+         "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=last_number,
+         new_tokens=400, stop=NEXT),
+    Task("math", "lm", ("exact_match",), read_instructions, (),     # MetaMath's file, PRM800K's names, or MATH.tar's
+         {"train": ("train.jsonl", "train/*/*.json"), "dev": ("MATH_test.jsonl", "test.jsonl", "test/*/*.json")},
+         "MATH", (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
+         new_tokens=1024, stop=NEXT),
+    complete("humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
+             template=lambda text, more: text, new_tokens=512, stop=CODE),
+    complete("mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",),
+             reader=read_mbpp, template=docstring, new_tokens=512,
+             stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),
+    complete("alpacaeval", "alpaca_eval.json", HUB + "tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json",
+             ("dataset", "instruction", "generator"), output="output", new_tokens=2048, stop=NEXT),
+    tune("metamathqa", "MetaMathQA-395K.json", (
+        HUB + "meta-math/MetaMathQA/resolve/aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",
+        "fb39a5d8c05c042ece92eae37dfd5ea414a5979df2bf3ad3b86411bef8205725")),
+    tune("codefeedback", "CodeFeedback-Filtered-Instruction.jsonl", (
+        HUB + "m-a-p/CodeFeedback-Filtered-Instruction/resolve/e24e63942ad4450639e16ba318130ab841946916/"
+        "CodeFeedback-Filtered-Instruction.jsonl",
+        "6dd3f7797cd86a7e437de660ad259c50835812f8e309d893f09de77b2ee80063")),
+    tune("ultrafeedback", "*.jsonl", *(     # the revision with the ratings corrected
+        (f"{HUB}openbmb/UltraFeedback/resolve/40b436560ca83a8dba36114c22ab3c66e43f6d5e/{name}.jsonl", None)
+        for name in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"))),
+    tune("alpaca", "alpaca_data.json", (GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None)),
     Task("instructions", "lm", ("perplexity",), read_instructions, (), own(".jsonl", ".json")),
     Task("text-classification", "classify", ("accuracy",), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
     Task("text-regression", "regress", ("pearson", "spearman"), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
@@ -512,11 +661,11 @@ def find_task(name, data=None, labels=None):
         raise DataError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}")
     task = TASKS[name]
     if name == "commonsense":
-        there = tuple(other for other in COMMONSENSE if data and find_file(TASKS[other], data, "dev"))
+        there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
         return replace(task, eval_splits=there or COMMONSENSE)
     if task.kind in ("classify", "image") and not (labels or task.labels):
         found = {row["label"] for _, row in task.reader(task, data, "train")}
-        if task.files and find_file(task, data, "train") == find_file(task, data, "dev"):
+        if task.files and find_files(task, data, "train") == find_files(task, data, "dev"):
             found |= {row["label"] for _, row in task.reader(task, data, "dev")}  # a rare class may be there alone
         labels = sorted(found, key=int if all(re.fullmatch(r"-?\d{1,18}", label) for label in found) else str)
     return replace(task, labels=tuple(labels)) if labels else task
@@ -526,11 +675,13 @@ def read(task, data=None, split="train", limit=0):
     """Return the rows of a split ("train" or one of task.eval_splits), the first `limit` of them unless that is 0.
 
     classify: {text, [pair], label: int}; regress: the same with a float; lm: {prompt, answer} and, where generated
-    answers are scored, {target, choices} for extract_answer; image: {pixels: uint8 (C, H, W), label: int}.
+    answers are scored, {target, answers} for extract_answer; image: {pixels: uint8 (C, H, W), label: int}.
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     if limit < 0:
         raise DataError(f"limit {limit}: a number of rows cannot be negative: use 0 for all of them")
+    if split == "train" and "train" not in (task.files or ["train"]):
+        raise DataError(f"{task.name} has no training set: train on another task, then eval.py RUN --task {task.name}")
     if split not in ("train", "dev", *task.eval_splits):
         raise DataError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
     index, (low, high), rows = {label: i for i, label in enumerate(task.labels)}, task.span, []
@@ -582,16 +733,23 @@ class Tokenizer:
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             "tokenizer_config.json", "config.json", "generation_config.json"))
         names = {**read_settings(path.with_name("special_tokens_map.json")), **names}
+
+        def listed(settings, key):  # an id, or a list of them; some configs say -1 for none
+            value = settings.get(key)
+            return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and 0 <= n < 2**31]
+
         ids = {}
         for kind in ("pad", "bos", "eos", "unk"):
-            name, listed = names.get(f"{kind}_token"), config.get(f"{kind}_token_id")
-            ids[kind] = self.backend.token_to_id(name["content"] if isinstance(name, dict) else name) if name else None
-            if ids[kind] is None:
-                ids[kind] = listed[0] if isinstance(listed, list) else listed
+            name = names.get(f"{kind}_token")
+            name = name.get("content") if isinstance(name, dict) else name
+            found = listed(config, f"{kind}_token_id")
+            if isinstance(name, str):  # no half surrogate pairs, which tokenizers do not take
+                found.insert(0, self.backend.token_to_id(name.encode("utf-8", "replace").decode()))
+            ids[kind] = next((n for n in found if n is not None), None)
         self.bos_id, self.eos_id, self.types = ids["bos"], ids["eos"], config.get("model_type") == "bert"
-        self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None and ids[kind] >= 0), 0)
-        self.eos_ids = sorted({self.eos_id, *np.atleast_1d(config.get("eos_token_id", self.eos_id)).tolist(),
-                               *np.atleast_1d(generation.get("eos_token_id", self.eos_id)).tolist()} - {None})
+        self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
+        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
+        self.eos_ids = sorted(ends - {None})
         # bos where the post-processor begins with it; what it may put at the end would stop a generation there
         self.prefix = [self.bos_id] if self.bos_id in self.backend.encode("").ids[:1] else []
         return self
@@ -615,9 +773,13 @@ class Tokenizer:
         self.backend.no_truncation()
         return ids, types
 
-    def decode(self, ids):
-        """Return the text of generated ids without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids, prompt=()):
+        """Return the text of ids generated after a prompt's ids, without special tokens.
+
+        Decoded together: SentencePiece's decoder drops a space at the start, which indents Python.
+        """
+        before, whole = (self.backend.decode([int(i) for i in part]) for part in (prompt, [*prompt, *ids]))
+        return whole[len(before):]
 
 
 @dataclass
@@ -643,9 +805,12 @@ def image_settings(folder):
     """Return a ViT checkpoint's size, channels (config.json), mean and std (preprocessor_config.json, default 0.5)."""
     config, processor = (read_settings(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-    mean, std = (torch.tensor(processor.get("image_" + key) or [0.5]).float().view(-1, 1, 1) for key in ("mean", "std"))
-    if not {len(mean), len(std)} <= {1, channels} or (std <= 0).any():
+    mean, std = (processor.get("image_" + key) or 0.5 for key in ("mean", "std"))
+    mean, std = (values if isinstance(values, list) else [values] for values in (mean, std))
+    numbers = all(type(n) in (int, float) and abs(n) < 1e6 for n in mean + std)
+    if not numbers or not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
         raise DataError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
+    mean, std = (torch.tensor(values).float().view(-1, 1, 1) for values in (mean, std))
     return dict(size=tuple(size) if isinstance(size, list) else (size, size), channels=channels, mean=mean, std=std)
 
 

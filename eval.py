@@ -2,6 +2,8 @@
 
     python eval.py runs/lora-vit-digits-digits-rot90-0           # a run again: the identical numbers
     python eval.py roberta-base --task cola --data glue/         # an untouched model
+    python eval.py roberta-base --task cola --adapter FOLDER     # an adapter that PEFT made, say
+    python eval.py merge runs/lora-roberta-base-cola-0 merged    # a checkpoint with the adapter in its weights
     python eval.py --plot runs/lalora-minilm-stsb-0              # pictures of a run (needs matplotlib)
 
 The last line on stdout is one JSON object with the result.
@@ -10,6 +12,9 @@ The last line on stdout is one JSON object with the result.
 import argparse
 import json
 import math
+import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,12 +84,14 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 
 
 @torch.no_grad()
-def evaluate(model, task, split, batch_size, tokenizer=None, generate=True):
+def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
     """Measure the model on one split: {metric name: number}, the task's own metrics.
 
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
-    generated answer, extracted as the task says, is the right one. The order of rows and batches is fixed, so the same
-    weights on the same machine give the same numbers.
+    answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
+    of the allowed answers with the highest log-probability (not divided by length: they are about as long). A list
+    `samples` gets a dict per generated text. The order of rows and batches is fixed, so the same weights on the same
+    machine give the same numbers.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -93,8 +100,12 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True):
                disable=not sys.stderr.isatty())
     if task.kind == "lm":
         result = _perplexity(model, split, bar, device)
-        if generate and task.metrics[0] != "perplexity":
-            result |= _generated(model, task, split, batch_size, tokenizer, device)
+        if generate and score == "likelihood":
+            likeliest = [words[scores.argmax()] == row["target"]
+                         for row, words, scores in log_likelihoods(model, split, batch_size, tokenizer)]
+            result["accuracy"] = float(np.mean(likeliest))
+        elif generate and task.new_tokens:
+            result |= _generated(model, task, split, batch_size, tokenizer, device, samples)
     else:
         outputs, labels = [], []
         for indices in bar:
@@ -127,33 +138,81 @@ def _perplexity(model, split, batches, device):
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-def _generated(model, task, split, batch_size, tokenizer, device):
+def _generated(model, task, split, batch_size, tokenizer, device, samples):
     """Share of rows whose generated answer is right, under the task's headline name; rows sorted by prompt length."""
-    hits, new_tokens = 0, 0
+    def stopped(ids):  # the newest tokens decide, each of which is a character or more
+        texts = tokenizer.backend.decode_batch(ids[:, -1 - max(map(len, task.stop)):].tolist())
+        return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
+
+    hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
+    scored = "target" in split.rows[0]
     order = sorted(range(len(split)), key=lambda i: -split.starts[i])
     with tqdm(total=len(order), desc="generating", unit="row", leave=False, file=sys.stderr, dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start:start + batch_size]
             tokens, mask = (t.to(device) for t in data.prompts(split, indices))
-            output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id)
+            output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
+                                     stopped if task.stop else None)
             for i, ids in zip(indices, output.tolist()):
-                row = split.rows[i]
-                new_tokens += next((n for n, token in enumerate(ids, 1) if token in tokenizer.eos_ids), len(ids))
-                hits += data.extract_answer(tokenizer.decode(ids), row["choices"]) == row["target"]
+                row, prompt = split.rows[i], split.tokens[i][:split.starts[i]]
+                ids = ids[:next((n for n, token in enumerate(ids) if token in ends), len(ids))]
+                new_tokens += len(ids)
+                text = tokenizer.decode(ids, prompt)
+                text = text[:min((text.find(stop) for stop in task.stop if stop in text), default=len(text))]
+                written[i] = row.get("sample", {"prompt": row["prompt"]}) | {task.output: text}
+                if scored:
+                    found = data.extract_answer(text, row["answers"])
+                    hits += found == row["target"]
+                    written[i] |= {"answer": found, "target": row["target"]}
             bar.update(len(indices))
             rate = new_tokens / bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{task.metrics[0]} {hits / bar.n:.3f}, {rate:.0f} tokens/s", refresh=False)
-    return {task.metrics[0]: hits / len(order)}
+            bar.set_postfix_str((f"{task.metrics[0]} {hits / bar.n:.3f}, " if scored else "") + f"{rate:.0f} tokens/s",
+                                refresh=False)
+    print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+    if samples is not None:
+        samples += [written[i] for i in sorted(written)]
+    return {task.metrics[0]: hits / len(order)} if scored else {}
 
 
-def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True):
+def log_likelihoods(model, split, batch_size, tokenizer):
+    """Yield (row, the answers it allows, each one's log-probability (answers,) float32) for all rows, longest first.
+
+    That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
+    """
+    order, device = sorted(range(len(split)), key=lambda i: -split.starts[i]), next(model.parameters()).device
+    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, file=sys.stderr,
+                      dynamic_ncols=True, disable=not sys.stderr.isatty()):
+        chosen = order[start:start + batch_size]
+        words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
+        answers = [[ids.tolist() for ids in tokenizer.encode(row, special=False)[0]] for row in texts]
+        shared = [os.path.commonprefix([ids[:-1] for ids in row]) for row in answers]
+        rest = [[ids[len(begin):] for ids in row] for row, begin in zip(answers, shared)]
+        begun = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(chosen, shared)]
+        tokens, mask = (t.to(device) for t in data.pad(begun, 0, left=True))
+        (B, T), longest = tokens.shape, max(len(ids) for row in rest for ids in row)
+        cache, mask = models.Cache(model, B, T + longest), F.pad(mask, (0, longest), value=True)
+        first = model(tokens, mask[:, :T], torch.arange(1, B + 1, device=device) * T - 1, cache)[:, None]  # (B, 1, V)
+        scores = []
+        for k in range(max(map(len, rest))):  # a row with fewer answers repeats its last
+            ids, real = (t.to(device) for t in data.pad([row[min(k, len(row) - 1)] for row in rest], 0))  # (B, n)
+            cache.length, n, logits = T, ids.shape[1], first
+            if n > 1:
+                logits = torch.cat((first, model(ids[:, :-1], mask[:, :T + n - 1], cache=cache)), 1)
+            each = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]  # (B, n)
+            scores.append((each * real).sum(1))
+        for i, row, score in zip(chosen, words, torch.stack(scores, 1).cpu().numpy()):
+            yield split.rows[i], row, score[:len(row)]
+
+
+def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
     """Measure the model on {split name: Split}; with several splits each metric gets the split's name as suffix.
 
     The headline without suffix is then that of the split "dev" (MNLI: matched), or else the mean over the splits
     (commonsense: over the tasks).
     """
-    each = {name: evaluate(model, task, split, batch_size, tokenizer, generate) for name, split in splits.items()}
+    each = {name: evaluate(model, task, split, batch_size, tokenizer, generate, score, samples)
+            for name, split in splits.items()}
     if len(each) == 1:
         return next(iter(each.values()))
     metrics = next(iter(each.values())).keys()
@@ -209,10 +268,21 @@ def check_device(device):
 
 
 class Encoder:
-    """Turns rows into Splits with the tokenizer or the image settings of the run's model."""
+    """Turns rows into Splits with the tokenizer or the image settings of the run's model.
+
+    `scoring` is how the settings have answers scored, keyword arguments of `evaluate`; SettingError if that cannot be.
+    """
 
     def __init__(self, s, task):
         self.s, self.task = s, task
+        score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
+        if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
+            raise SettingError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
+        if task.sample and samples is None:
+            raise SettingError(f"{task.name} is scored by another program; name the file for its input by --samples")
+        if samples is not None and (score == "likelihood" or not task.new_tokens):
+            raise SettingError(f"--samples: --task {task.name} --score {score} generates no text; leave it out")
+        self.scoring = {"score": score, "samples": samples}
         config, self.folder = models.find_config(s.model, s.init_weights)
         self.tokenizer = self.image = None
         if task.kind != "image":
@@ -230,7 +300,7 @@ class Encoder:
 
     def evaluation(self):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
-        length = None if self.task.kind == "lm" and self.task.answers is not None else self.s.max_length
+        length = None if self.task.new_tokens else self.s.max_length
         return {name: data.encode(self.task, data.read(self.task, self.s.data, name, self.s.limit_eval), self.tokenizer,
                                   length, self.image) for name in self.task.eval_splits}
 
@@ -239,8 +309,18 @@ def evaluate_run(folder, splits=None, shard=None, **changes):
     """Evaluate what a run folder holds, on a freshly loaded base model: {metric: number}.
 
     `splits` spares reading the data again; `shard(model, device)` spreads a model over the processes of a run, all of
-    which then call this; `changes` replace settings of the run, such as device, batch_size or data.
-    Raises SettingError when the folder is not a finished run.
+    which then call this; the rest is as in `load_run`.
+    """
+    s, task, encoder, model = load_run(folder, changes, shard)
+    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer,
+                           **encoder.scoring)
+
+
+def load_run(folder, changes, shard=None):
+    """A run folder's (settings, task, Encoder, model): a freshly loaded base with the run's adapter, or its own model.
+
+    `changes` replace settings of the run, such as device, batch_size or data. Raises SettingError when the folder is
+    not a finished run.
     """
     folder = Path(folder)
     s, labels = read_run(folder, changes)
@@ -260,7 +340,7 @@ def evaluate_run(folder, splits=None, shard=None, **changes):
             shard(model, s.device)
     else:
         raise SettingError(f"{folder}: neither adapter/ nor model/ in it; did the run finish?")
-    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer)
+    return s, task, encoder, model
 
 
 def read_run(folder, changes=None):
@@ -277,6 +357,113 @@ def read_run(folder, changes=None):
         raise SettingError(f"{file}: not found; name the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{file}: not the settings of a run ({error!r}); run the training again") from None
+
+
+def save_model(model, encoder, folder):
+    """Write the plain model as a whole checkpoint folder, with its base's tokenizer or image processor."""
+    raw = model.config.raw
+    if model.head_kind == "classify" and encoder.tokenizer and raw.get("pad_token_id") is None:
+        raw["pad_token_id"] = encoder.tokenizer.pad_id  # without it transformers' decoders classify one text at a time
+    models.save(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                 "preprocessor_config.json", "generation_config.json"):
+        if encoder.folder and (encoder.folder / name).is_file():
+            shutil.copy(encoder.folder / name, folder)
+
+
+def merge(folder, out, changes):
+    """Write a run's model, the adapter added into its weights, as the checkpoint folder `out`; returns its path.
+
+    It has the run's dtype unless `changes` (see `load_run`) say otherwise. Matrices are merged in place and one at a
+    time, so memory holds the weights once. `out` appears whole or not at all.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out}: exists and is not empty; choose another folder or remove it")
+    _, _, encoder, model = load_run(folder, {"device": "cpu"} | changes)
+    for layer in lora.adapters(model).values():
+        layer.merge()
+    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        save_model(model, encoder, beside)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- model card
+
+AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
+        "image": ("AutoModelForImageClassification", "image-classification"),
+        "classify": ("AutoModelForSequenceClassification", "text-classification"),
+        "regress": ("AutoModelForSequenceClassification", "text-classification")}
+
+
+def write_cards(folder):
+    """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload."""
+    folder = Path(folder)
+    part = "adapter" if (folder / "adapter").is_dir() else "model"
+    for place, path in ((folder, part), (folder / part, ".")):
+        (place / "README.md").write_text(card(folder, path), encoding="utf-8", errors="backslashreplace")
+
+
+def card(folder, path):
+    """A run's model card: Markdown with the Hub's front matter. `path` is where its code finds the adapter or model.
+
+    Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
+    """
+    folder, (s, labels) = Path(folder), read_run(folder)
+    log, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")[-1]
+    kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
+    lines = ["---"] + [f"base_model: {json.dumps(base)}"] * bool(on_hub)  # the Hub refuses names that are not its own
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[kind][1]}", "tags:"]
+    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(["lora"] * adapter + [s.method, s.task])] + ["---", ""]
+    name = " ".join((base if on_hub else Path(base).name).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
+    lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
+
+    before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
+    rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
+    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
+    size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
+    lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
+    shown = ("seed", "rank", "alpha", "dropout", "scaling", "lr", "schedule", "warmup", "weight_decay", "batch_size",
+             "accumulate", "epochs", "max_length", "dtype")
+    rows = [[key, getattr(s, key, None)] for key in shown]
+    lines += _table(["setting", "value"], [row for row in rows if row[1] is not None])
+    if ranks["ranks"]:
+        grid, kinds = _grid(ranks["ranks"])
+        rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
+        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], rows)
+    if adapter and s.init_weights == "random":
+        return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
+    return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
+
+
+def _loading_code(s, labels, kind, base, adapter, path):
+    """Lines of Python that load the adapter with PEFT, or the model with transformers."""
+    auto, text = AUTO[kind][0], kind != "image"
+    lines = [f"from transformers import {auto}" + ", AutoTokenizer" * text]
+    if adapter:
+        base = str(models.resolve(base)) if base == "vit-digits" else base
+        options = {"lm": "", "regress": ", num_labels=1, ignore_mismatched_sizes=True"}.get(
+            kind, f", id2label={dict(enumerate(labels))!a}, ignore_mismatched_sizes=True")
+        lines += ["from peft import PeftModel", "", f"base = {json.dumps(base)}",
+                  f'model = {auto}.from_pretrained(base, dtype="{s.dtype}"{options})',
+                  f'model = PeftModel.from_pretrained(model, "{path}").eval()  # or where you put these files']
+    else:
+        lines += ["", f'base = "{path}"  # or where you put these files', f"model = {auto}.from_pretrained(base)"]
+    if text:
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(base)",
+                  "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
+                  "model.config.pad_token_id = tokenizer.pad_token_id"]
+    return lines
+
+
+def _table(head, rows):
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def summary(metrics):
@@ -312,7 +499,7 @@ def plot(folder):
     if "omega" in ranks[-1]:
         pictures["choices.png"] = _plot_omega(plt, ranks)
     for name, figure in pictures.items():
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
     return [folder / name for name in pictures]
@@ -486,12 +673,26 @@ def to_json(value, indent=None):
     return json.dumps(clean(value), indent=indent)
 
 
+def report(s, metrics, path, samples, generator):
+    """Write the samples, if they are asked for, to `path`, and print the result as one line of JSON."""
+    if path:
+        samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
+        text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
+
+
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
-    parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]")
+    parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
+    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model with its adapter to OUT")
     parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
-    parser.add_argument("--task", metavar="X", help="task of an untouched model (a run knows its own)")
+    parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
+    parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
+    parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
+                        help="score the answers that the model generates, or the likeliest of the allowed ones")
+    parser.add_argument("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
@@ -501,10 +702,22 @@ def main(argv=None):
                         help="the model's; default: the run's, else float32")
     parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that the checkpoint lacks")
     args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("what", "task", "plot")}
+    own = ("what", "places", "task", "adapter", "samples", "plot")
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
+    if args.samples:
+        given["samples"] = []
+        if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
+            raise SettingError(f"--samples {args.samples}: no file can be there; name another place")
     for name, least in (("limit_eval", 0), ("batch_size", 1), ("max_length", 1)):
         if given.get(name, least) < least:
             raise SettingError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
+    if args.places or args.what == "merge":
+        if args.what != "merge":
+            parser.error(f"unexpected {' '.join(args.places)}")
+        if len(args.places) != 2 or args.task or args.adapter or args.plot or given.keys() - {"device", "dtype"}:
+            parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
+        print(to_json({"merged": str(merge(*args.places, given))}))
+        return
     if args.plot:
         print(to_json({"plots": [str(path) for path in plot(args.what)]}))
         return
@@ -512,10 +725,14 @@ def main(argv=None):
         s, _ = read_run(args.what)
         if args.seed is not None:
             raise SettingError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
+        if args.adapter is not None:
+            raise SettingError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
         if args.task not in (None, s.task):
-            raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+            if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
+                raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+            s.task, given = args.task, {"task": args.task, "data": None} | given
         metrics = evaluate_run(args.what, **given)
-        print(to_json({"task": s.task, "method": s.method, "model": s.model, "seed": s.seed, **metrics}))
+        report(s, metrics, args.samples, given.get("samples"), Path(args.what).resolve().name)
         return
     if args.task is None:
         raise SettingError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
@@ -525,9 +742,11 @@ def main(argv=None):
         "max_length": task.max_length, "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": "float32",
         "init_weights": "checkpoint"} | given)
     check_device(s.device)
-    encoder, model = Encoder(s, task), load_model(s, task)
-    metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer)
-    print(to_json({"task": task.name, "method": None, "model": s.model, "seed": s.seed, **metrics}))
+    encoder, model = Encoder(s, task), load_model(s, task, adapted=args.adapter is not None)
+    if args.adapter is not None:
+        lora.load_adapter(model, args.adapter)
+    metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer, **encoder.scoring)
+    report(s, metrics, args.samples, given.get("samples"), Path(args.what).name)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,13 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)
-        if self.merged:
-            return y
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (..., R)
-        return y + F.linear(h * (self.scale * self.gate).to(x.dtype), self.B.to(x.dtype))
+        flat = x.flatten(0, -2)  # (N, in)
+        y = self.linear.forward(flat)
+        if not self.merged:
+            h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
+            # B^T is made contiguous since the products of the backward pass are 3 times as fast with it on a CPU
+            y.addmm_(h, (self.B * (self.scale * self.gate)).T.to(x.dtype).contiguous())  # in place: y is read once
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def delta(self):
@@ -67,12 +69,12 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def factors(self):
-        """The difference to the original W as (A (r, in), B (out, r)) float32 with B A = difference, scale folded in.
+        """The difference to the original W as (A (r, in), B (out, r)) float32 with `scale` B A = difference.
 
         Components that are gated off are left out. A layer that trains W's own components (`start` is set) gives
         B A - B0 A0 over the components that have moved: twice as many factors, at most the matrix's own rank.
         """
-        A, B = self.A.detach(), self.B.detach() * (self.scale * self.gate)
+        A, B = self.A.detach(), self.B.detach() * self.gate
         if self.start is None:
             kept = (self.gate * torch.ones_like(A[:, 0])) != 0
             return A[kept], B[:, kept]
@@ -196,15 +198,18 @@ class AdamW(torch.optim.Optimizer):
             if hasattr(self, "found_inf"):  # as torch's fused AdamW: 1 = this step's gradients are bad, nothing moves
                 active = torch._foreach_mul(active, 1 - self.found_inf)
             step, m, v = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
-            torch._foreach_add_(step, active)
-            for a, g, m_, v_ in zip(active, grads, m, v):  # a = 0 leaves m and v as they are
-                m_.lerp_(g, a * (1 - beta1))
-                v_.lerp_(g * g, a * (1 - beta2))
+            torch._foreach_add_(step, active)  # a = 0 leaves step, m, v and p as they are
+            torch._foreach_lerp_(m, grads, torch._foreach_mul(active, 1 - beta1))
+            torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), torch._foreach_mul(active, 1 - beta2))
             clock = torch._foreach_clamp_min(step, 1)  # a component that never moved: 0 / 0 otherwise
-            correct1, correct2 = torch._foreach_pow(beta1, clock), torch._foreach_pow(beta2, clock)
-            for p, a, m_, v_, c1, c2 in zip(params, active, m, v, correct1, correct2):
-                update = m_ / (1 - c1) / ((v_ / (1 - c2)).sqrt() + group["eps"])
-                p.sub_((update + group["weight_decay"] * p) * (a * group["lr"]))
+            correct1, correct2 = ([1 - c for c in torch._foreach_pow(beta, clock)] for beta in (beta1, beta2))
+            size = torch._foreach_sqrt(v)
+            torch._foreach_div_(size, torch._foreach_sqrt(correct2))
+            torch._foreach_add_(size, group["eps"])
+            update, rate = torch._foreach_div(m, size), torch._foreach_mul(active, group["lr"])
+            torch._foreach_mul_(update, torch._foreach_div(rate, correct1))
+            torch._foreach_mul_(params, [1 - r for r in torch._foreach_mul(rate, group["weight_decay"])])
+            torch._foreach_sub_(params, update)
 
 
 # ---------------------------------------------------------------------------------------------- adapter files
@@ -213,33 +218,33 @@ class AdamW(torch.optim.Optimizer):
 def save_adapter(model, folder, base, task_type=None, head=True):
     """Write the adapters of `model` in PEFT's layout into `folder`, which appears whole or not at all.
 
-    Gates and scales are folded into B, so a file is plain LoRA whatever policy made it, of scale 1:
-    `alpha_pattern` equals `rank_pattern`. Matrices without active components are left out. `base` is the base model's
-    Hub id or path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as modules_to_save.
-    Source of the layout: PEFT's LoraConfig and its saved files.
+    Gates are folded into B, so a file is plain LoRA whatever policy made it; scales stay in alpha_pattern, so that
+    training can go on from it. Matrices without active components are left out. `base` is the base model's Hub id or
+    path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
+    modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
     """
-    tensors, rank_of = {}, {}
+    tensors, rank_of, alpha_of, dropout = {}, {}, {}, 0.0
     for name, layer in adapters(model).items():
         A, B = layer.factors()
         if len(A) == 0:
             continue
         path = model.hf_name(name, module=True)
-        rank_of[path] = len(A)
+        rank_of[path], alpha_of[path], dropout = len(A), layer.scale * len(A), layer.dropout
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous().cpu()
     heads = set()
     if head:
-        for name, value in model.head.named_parameters(prefix="head"):
+        for name in whole_parts(model):
             path = model.hf_name(name, module=True)
-            heads.add(path.split(".")[0])
-            tensors[f"base_model.model.{path}"] = value.detach().contiguous().cpu()
-    r = max(rank_of.values(), default=1)
+            heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
+            tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
+    r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
+        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
-        "alpha_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
+        "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
     }
     folder = Path(folder)
@@ -270,11 +275,18 @@ def sync(path):
         os.close(handle)
 
 
+def whole_parts(model):
+    """Names of the parameters that an adapter file holds whole: the head's, and a pooler's that the base lacks."""
+    head = [name for name, _ in model.head.named_parameters(prefix="head")]
+    return head + [name for name in model.fresh if name.startswith("pooler.")]
+
+
 def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
-    Reads rank_pattern, alpha_pattern, rsLoRA, dropout and modules_to_save. Raises LoraError for a file that is
-    missing, damaged, does not fit the model, or uses a PEFT feature that this project does not have.
+    The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
+    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises
+    LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     folder = Path(folder)
     config = _adapter_config(folder / "adapter_config.json")
@@ -283,13 +295,14 @@ def load_adapter(model, folder):
         tensors = load_file(file)
     except FileNotFoundError:
         raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
         raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
     prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
-    heads = {model.hf_name(name): value for name, value in model.head.named_parameters(prefix="head")}
-    fresh = [name for name in model.fresh if name.startswith("head.") and model.head_kind == "classify"]
+    whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
+    heads = {model.hf_name(name): model.get_parameter(name) for name in whole}
+    fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
         path = key.removeprefix(prefix).replace(".default", "")
@@ -297,10 +310,10 @@ def load_adapter(model, folder):
         if match and match[1] in names:
             found.setdefault(match[1], {})[match[2]] = tensor
         elif path in heads and heads[path].shape == tensor.shape:
-            heads[path].data = tensor.to(heads[path])
+            heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
         else:
-            raise LoraError(f"{file}: tensor {key} {list(tensor.shape)} fits nothing in this {model.family} model; "
+            raise LoraError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
                             "is it the adapter's base model, with the same number of labels?")
     if untrained:
         raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
@@ -332,7 +345,7 @@ def _adapter_config(file):
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoraError(f"{file}: not found; name a folder with a PEFT adapter") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError(f"{file}: not valid JSON ({error})") from None
     defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False}
     if not isinstance(config, dict):
@@ -340,15 +353,20 @@ def _adapter_config(file):
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("use_dora", "fan_in_fan_out", "layers_to_transform", "trainable_token_indices", "lora_bias"):
+    for key in ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+                "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
         if config.get(key):
-            raise LoraError(f"{file}: {key} is not supported")
+            raise LoraError(f"{file}: {key} is not supported, only plain LoRA is")
+    start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
+    if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
+        raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
+                        "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
     if config.get("bias", "none") != "none":
         raise LoraError(f"{file}: bias {config['bias']!r} is not supported; only none is")
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
-    if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
         raise LoraError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
     return config
 
@@ -359,6 +377,6 @@ def _pattern(patterns, path, default):
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise LoraError(f"adapter_config.json: alpha_pattern {pattern!r} is no regular expression ({error})") from None
     return default

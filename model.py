@@ -119,7 +119,7 @@ def read_config(folder):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
-    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise ModelError(f"{path}: not a JSON object ({error}); download it again") from None
     return normalise(raw, path)
 
@@ -129,15 +129,18 @@ def normalise(raw, path):
     def refuse(key, expected):
         raise ModelError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
 
-    def get(key, default=None, low=1, high=math.inf, kind=int):
+    def get(key, default=None, low=1, high=2**20, kind=int):
         value = default if raw.get(key) is None else raw[key]
         if not isinstance(value, (int, kind)) or isinstance(value, bool) or not low <= value <= high:
             refuse(key, f"{kind.__name__} from {low} to {high}")
         return value
 
     family = raw.get("model_type")
-    if family not in CLASSES:
+    if not isinstance(family, str) or family not in CLASSES:
         refuse("model_type", f"one of {', '.join(CLASSES)}")
+    for key, kind in {"architectures": list, "id2label": dict}.items():
+        if not isinstance(raw.get(key) or kind(), kind):
+            refuse(key, f"a {kind.__name__}")
     text, vit, qwen = family in ("bert", "roberta"), family == "vit", family in ("qwen2", "qwen3")
     decoder = not (text or vit)
     for key, only in {"position_embedding_type": "absolute", "is_decoder": False, "partial_rotary_factor": 1.0,
@@ -145,7 +148,7 @@ def normalise(raw, path):
         if raw.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
 
-    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
+    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
     kv_heads = get("num_key_value_heads", heads) if decoder else heads
     head_dim = {"qwen3": 128, "gemma": 256}.get(family, hidden // heads)
     head_dim = get("head_dim", head_dim) if decoder else head_dim
@@ -155,7 +158,7 @@ def normalise(raw, path):
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("silu" if decoder else "gelu")
     if family == "gemma" and activation in ("gelu", "silu"):  # its first releases say "gelu" and mean the tanh form
         activation = "gelu_pytorch_tanh"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
 
     # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
@@ -163,31 +166,32 @@ def normalise(raw, path):
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0, **(rope if isinstance(rope, dict) else {"type": rope})}
     rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
     numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
-    if decoder and not (all(isinstance(n, (int, float)) and n > 0 for n in numbers)
+    if decoder and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
                         and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
         raise ModelError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
                          + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
 
     window = None
     if family == "mistral" and raw.get("sliding_window", 4096) or qwen and raw.get("use_sliding_window"):
-        window = get("sliding_window", 4096)
+        window = get("sliding_window", 4096, high=2**31)
     first = get("max_window_layers", 28, 0) if qwen else 0
     kinds = qwen and raw.get("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(layers)]
-    if len(kinds) != layers:
+    if not isinstance(kinds, list) or len(kinds) != layers:
         refuse("layer_types", f"{layers} entries, one per layer")
     image, patch = (tuple(size) if isinstance(size, list) else (size, size)
                     for size in (raw.get("image_size", 224), raw.get("patch_size", 16)))
-    if vit and not all(isinstance(n, int) and 0 < p <= n for n, p in zip(image, patch)):
+    if vit and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
+                                                          for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
     bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
-    dropout = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float)
+    dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
     return Config(
-        family=family, vocab_size=0 if vit else get("vocab_size"), hidden_size=hidden, layers=layers, heads=heads,
-        intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
+        family=family, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden, layers=layers,
+        heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
         max_positions=get("max_position_embeddings", low=3) if text else 0,
         type_vocab_size=get("type_vocab_size", 2) if text else 0,
-        pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else raw.get("pad_token_id"),
+        pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
         num_labels=len(raw.get("id2label") or ()) or get("num_labels", 2), activation=activation,
         norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if decoder else get("layer_norm_eps", 1e-12, 0, kind=float),
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
@@ -200,21 +204,68 @@ def normalise(raw, path):
         image_size=(get("num_channels", 3), *image), patch_size=patch)
 
 
-def attention(q, k, v, mask, causal, dropout):
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b by oneDNN, of frozen W and b: on CPUs where MKL is slow in float32 (AMD), twice as fast as F.linear."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):  # reads W^T in place
+        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].T, None, "none", [], ""), None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear that takes the faster product on a CPU in float32 while it is frozen; compiled code has its own."""
+
+    def forward(self, x):
+        if (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
+                and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)):
+            return FrozenProduct.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def dropout(x, p):
+    """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
+    if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    keep = bits[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep * torch.tensor(1 / (1 - p), dtype=x.dtype))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+def attention(q, k, v, mask, causal, p):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
     Each key/value head serves H / G query heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with
     repeated k and v; CUDA: the flash kernel). CUDA's masked kernels know no groups and would fall back to slow generic
     code, so there k and v are repeated. A single query token needs neither: its heads become the rows of one query.
+    In training the CPU's kernel is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
     """
     (B, H, T, D), G, grouped = q.shape, k.shape[1], {}
+    plain = q.device.type == "cpu" and torch.is_grad_enabled() and (p > 0 or q.dtype == torch.bfloat16)
     if G < H and T == 1:
         q, causal = q.reshape(B, G, H // G, D), False
-    elif G < H and mask is None:
+    elif G < H and mask is None and not plain:
         grouped["enable_gqa"] = True
     elif G < H:
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, **grouped)
+    if plain:
+        scores = (q * D ** -0.5) @ k.mT  # (B, H, T, S)
+        seen = torch.ones(T, T, dtype=torch.bool).tril() if causal else mask
+        if seen is not None:
+            scores = scores + torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+        y = dropout(scores.softmax(-1), p) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, **grouped)
     return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -261,21 +312,24 @@ class Transformer(nn.Module):
 class EncoderBlock(nn.Module):
     """Block of bert and roberta (norms after the residual sums) and of vit (norms before attention and MLP)."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
-        D, bias = config.hidden_size, config.qkv_bias
-        self.query, self.key, self.value = (nn.Linear(D, D, bias=bias) for _ in range(3))
-        self.out = nn.Linear(D, D)
+        D, bias, self.last = config.hidden_size, config.qkv_bias, index == config.layers - 1
+        self.query, self.key, self.value = (Linear(D, D, bias=bias) for _ in range(3))
+        self.out = Linear(D, D)
         self.norm1, self.norm2 = (nn.LayerNorm(D, eps=config.norm_eps) for _ in range(2))
-        self.up, self.down = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.up, self.down = Linear(D, config.intermediate_size), Linear(config.intermediate_size, D)
+        self.dropout = Dropout(config.hidden_dropout)
         self.attention_dropout, self.head_dim = config.attention_dropout, config.head_dim
         self.activation = ACTIVATIONS[config.activation]
         self.norm_first = config.family == "vit"
 
-    def forward(self, x, mask=None):  # x (B, T, D), mask (B, 1, 1, T)
+    def forward(self, x, mask=None):  # x (B, T, D), mask (B, 1, 1, T) -> (B, T, D), the last block (B, 1, D)
         y = self.norm1(x) if self.norm_first else x
-        q, k, v = (split_heads(project(y), self.head_dim) for project in (self.query, self.key, self.value))
+        k, v = split_heads(self.key(y), self.head_dim), split_heads(self.value(y), self.head_dim)
+        if self.last:  # the heads read the first token only
+            x, y = x[:, :1], y[:, :1]
+        q = split_heads(self.query(y), self.head_dim)
         y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0)
         x = x + self.dropout(self.out(y))
         x = x if self.norm_first else self.norm1(x)
@@ -289,9 +343,9 @@ class RobertaHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.num_labels)
+        self.dropout = Dropout(config.classifier_dropout)
 
     def forward(self, x):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
@@ -314,11 +368,11 @@ class Encoder(Transformer):
         self.embed, self.positions, self.types = (
             nn.Embedding(rows, D) for rows in (config.vocab_size, config.max_positions, config.type_vocab_size))
         self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.dropout, self.pooled_dropout = nn.Dropout(config.hidden_dropout), nn.Dropout(config.classifier_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
         if config.family == "bert":
-            self.pooler = nn.Linear(D, D)
-        self.head = nn.Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
+            self.pooler = Linear(D, D)
+        self.head = Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
         # roberta counts positions from pad_id + 1
         self.max_length = config.max_positions - (config.pad_id + 1 if config.family == "roberta" else 0)
 
@@ -395,11 +449,11 @@ class DecoderBlock(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         D, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-        self.query = nn.Linear(D, config.heads * dim, bias=config.qkv_bias)
-        self.key, self.value = (nn.Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
-        self.out = nn.Linear(config.heads * dim, D, bias=config.out_bias)
-        self.gate, self.up = (nn.Linear(D, inner, bias=config.mlp_bias) for _ in range(2))
-        self.down = nn.Linear(inner, D, bias=config.mlp_bias)
+        self.query = Linear(D, config.heads * dim, bias=config.qkv_bias)
+        self.key, self.value = (Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
+        self.out = Linear(config.heads * dim, D, bias=config.out_bias)
+        self.gate, self.up = (Linear(D, inner, bias=config.mlp_bias) for _ in range(2))
+        self.down = Linear(inner, D, bias=config.mlp_bias)
         self.norm1, self.norm2 = RMSNorm(D, config), RMSNorm(D, config)
         qk_norm = config.family == "qwen3"
         self.query_norm, self.key_norm = (RMSNorm(dim, config) if qk_norm else nn.Identity() for _ in range(2))
@@ -449,7 +503,7 @@ class Decoder(Transformer):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size if head == "lm" else config.num_labels, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size if head == "lm" else config.num_labels, bias=False)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens, mask=None, positions=None, cache=None, position_ids=None, right_padded=False):
@@ -498,10 +552,10 @@ class ViT(Transformer):
         self.patch = nn.Conv2d(channels, D, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.positions = nn.Parameter(torch.zeros(1, (height // patch[0]) * (width // patch[1]) + 1, D))
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.dropout = Dropout(config.hidden_dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.head = nn.Linear(D, config.num_labels)
+        self.head = Linear(D, config.num_labels)
 
     def forward(self, pixels):
         """pixels (B, C, H, W) float, normalised -> (B, num_labels); raises ModelError for another image size."""
@@ -524,7 +578,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     """
     config, folder = find_config(name, weights)
     kind = {"bert": Encoder, "roberta": Encoder, "vit": ViT}.get(config.family, Decoder)
-    saved_as = (config.raw.get("architectures") or [""])[0]
+    saved_as = str((config.raw.get("architectures") or [""])[0])
     head = head or ("lm" if kind is Decoder and not saved_as.endswith("Classification") else "classify")
     if head not in (["classify", "lm"] if kind is Decoder else ["classify"]):
         raise ModelError(f"model '{name}': a {config.family} model has no head '{head}', only classify"
@@ -584,7 +638,7 @@ def weight_files(folder, config):
         raise ModelError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not a checkpoint index ({type(error).__name__}); download it again") from None
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or not (folder / name).is_file():
@@ -625,6 +679,10 @@ def read_weights(model, folder, dtype, device, mapped=False):
                     missing.remove(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: damaged or truncated ({error}); download it again") from None
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            raise ModelError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (classify and name.startswith(("head.", "pooler."))):
@@ -677,11 +735,12 @@ def save(model, folder, shard_bytes=5_000_000_000):
 
 
 @torch.no_grad()
-def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None):
+def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
-    `max_new_tokens`. `progress(n)` is called after the n-th token. The model's train or eval mode is kept.
+    `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
+    too: (B,) bool on the same device. The model's train or eval mode is kept.
     """
     (B, T), device = tokens.shape, tokens.device
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
@@ -702,8 +761,8 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, progress=None
             logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
             generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
             done = done | torch.isin(generated[:, step], eos)
-            if progress is not None:
-                progress(step + 1)
+            if stop is not None:
+                done = done | stop(generated[:, :step + 1])
             if done.all():
                 return generated[:, :step + 1]
             tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -65,6 +65,7 @@ class Settings:
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
+    adapter: str = setting(None, "adapter", "PEFT adapter's folder that --method lora starts from: weights, ranks, head")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -79,6 +80,8 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut")
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
+    score: str = setting("generation", "data", "score generated answers, or the likeliest of the allowed ones",
+                         ("generation", "likelihood"))
 
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
@@ -105,7 +108,7 @@ class Settings:
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity")
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty")
     adalora_orth: float = setting(0.5, "adalora", "gamma, weight of the orthogonality penalty")
-    lalora_gamma: float = setting(1.0, "lalora", "gamma, how fast the budget grows (Eq. 5)")
+    lalora_gamma: float = setting(1.1, "lalora", "gamma, how fast the budget grows (Eq. 5)")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), or 1",
                                    ("step", "truncation", "off"))
@@ -158,6 +161,10 @@ def parser_of(settings_class, description):
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
     kind = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}.get(config.family, "decoder")
+    own = [name for name in ("rank", "alpha", "dropout", "targets") if getattr(s, name) is not None and not s.resume]
+    if s.adapter and (s.method != "lora" or own or s.scaling != "nominal"):
+        raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
+                           f"of its own: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
     if s.targets is None:
         s.targets = ["query", "key", "value", "up", "down"] if kind == "decoder" else ["query", "value"]
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
@@ -167,8 +174,9 @@ def settle(s, config):
         raise SettingError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
                            f"{', '.join(takes)}: choose another model or task")
     for name, value in data.hyperparameters(task, config.family, config.hidden_size, s.method).items():
-        length_is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
-        if hasattr(s, name) and getattr(s, name) is None and not length_is_set:
+        is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
+        is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
+        if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
     s.accumulate = 1 if s.accumulate is None else s.accumulate
     s.device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
@@ -197,7 +205,7 @@ def check(s):
         if getattr(s, name) == 0 and name not in may_be_0:
             raise SettingError(f"{flag(name)}: must be above 0")
     for name in ("dropout", "adalora_beta1", "adalora_beta2"):
-        if getattr(s, name) >= 1:
+        if (getattr(s, name) or 0) >= 1:
             raise SettingError(f"{flag(name)}: must be below 1")
     if not 0 < len(s.targets) == len(set(s.targets)):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
@@ -478,6 +486,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
 
     model.train()
     batches, seen, came = stream(s, split, done), 0, []
+    widths = [w for k in range(3, 16) for w in (2 ** k, 3 * 2 ** (k - 1)) if w <= (s.max_length or 0)] if s.compile else None
 
     def stop_after_this_step(number):
         if came and world == 1:  # the second signal; torchrun passes on one, and kills 30 s later
@@ -498,7 +507,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
             loss = torch.zeros((), device=device)
             for indices in chosen:
                 mine = indices[rank::world]  # if there are none, take part with weight 0
-                inputs, labels = data.collate(split, mine or indices[:1])
+                inputs, labels = data.collate(split, mine or indices[:1], widths)
                 labels = labels.to(device, non_blocking=True)
                 part = criterion(task.kind, evaluation.logits(model, inputs), labels) / count
                 part = part if mine else 0 * part
@@ -683,11 +692,12 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
     for folder in checkpoints(s.out):
         try:
             about = json.loads((folder / "state.json").read_text())
-            if digest(folder / "state.safetensors") != about["sha256"]:
-                raise ValueError("checksum differs")
+            with safe_open(folder / "state.safetensors", framework="pt"):  # a lying header costs nothing
+                if digest(folder / "state.safetensors") != about["sha256"]:
+                    raise ValueError("checksum differs")
             state = {name: value.clone() for name, value in load_file(folder / "state.safetensors").items()}
             break
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
     else:
         raise SettingError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
@@ -758,7 +768,7 @@ def fine_tune(s, held):
         kept, rest = sorted(order[held_rows:]), sorted(order[:held_rows])
         rows, held_out = [rows[i] for i in kept], [rows[i] for i in rest]
     encoder = evaluation.Encoder(s, task)
-    model = evaluation.load_model(s, task)
+    model = evaluation.load_model(s, task, adapted=s.adapter is not None)
     split, held_out = encoder.training(rows), encoder.training(held_out) if held_rows else None
     if held_rows:
         split.numbers = [kept[i] for i in split.numbers or range(len(split))]
@@ -813,10 +823,7 @@ def fine_tune(s, held):
     if rank and not s.shard:
         return None
     if s.method in ("full", "bitfit"):
-        models.save(model, out / "model")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"):
-            if encoder.folder and (encoder.folder / name).is_file():
-                shutil.copy(encoder.folder / name, out / "model")
+        evaluation.save_model(model, encoder, out / "model")
     elif rank == 0:
         task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
         lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, head=task.kind != "lm")
@@ -836,6 +843,7 @@ def fine_tune(s, held):
         result["warning"] = warning
         say("warning: " + warning)
     write_json(out / "result.json", result)
+    evaluation.write_cards(out)
     return result
 
 
@@ -900,8 +908,9 @@ def main(argv=None):
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
             raise SettingError(f"{s.resume}/run.json: of another version of this program ({error}); start again") from None
-    if s.data is not None:
-        s.data = os.path.abspath(os.path.expanduser(s.data))  # the run folder must find it from anywhere
+    for name in ("data", "adapter"):
+        if getattr(s, name) is not None:  # the run folder must find it from anywhere
+            setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -30,6 +30,7 @@ for flag, kind, default in (("seed", int, 0), ("rank", int, 8), ("alpha", float,
                             ("batch-size", int, 32), ("weight-decay", float, 0.1), ("warmup", float, 0.06),
                             ("dropout", float, 0.1), ("max-length", int, 512), ("limit-train", int, 0)):
     parser.add_argument("--" + flag, type=kind, default=default)
+parser.add_argument("--method", choices=("lora", "adalora"), default="lora")
 s = parser.parse_args()
 
 torch.manual_seed(s.seed)
@@ -39,8 +40,14 @@ tokenizer = AutoTokenizer.from_pretrained(s.model)
 model = AutoModelForSequenceClassification.from_pretrained(s.model, num_labels=len(task.labels) or 1)
 if task.kind == "regress":  # as train.py: from 0 the run is lost while the mean is learned
     model.classifier.bias.data.fill_(np.mean([row["label"] for row in train]))
-model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout,
-                                         target_modules=["query", "value"]))
+steps = s.epochs * -(-len(train) // s.batch_size)
+options = dict(task_type="SEQ_CLS", lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=["query", "value"])
+if s.method == "adalora":  # train.py's schedule
+    config = AdaLoraConfig(init_r=round(1.5 * s.rank), target_r=s.rank, tinit=round(0.1 * steps), tfinal=round(0.5 * steps),
+                           deltaT=10, beta1=0.85, beta2=0.85, orth_reg_weight=0.5, total_step=steps, **options)
+else:
+    config = LoraConfig(r=s.rank, **options)
+model = get_peft_model(model, config)
 
 
 def batch(rows):
@@ -64,7 +71,6 @@ def measure():
 
 params = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(params, lr=s.lr, weight_decay=s.weight_decay)
-steps = s.epochs * -(-len(train) // s.batch_size)
 scheduler = get_linear_schedule_with_warmup(optimizer, int(np.ceil(s.warmup * steps)), steps)
 bar = tqdm(total=steps, mininterval=10)
 started = time.time()
@@ -73,14 +79,13 @@ for epoch in range(s.epochs):
     order = torch.randperm(len(train)).tolist()
     for i in range(0, len(order), s.batch_size):
         inputs, labels = batch([train[j] for j in order[i:i + s.batch_size]])
-        logits = model(**inputs).logits
-        loss = (torch.nn.functional.mse_loss(logits.squeeze(-1), labels) if task.kind == "regress"
-                else torch.nn.functional.cross_entropy(logits, labels))
-        loss.backward()
+        model(**inputs, labels=labels).loss.backward()  # AdaLoRA's orthogonality included
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         scheduler.step()
+        if s.method == "adalora":
+            model.base_model.update_and_allocate(bar.n + 1)
         optimizer.zero_grad()
         bar.update()
-print(json.dumps({"task": s.task, "method": "lora (PEFT)", "seed": s.seed, **measure(), "steps": steps,
+print(json.dumps({"task": s.task, "method": f"{s.method} (PEFT)", "seed": s.seed, **measure(), "steps": steps,
                   "seconds": round(time.time() - started, 1)}))

@@ -1,5 +1,6 @@
 """data.py: every file layout, every error, encoding against transformers, batches, fetching from a loopback server."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -180,7 +181,7 @@ def test_commonsense_layout(tmp_path, name):
     read = data.read(data.find_task(name, tmp_path), tmp_path, "dev")
     assert [row["target"] for row in read] == list(task.answers)
     assert read[1]["prompt"] == data.prompt("Q1 {x} %s $(ls)?") and read[1]["answer"] == rows[1]["output"]
-    assert all(data.extract_answer(row["answer"], row["choices"]) == row["target"] for row in read)
+    assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in read)
 
 
 def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
@@ -211,7 +212,7 @@ def test_gsm8k(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, choices, expected",
+    "text, answers, expected",
     [
         ("the correct answer is true", ("true", "false"), "true"),
         ("false, not true", ("true", "false"), "false"),
@@ -222,23 +223,23 @@ def test_gsm8k(tmp_path):
         ("ending4", TASKS["hellaswag"].answers, "ending4"),
         ("option3", TASKS["winogrande"].answers, ""),
         ("axb a.b", ("a+b", "a.b"), "a.b"),
-        ("#### 18", (), "18"),
-        ("so $1,234,567.", (), "1234567"),
-        ("it is $80,000.50.", (), "80000.5"),
-        ("16 - 3 = 13 left", (), "13"),
-        ("minus: -$5", (), "-5"),
-        ("10-4", (), "4"),
-        ("72.00", (), "72"),
-        ("0.0", (), "0"),
-        ("of 1,2,3 the last", (), "3"),
-        ("about .5", (), ".5"),
-        ("100", (), "100"),
-        ("1,000 and 12,34", (), "34"),
-        ("no number", (), ""),
+        ("#### 18", data.last_number, "18"),
+        ("so $1,234,567.", data.last_number, "1234567"),
+        ("it is $80,000.50.", data.last_number, "80000.5"),
+        ("16 - 3 = 13 left", data.last_number, "13"),
+        ("minus: -$5", data.last_number, "-5"),
+        ("10-4", data.last_number, "4"),
+        ("72.00", data.last_number, "72"),
+        ("0.0", data.last_number, "0"),
+        ("of 1,2,3 the last", data.last_number, "3"),
+        ("about .5", data.last_number, ".5"),
+        ("100", data.last_number, "100"),
+        ("1,000 and 12,34", data.last_number, "34"),
+        ("no number", data.last_number, ""),
     ],
 )
-def test_extract_answer(text, choices, expected):
-    assert data.extract_answer(text, choices) == expected
+def test_extract_answer(text, answers, expected):
+    assert data.extract_answer(text, answers) == expected
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -246,9 +247,7 @@ def test_own_instructions(tmp_path, caplog, lines):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)] + [
         {"instruction": f"i{i}", "input": "with" if i % 2 else None, "output": f"o{i}"} for i in range(25)
     ]
-    path = write(
-        tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else json.dumps(rows)
-    )
+    path = write(tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else json.dumps(rows))
     train, dev = (data.read(data.find_task("instructions", path), path, split) for split in ("train", "dev"))
     assert len(train) == 40 and [row["answer"] for row in train + dev] == [
         row.get("output", row["answer"] if "answer" in row else 0) for row in rows
@@ -266,13 +265,311 @@ def test_at_most_1000_rows_are_held_out(tmp_path):
     assert data.read(TASKS["instructions"], path, "train")[-1]["answer"] == "9049"
 
 
+# ------------------------------------------------------------------- published sets: training, and completions to score
+
+
+HOSTILE = "{x} %s \u2028 \\n \x00 </s> <|im_end|> $(ls) \U0001f600 ### Instruction:\n"
+SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
+
+
+def completion(response, score):
+    return {
+        "model": "m",
+        "principle": "helpfulness",
+        "custom_system_prompt": "",
+        "response": response,
+        "overall_score": score,
+        "fine-grained_score": 4.0,
+        "annotations": {"honesty": {"Rating": "4"}},
+    }
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+# task: (file, rows as they are published, prompt of each without its frame, answer of each); sources in the comments
+PUBLISHED = {
+    # huggingface.co/datasets/meta-math/MetaMathQA
+    "metamathqa": (
+        "MetaMathQA-395K.json",
+        [
+            {
+                "type": "MATH_AnsAug",
+                "query": f"Q{i} {HOSTILE}",
+                "original_question": "o",
+                "response": f"{HOSTILE}\nThe answer is: {i}",
+            }
+            for i in range(20)
+        ],
+        [data.prompt(f"Q{i} {HOSTILE}") for i in range(20)],
+        [f"{HOSTILE}\nThe answer is: {i}" for i in range(20)],
+    ),
+    # huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction
+    "codefeedback": (
+        "CodeFeedback-Filtered-Instruction.jsonl",
+        [
+            {"query": f"Q{i} {HOSTILE}", "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}
+            for i in range(11)
+        ],
+        [data.prompt(f"Q{i} {HOSTILE}") for i in range(11)],
+        ["```python\nx\n```"] * 11,
+    ),
+    # huggingface.co/datasets/openbmb/UltraFeedback, and HuggingFaceH4/ultrafeedback_binarized as JSON lines
+    "ultrafeedback": (
+        "flan.jsonl",
+        [
+            {
+                "source": "flan",
+                "instruction": "Q0",
+                "models": ["a", "b", "c"],
+                "correct_answers": ["None"],
+                "incorrect_answers": ["None"],
+                "completions": [completion("bad", 2.0), completion(HOSTILE, 8.5), completion("worse", 8)],
+            },
+            {"source": "flan", "instruction": "none", "models": [], "completions": []},
+            {
+                "prompt": "Q1",
+                "prompt_id": "0",
+                "chosen": [message("user", "Q1"), message("assistant", "good")],
+                "rejected": [message("user", "Q1"), message("assistant", "bad")],
+                "messages": [],
+                "score_chosen": 8.0,
+            },
+            {
+                "source": "flan",
+                "instruction": "Q2",
+                "models": ["a"],
+                "completions": [completion("half \ud83d pair", 1)],
+            },
+        ],
+        [data.prompt("Q0"), data.prompt("Q1"), data.prompt("Q2")],
+        [HOSTILE, "good", "half ? pair"],
+    ),
+    # github.com/tatsu-lab/stanford_alpaca
+    "alpaca": (
+        "alpaca_data.json",
+        [
+            {"instruction": "I0", "input": "", "output": "O0"},
+            {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
+            {"instruction": "some are empty", "input": "", "output": ""},
+        ],
+        [data.prompt("I0"), data.prompt("I1", HOSTILE)],
+        ["O0", HOSTILE],
+    ),
+    # github.com/meta-math/MetaMath, and the rows of github.com/hendrycks/math and github.com/openai/prm800k
+    "math": (
+        "MATH_test.jsonl",
+        [
+            {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
+            {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
+            {
+                "problem": "P",
+                "solution": SOLUTION,
+                "answer": "\\frac{3}{2}",
+                "subject": "Algebra",
+                "level": 5,
+                "unique_id": "t",
+            },
+        ],
+        [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")],
+        [SOLUTION] * 3,
+    ),
+    # github.com/openai/human-eval
+    "humaneval": (
+        "HumanEval.jsonl",
+        [
+            {
+                "task_id": f"HumanEval/{i}",
+                "prompt": f"def f():\n    {HOSTILE}\n",
+                "entry_point": "f",
+                "canonical_solution": "    return 1\n",
+                "test": "def check(f):\n    assert f() == 1\n",
+            }
+            for i in range(2)
+        ],
+        [f"def f():\n    {HOSTILE}\n"] * 2,
+        ["    return 1\n"] * 2,
+    ),
+    # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
+    "mbpp": (
+        "mbpp.jsonl",
+        [
+            {
+                "text": "T",
+                "code": "def f():\r\n  return 1",
+                "task_id": i,
+                "test_setup_code": "",
+                "challenge_test_list": [],
+                "test_list": ["assert f() == 1", "assert f() != 2"],
+            }
+            for i in (1, 10, 11, 510, 511, 974)
+        ]
+        + [
+            {
+                "source_file": "x",
+                "task_id": 12,
+                "prompt": "T",
+                "code": "def f():\r\n  return 1",
+                "test_imports": [],
+                "test_list": ["assert f() == 1"],
+            }
+        ],
+        ['"""\nT\nassert f() == 1\n"""\n'] * 3,
+        ["def f():\r\n  return 1"] * 3,
+    ),
+    # huggingface.co/datasets/tatsu-lab/alpaca_eval
+    "alpacaeval": (
+        "alpaca_eval.json",
+        [{"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
+        [data.prompt(HOSTILE)],
+        ["O"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sets(tmp_path, name):
+    """The official files are read as they come, in a folder and named directly; nothing in them is formatted."""
+    (file, rows, prompts, answers), task = PUBLISHED[name], TASKS[name]
+    path = write(tmp_path / file, json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows))
+    tuning = task.files.get("train") == task.files["dev"]
+    for where in (tmp_path, path) if name != "math" else (tmp_path,):  # MATH's two splits are two files
+        read = [row for split in ["train"] * tuning + ["dev"] for row in data.read(task, where, split)]
+        assert [row["prompt"] for row in read] == prompts
+        assert [row["answer"] for row in read] == answers
+    if tuning:
+        assert len(data.read(task, tmp_path, "dev")) == -(-len(prompts) // 10)
+    elif name == "math":
+        assert [row["target"] for row in read] == ["\\frac{3}{2}"] * 3
+    else:
+        scored = [row for row in rows if row["task_id"] not in (1, 10, 511, 974)] if "task_id" in rows[0] else rows
+        assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
+        with pytest.raises(DataError, match=f"{name} has no training set: train on another task"):
+            data.read(task, tmp_path, "train")
+
+
+def test_rows_without_an_answer_are_counted(tmp_path, caplog):
+    write(tmp_path / "alpaca_data.json", json.dumps(PUBLISHED["alpaca"][1]))
+    data.read(TASKS["alpaca"], tmp_path)
+    assert f"{tmp_path}: skipped 1 row without an answer" in caplog.text
+
+
+def test_gzipped_lines(tmp_path):
+    _, rows, prompts, _ = PUBLISHED["humaneval"]
+    path = write(tmp_path / "HumanEval.jsonl.gz", gzip.compress(jsonl(rows).encode()))
+    assert [row["prompt"] for row in data.read(TASKS["humaneval"], tmp_path, "dev")] == prompts
+    for bad in (b"no gzip", path.read_bytes()[:40], path.read_bytes()[:-9] + b"123456789"):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match="HumanEval.jsonl.gz: a broken archive .*: fetch it again"):
+            data.read(TASKS["humaneval"], tmp_path, "dev")
+
+
+def test_math_as_it_is_in_the_official_archive(tmp_path):
+    for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
+        write(
+            tmp_path / "MATH" / split / subject / f"{n}.json",
+            json.dumps(
+                {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}, indent=4
+            ),
+        )
+    for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
+        assert [row["target"] for row in data.read(TASKS["math"], tmp_path, split)] == targets
+    with pytest.raises(DataError, match="MATH/train.jsonl: no such file: correct --data to name a file"):
+        data.read(TASKS["math"], tmp_path / "MATH" / "test", "train")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        # hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
+        ("... so x = 2.\nThe answer is: 12", "12"),
+        ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
+        ("The answer is: $5", "$5"),
+        ("\\boxed{7} The answer is: 8.", "8"),
+        ("the answer is 4", ""),
+        ("\\boxed{1} and \\boxed{2}.", "2"),
+        ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
+        ("\\boxed 9$ and", "9"),
+        ("\\fbox{x}", "x"),
+        ("\\boxed{1} \\fbox{2}", "1"),
+        ("\\boxed{unclosed {3}", ""),
+        ("\\boxed", ""),
+        ("}{\\boxed}{", ""),
+        ("", ""),
+        # github.com/hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
+        ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
+        ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
+        ("\\boxed{10\\text{ units}}", "10"),
+        ("\\boxed{10 }", "10"),
+        ("\\boxed{\\$10}", "10"),
+        ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"),
+        ("\\boxed{.1}", "0.1"),
+        ("\\boxed{10\\%}", "10"),
+        ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"),
+        ("\\boxed{10\\sqrt3 + \\sqrt{4}}", "10\\sqrt{3}+\\sqrt{4}"),
+        ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
+        ("\\boxed{\\tfrac83}", "\\frac{8}{3}"),
+        ("\\boxed{1/2}", "\\frac{1}{2}"),
+        ("\\boxed{0.5}", "\\frac{1}{2}"),
+        # and other rules of its math_equivalence.py
+        ("\\boxed{x = 5}", "5"),
+        ("\\boxed{abc=5}", "abc=5"),
+        ("\\boxed{5x - 7y + 11z + 4 = 0}", "5x-7y+11z+4=0"),
+        ("\\boxed{90^\\circ}", "90"),
+        ("\\boxed{45^{\\circ}}", "45"),
+        ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"),
+        ("\\boxed{-3/4}", "\\frac{-3}{4}"),
+        ("\\boxed{03/4}", "03/4"),
+        ("\\boxed{1/2/3}", "1/2/3"),
+        ("\\boxed{\\frac}", "\\frac"),
+        ("\\boxed{\\sqrt}", "\\sqrt"),
+    ],
+)
+def test_final_answer(text, expected):
+    assert data.final_answer(text) == data.extract_answer(text, data.final_answer) == expected
+
+
+def test_a_reference_solution_has_its_answer_in_a_box():
+    assert data.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
+    assert (
+        data.last_number("5 of 7 #### 1,000", reference=True) == "1000"
+        and data.last_number("5 of 7", reference=True) == ""
+    )
+
+
+def test_allowed_answers_are_those_that_the_prompt_lists():
+    row = {
+        "prompt": "Answer format: answer1/answer2/answer3",
+        "answer": "the correct answer is answer2",
+        "target": "answer2",
+        "answers": TASKS["siqa"].answers,
+    }
+    assert data.allowed(row) == (
+        ["answer1", "answer2", "answer3"],
+        [f"the correct answer is answer{i}" for i in (1, 2, 3)],
+    )
+    assert data.allowed({**row, "prompt": "answer2 is in it by chance"})[0] == list(TASKS["siqa"].answers)
+    assert data.allowed({**row, "answer": "B", "answers": ("answer1", "answer2")})[1] == ["answer1", "answer2"]
+
+
+def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
+    """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
+    make_tokenizer(tmp_path, "llama")
+    tokenizer = data.Tokenizer.from_folder(tmp_path)
+    vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
+    tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.backend.add_special_tokens(["</s>"])
+    assert tokenizer.decode([3, 3, 2, 4, 5]) == "  returnx"
+    assert tokenizer.decode([3, 3, 2, 4, 5], [5, 1, 4]) == "   returnx"
+
+
 # ---------------------------------------------------------------------------------------------------- the user's tables
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json"])
-@pytest.mark.parametrize(
-    "columns", [("text", None), ("sentence", None), ("sentence1", "sentence2"), ("text", "pair")]
-)
+@pytest.mark.parametrize("columns", [("text", None), ("sentence", None), ("sentence1", "sentence2"), ("text", "pair")])
 def test_own_classification(tmp_path, suffix, columns):
     texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "two\nlines" if suffix != "tsv" else "one"]
     labels = ["pos", "neg", "neutral", "neg"]
@@ -337,9 +634,7 @@ def some_images(shape, seed=0):
 
 def test_npz_layouts(tmp_path):
     images, labels = some_images((20, 6, 5, 3)), np.arange(20) % 4 + 7
-    np.savez(
-        tmp_path / "a.npz", x_train=images[:12], y_train=labels[:12, None], x_test=images[12:], y_test=labels[12:]
-    )
+    np.savez(tmp_path / "a.npz", x_train=images[:12], y_train=labels[:12, None], x_test=images[12:], y_test=labels[12:])
     np.savez(tmp_path / "b.npz", images=images, labels=labels, split=np.arange(20) >= 12)
     np.savez(tmp_path / "c.npz", images=images.transpose(0, 3, 1, 2), labels=labels)
     for name in "ab":
@@ -502,9 +797,7 @@ def compare_with_transformers(folder, fast):
     ids, _ = ours.encode(TEXTS, special=False)
     assert [list(row) for row in ids] == fast(TEXTS, add_special_tokens=False)["input_ids"]
     for text in TEXTS[:2]:
-        assert ours.decode(ours.encode([text])[0][0]) == fast.decode(
-            fast(text)["input_ids"], skip_special_tokens=True
-        )
+        assert ours.decode(ours.encode([text])[0][0]) == fast.decode(fast(text)["input_ids"], skip_special_tokens=True)
     return ours
 
 
@@ -741,6 +1034,20 @@ def own(name, file, text):
     return make
 
 
+def published(name, row):
+    """Case: this row in the file of a published set."""
+
+    def make(folder):
+        names = TASKS[name].files["dev"]
+        write(
+            folder / names[0].replace("*", "flan"),
+            json.dumps([row]) if names[0].endswith(".json") or name == "math" else jsonl([row]),
+        )
+        data.read(TASKS[name], folder, "dev")
+
+    return make
+
+
 def arrays(labels=(0, 1, 0), **more):
     def make(folder):
         np.savez(folder / "a.npz", **{"images": some_images((len(labels), 4, 4)), "labels": np.array(labels), **more})
@@ -898,7 +1205,7 @@ BAD = {
     "no keys": (own("instructions", "train.jsonl", "{}\n"), "line 1: ..: expected instruction"),
     "empty answer": (
         own("instructions", "train.jsonl", jsonl([{"question": "a", "answer": " "}])),
-        "line 1: 'answer' is empty",
+        "line 1: the answer is empty",
     ),
     "answer is a number": (
         own("instructions", "train.jsonl", jsonl([{"question": "a", "answer": 4}])),
@@ -910,6 +1217,35 @@ BAD = {
             data.read(TASKS["gsm8k"], folder),
         ),
         "train.jsonl line 1: answer '', expected a number after ####",
+    ),
+    "no box": (published("math", {"problem": "a", "solution": "4"}), r"row 1: answer '', expected one in .boxed"),
+    "completions are text": (
+        published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
+        "'completions' is str 'b'",
+    ),
+    "no rating": (
+        published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}),
+        "line 1: no column 'overall_score'",
+    ),
+    "rating is text": (
+        published(
+            "ultrafeedback", {"instruction": "a", "completions": [{"response": "b", "overall_score": "N/A"}] * 2}
+        ),
+        "line 1: 'overall_score' is str 'N/A'",
+    ),
+    "message without content": (
+        published("ultrafeedback", {"prompt": "a", "chosen": [{"role": "b"}]}),
+        "no column 'content'",
+    ),
+    "no task_id": (published("humaneval", {"prompt": "a", "canonical_solution": "b"}), "line 1: no column 'task_id'"),
+    "no tests": (published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}), "line 1: no column 0"),
+    "task_id is text": (
+        published("mbpp", {"text": "a", "code": "b", "task_id": "11", "test_list": ["c"]}),
+        "'task_id' is str '11'",
+    ),
+    "layout of nothing": (
+        published("alpaca", {"input": "a", "output": "b"}),
+        "row 1: .'input', 'output'.: expected instruction",
     ),
     "choice out of range": (
         lambda folder: (
@@ -1164,9 +1500,9 @@ def test_first_seen_checksum_is_remembered(tmp_path, mirror):
 
 def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
     mirror.files["/raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/test.jsonl"] = (
-        jsonl([{"question": "a", "answer": "#### 5"}]).encode()
+        jsonl([{"question": "a", "answer": "#### 5"}] * 11).encode()
     )
-    assert data.read(TASKS["gsm8k"], None, "dev")[0]["target"] == "5"
+    assert [row["target"] for row in data.read(TASKS["gsm8k"], None, "dev")] == ["5"] * 11
     text = b"\xef\xbb\xbfQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     text += b"1\t2\t3\ta\tb\r\n0\t4\t5\tc\td\r\n1\t6\t7\te\tf\r\n"
     files = {"glue/data/mrpc_dev_ids.tsv": b"4\t5\n", "senteval/senteval_data/msr_paraphrase_train.txt": text}
@@ -1179,6 +1515,30 @@ def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
     assert [row["text"] for row in data.read(task, None, "dev")] == ["c"]
     with pytest.raises(DataError, match="all labels are '1'"):
         data.read(task)
+
+
+def test_fetch_a_set_in_several_files(tmp_path, mirror):
+    """UltraFeedback: what was fetched before an interruption is not taken for the whole."""
+    _, rows, prompts, _ = PUBLISHED["ultrafeedback"]
+    addresses = ["/" + address.removeprefix("https://") for _, address, _ in TASKS["ultrafeedback"].sources]
+    assert len(addresses) == 6
+    mirror.files.update(dict.fromkeys(addresses[:4], jsonl(rows).encode()))
+    for _ in range(2):
+        with pytest.raises(DataError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
+            data.read(TASKS["ultrafeedback"])
+    mirror.files.update(dict.fromkeys(addresses, jsonl(rows).encode()))
+    assert len(data.read(TASKS["ultrafeedback"])) + len(data.read(TASKS["ultrafeedback"], None, "dev")) == 6 * len(
+        prompts
+    )
+    assert [mirror.asked.count(address) for address in addresses] == [1, 1, 1, 1, 3, 1]
+
+
+def test_fetch_gzipped_lines(mirror):
+    _, rows, prompts, _ = PUBLISHED["humaneval"]
+    mirror.files["/" + TASKS["humaneval"].sources[0][1].removeprefix("https://")] = gzip.compress(jsonl(rows).encode())
+    for _ in range(2):
+        assert [row["prompt"] for row in data.read(TASKS["humaneval"], None, "dev")] == prompts
+    assert len(mirror.asked) == 1
 
 
 def test_no_network_is_one_line(tmp_path):
@@ -1227,7 +1587,7 @@ def test_real_files(name, folder):
         rows = data.read(task, SHARED / folder, split) if count else []
         assert len(rows) == count
         assert all(
-            data.extract_answer(row["answer"], row["choices"]) == row["target"] for row in rows if "target" in row
+            data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in rows if "target" in row
         )
 
 

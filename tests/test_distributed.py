@@ -222,13 +222,14 @@ def test_a_crash_of_one_process_ends_the_run(tmp_path):
 def test_torchrun_from_the_command_line_and_an_interruption(tmp_path):
     """One result on stdout; SIGTERM to torchrun ends in a checkpoint of one step, and --resume goes on."""
     flags = ["--limit-train", "64", "--limit-eval", "10", "--batch-size", "4", "--no-eval-before", "--rank", "2"]
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(ROOT / "train.py")]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     out = tmp_path / "run"
     with open(tmp_path / "err", "w") as err:
         process = subprocess.Popen([*program, *flags, "--steps", "3000", "--out", str(out)], stderr=err, env=environment)
+    began = time.time()
     while not (out / "ranks.jsonl").exists():
-        assert process.poll() is None, (tmp_path / "err").read_text()
+        assert process.poll() is None and time.time() < began + 300, (tmp_path / "err").read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0

@@ -121,7 +121,7 @@ def test_gate_masks_and_scales_components(family, tmp_path):
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     A, B = layer.factors()
     assert len(A) == 3  # the two gated-off components are left out
-    torch.testing.assert_close(B @ A, update, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.scale * B @ A, update, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.delta(), update, rtol=1e-5, atol=1e-5)
 
 

@@ -302,8 +302,12 @@ def test_checkpointing_saves_activations(tmp_path):
                                          ("roberta", "attention_probs_dropout_prob"), ("roberta", "classifier_dropout"),
                                          ("vit", "hidden_dropout_prob"), ("vit", "attention_probs_dropout_prob"),
                                          ("llama", "attention_dropout"), ("mistral", "attention_dropout")])
-def test_dropout_is_where_transformers_has_it(name, where, tmp_path):
-    """The same random numbers are drawn in the same order, so with the same seed even the dropped logits agree."""
+def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch):
+    """The same random numbers are drawn in the same order, so with the same seed even the dropped logits agree.
+
+    For that, masks come from F.dropout, and the last block computes all tokens instead of the first.
+    """
+    monkeypatch.setattr(models, "dropout", torch.nn.functional.dropout)
     prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
     kind = "ImageClassification" if name in VITS else "CausalLM" if name in DECODERS else "SequenceClassification"
     zero = dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
@@ -311,6 +315,7 @@ def test_dropout_is_where_transformers_has_it(name, where, tmp_path):
     oracle = build(prefix, settings, kind, **{**zero, where: 0.4})
     oracle.save_pretrained(tmp_path)
     ours = load(tmp_path).train()
+    ours.blocks[-1].last = False
     oracle.train()
     inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
     torch.manual_seed(5)
@@ -329,7 +334,7 @@ def test_one_graph_for_the_compiler(name, tmp_path):
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     inputs = (torch.randn(2, 3, 16, 16),) if name == "vit" else batch("right", pad=ours.config.pad_id)
     with torch.no_grad():
-        assert compiled(*inputs).equal(ours(*inputs))
+        close(compiled(*inputs), ours(*inputs))  # not equal: on a CPU eager code has its own product
     torch._dynamo.reset()
 
 
@@ -387,11 +392,14 @@ def test_generation(name, tmp_path):
     one, two = free[0, 3].item(), free[2, 5].item()  # tokens that do occur: some rows stop, perhaps all
     for eos in (one, [one, two], free[:, 4].tolist()):
         expected = hf_generate(oracle, tokens, mask, 16, eos)
-        counts = []
-        result = generate(ours, tokens, mask, 16, eos, 0, progress=counts.append)
-        assert result.equal(expected)
-        assert counts == list(range(1, expected.shape[1] + 1))
+        assert generate(ours, tokens, mask, 16, eos, 0).equal(expected)
     assert expected.shape[1] < 16  # every row met its end in the last case
+    for eos in (None, one):  # the same rows end where a function of what is generated says so, too
+        seen, ends = [], torch.arange(len(tokens)) % 7 + 3
+        result = generate(ours, tokens, mask, 16, eos, 0, lambda ids: seen.append(ids.clone()) or ids.shape[1] >= ends)
+        expected = hf_generate(oracle, tokens, mask, 16, eos)[:, :result.shape[1]]
+        assert result.equal(torch.where(torch.arange(result.shape[1]) < ends[:, None], expected, 0))
+        assert [ids.shape[1] for ids in seen] == list(range(1, result.shape[1] + 1)) and seen[-1].equal(result)
     whole = tokens[mask.all(1)]
     assert generate(ours, whole, None, 5, one, 0).equal(hf_generate(oracle, whole, torch.ones_like(whole), 5, one))
     ours.train()

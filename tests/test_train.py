@@ -114,7 +114,8 @@ def test_embedded_default_from_the_command_line(tmp_path):
     assert "before training: accuracy 0." in done.stderr and "after training: accuracy 0.9" in done.stderr
     assert "examples/s" in done.stderr and "loss" in done.stderr
     out = tmp_path / result["out"]
-    assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter", "checkpoints"}
+    assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "ranks.jsonl", "result.json", "adapter", "checkpoints",
+                                            "README.md"}
     assert json.loads((out / "result.json").read_text()) == result
     logged = lines(out / "metrics.jsonl")
     losses = [line["loss"] for line in logged if "loss" in line]
@@ -395,7 +396,7 @@ def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch
     (split,) = encoder.evaluation().values()
     prompts = {tuple(ids[:start].tolist()): i for i, (ids, start) in enumerate(zip(split.tokens, split.starts))}
 
-    def answer(model, tokens, mask, new_tokens, eos_ids, pad_id):
+    def answer(model, tokens, mask, new_tokens, eos_ids, pad_id, stop):
         rows = [prompts[tuple(ids[keep].tolist())] for ids, keep in zip(tokens, mask)]
         wrong = {"true": "false", "false": "true"}
         texts = [f"the answer is {split.rows[i]['target'] if i % 3 else wrong[split.rows[i]['target']]}" for i in rows]

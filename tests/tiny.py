@@ -46,7 +46,7 @@ class Tiny(nn.Module):
 
 def settings(**changes):
     """The run's settings that every policy reads; a test adds its policy's flags."""
-    common = dict(method="lora", targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, scaling="nominal",
+    common = dict(method="lora", targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, scaling="nominal", adapter=None,
                   r_min=1, r_max=32, seed=0, lr=1e-2, weight_decay=0.0)
     return SimpleNamespace(**{**common, **changes})
 

