@@ -76,7 +76,6 @@ def child(rank, port, jobs, cache):
                 resume(*argv) if what == "resume" else main(argv)
             except (KeyboardInterrupt, train.RunError) as error:
                 Path(f"{argv[-1]}.{rank}.error").write_text(str(error))
-    Path(f"{cache}.{rank}.cpu").write_text(str(time.process_time()))
 
 
 def two_processes(jobs, cache, timeout=900):
