@@ -196,7 +196,7 @@ def hang_in_a_step(train):
 
 
 def hang_while_loading(train):
-    def load_model(*args):
+    def load_model(*args, **options):
         Path(os.environ["MARK"]).touch()
         time.sleep(60)
     train.evaluation.load_model = load_model
