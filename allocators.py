@@ -47,9 +47,10 @@ class Allocator:
         self.names = [name for name, _, _ in self.sites]
         self.blocks = 1 + max(block for _, block, _ in self.sites)
         self.allocations = 0
+        device = getattr(settings, "device", None)  # under --shard the weights are still on the CPU
         self.layers = started or lora.attach(model, self.capacities(), settings.alpha, settings.dropout,
-                                             nominal=settings.rank, scaling=settings.scaling)
-        self.device = next(iter(self.layers.values())).A.device
+                                             nominal=settings.rank, scaling=settings.scaling, device=device)
+        self.device = torch.device(device or next(iter(self.layers.values())).A.device)
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
         self.cost = torch.tensor([n_in + n_out for n_out, n_in in sizes], dtype=torch.float64, device=self.device)
         ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
@@ -239,7 +240,7 @@ class AdaLora(Allocator):
     def smoothen(self, averages, values, weight):
         """Move the running averages by `weight` towards the values; not at all after a bad step."""
         change = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(change, weight * self.ok.double())
+        torch._foreach_mul_(change, weight * self.ok.to(change[0].dtype))
         torch._foreach_add_(averages, change)
 
     def scores(self):
@@ -312,7 +313,7 @@ class LaLora(Allocator):
         """Empirical Fisher information: running mean of the squared gradients (inactive components have none)."""
         if self.settings.lalora_score == "fisher":
             grads = squared_norms([(layer.A.grad, layer.B.grad) for layer in self.layers.values()])
-            self.fisher += 0.1 * self.ok.double() * (grads.sum(0).nan_to_num(posinf=0.0) - self.fisher)
+            self.fisher.lerp_(grads.sum(0).nan_to_num(posinf=0.0), 0.1 * self.ok.double())
 
     @torch.no_grad()
     def after_step(self, step):
@@ -519,10 +520,11 @@ class LeLora(Allocator):
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`
         self.active = torch.zeros(n, 3 * R, device=self.device)
         for i, layer in enumerate(self.layers.values()):
-            S, A, B = singular_windows(layer.weight.data, R)
+            W = layer.weight.data.to(self.device)  # it may wait on the CPU to be sharded
+            S, A, B = singular_windows(W, R)
             layer.A.data.copy_(A)
             layer.B.data.copy_(B)
-            layer.weight.data.copy_(layer.weight.float() - B @ A)  # Eq. 1
+            layer.weight.data.copy_(W.float() - B @ A)  # Eq. 1
             layer.start, layer.scale, layer.dropout = (A.cpu(), B.cpu()), 1.0, 0.0
             layer.mask_updates(self.active[i])
             self.spectra[i, :len(S)], self.where[i] = S, window_indices(len(S), R)

@@ -899,6 +899,11 @@ def collate(split, indices, pad_to=None):
     return inputs, split.labels[indices]
 
 
+def count_labels(split, indices):
+    """Return how many labels `collate` gives for these examples."""
+    return len(indices) if split.kind != "lm" else sum(split.lengths[i] - max(split.starts[i], 1) for i in indices)
+
+
 def prompts(split, indices):
     """Return (tokens, mask) (B, T) of the prompts alone, padded on the left, for generate."""
     return pad([split.tokens[i][:split.starts[i]] for i in indices], split.pad_id, left=True)

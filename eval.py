@@ -229,8 +229,9 @@ def load_model(s, task, adapted=False):
     A head that the checkpoint has is put into the task's order of labels. `adapted`: an adapter brings the trained head.
     """
     labels = None if task.kind == "lm" else 1 if task.kind == "regress" else len(task.labels)
-    model = models.load(s.model, "lm" if task.kind == "lm" else "classify", labels, getattr(torch, s.dtype), s.device,
-                        s.init_weights, s.seed)
+    shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
+    model = models.load(s.model, "lm" if task.kind == "lm" else "classify", labels, getattr(torch, s.dtype),
+                        "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard)
     if model.fresh and s.init_weights == "checkpoint" and not adapted:
         print(f"note: {', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}", file=sys.stderr)
     if task.labels:
@@ -304,17 +305,18 @@ class Encoder:
                                   length, self.image) for name in self.task.eval_splits}
 
 
-def evaluate_run(folder, splits=None, **changes):
+def evaluate_run(folder, splits=None, shard=None, **changes):
     """Evaluate what a run folder holds, on a freshly loaded base model: {metric: number}.
 
-    `splits` spares reading the data again; the rest is as in `load_run`.
+    `splits` spares reading the data again; `shard(model, device)` spreads a model over the processes of a run, all of
+    which then call this; the rest is as in `load_run`.
     """
-    s, task, encoder, model = load_run(folder, changes)
+    s, task, encoder, model = load_run(folder, changes, shard)
     return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer,
                            **encoder.scoring)
 
 
-def load_run(folder, changes):
+def load_run(folder, changes, shard=None):
     """A run folder's (settings, task, Encoder, model): a freshly loaded base with the run's adapter, or its own model.
 
     `changes` replace settings of the run, such as device, batch_size or data. Raises SettingError when the folder is
@@ -322,6 +324,7 @@ def load_run(folder, changes):
     """
     folder = Path(folder)
     s, labels = read_run(folder, changes)
+    s.shard = shard is not None  # one process alone loads the model as usual
     task = data.find_task(s.task, s.data, labels)
     if s.device.startswith("cuda") and not torch.cuda.is_available() and "device" not in changes:
         print(f"note: the run's device {s.device} is not here: evaluating on the CPU", file=sys.stderr)
@@ -333,6 +336,8 @@ def load_run(folder, changes):
     elif (folder / "adapter").is_dir():
         model = load_model(s, task, adapted=True)
         lora.load_adapter(model, folder / "adapter")
+        if shard:
+            shard(model, s.device)
     else:
         raise SettingError(f"{folder}: neither adapter/ nor model/ in it; did the run finish?")
     return s, task, encoder, model

@@ -27,18 +27,21 @@ class LoraError(ValueError):
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a gated low-rank update: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
 
-    weight W (out, in) and bias b (out) are the frozen layer's own tensors. A (R, in) and B (out, R) are trainable and
-    float32 whatever W's dtype; they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
+    weight W (out, in) and bias b (out) are those of `linear`, the frozen layer, which stays a module of its own, so that
+    FSDP finds its weights where it put them. A (R, in) and B (out, R) are trainable and float32 whatever W's dtype, on
+    `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
     components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
     """
 
-    def __init__(self, linear, rank, scale, dropout=0.0):
+    weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
+
+    def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__()
-        self.weight, self.bias, self.kind = linear.weight, linear.bias, type(linear)
+        self.linear = linear
         self.out_features, self.in_features = linear.weight.shape
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        options = dict(dtype=torch.float32, device=linear.weight.device)
+        options = dict(dtype=torch.float32, device=device or linear.weight.device)
         self.A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.B = nn.Parameter(torch.empty(self.out_features, rank, **options))
         self.register_buffer("gate", torch.ones(rank, **options))
@@ -52,7 +55,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x):  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (N, in)
-        y = self.kind.forward(self, flat)  # reads self.weight and self.bias
+        y = self.linear.forward(flat)
         if not self.merged:
             h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
             # B^T is made contiguous since the products of the backward pass are 3 times as fast with it on a CPU
@@ -125,12 +128,13 @@ def sites(model, targets):
     return found
 
 
-def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal"):
+def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None):
     """Put a LoraLinear in place of each projection in `ranks` (name -> capacity); returns {name: layer}.
 
     A projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix (La-LoRA Eq. 4), or with
     scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters of the model stay as they
-    are. Raises LoraError for a rank below 0 or above the matrix's own.
+    are. The adapters are made on `device`, by default the weights'. Raises LoraError for a rank below 0 or above the
+    matrix's own.
     """
     if not 0 <= dropout < 1:
         raise LoraError(f"LoRA dropout {dropout}: must be from 0 to below 1")
@@ -143,17 +147,14 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal"):
             continue
         scale = {"nominal": alpha / (nominal or rank), "own": alpha / rank,
                  "rslora": alpha / math.sqrt(nominal or rank)}[scaling]
-        layers[name] = LoraLinear(linear, rank, scale, dropout)
+        layers[name] = LoraLinear(linear, rank, scale, dropout, device)
         _replace(model, name, layers[name])
     return layers
 
 
 def detach(model, name):
     """Give the projection `name` its plain frozen layer back; the adapter on it is gone."""
-    layer = model.get_submodule(name)
-    linear = layer.kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    _replace(model, name, linear.train(layer.training))
+    _replace(model, name, model.get_submodule(name).linear)
 
 
 def _replace(model, name, module):

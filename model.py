@@ -432,8 +432,9 @@ class Cache:
     """Preallocated keys and values of all layers, each (layers, B, kv_heads, capacity, head_dim)."""
 
     def __init__(self, model, batch, capacity):
-        c, like = model.config, model.embed.weight
-        self.keys, self.values = like.new_empty(2, c.layers, batch, c.kv_heads, capacity, c.head_dim)
+        c, like = model.config, model.embed.weight  # which may be sharded: new_empty would be, too
+        self.keys, self.values = torch.empty(2, c.layers, batch, c.kv_heads, capacity, c.head_dim, dtype=like.dtype,
+                                             device=like.device)
         self.length = 0  # tokens that all layers have seen; advanced by Decoder.forward
 
     def update(self, layer, k, v):
@@ -565,13 +566,15 @@ class ViT(Transformer):
         return self.classify(self.norm(self.run_blocks(self.dropout(x))[:, 0]))
 
 
-def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0):
+def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0, mapped=False):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders only) or "classify" (`num_labels` outputs, 1 for regression; by default as many as the
     checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor from the files to `device`
     and `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
-    that were initialised from `seed`. Raises ModelError for anything wrong with the name or the checkpoint.
+    that were initialised from `seed`. `mapped` leaves on the CPU what already has the `dtype` in the file: pages that
+    all processes of a machine share and that are read when they are used. Raises ModelError for anything wrong with
+    the name or the checkpoint.
     """
     config, folder = find_config(name, weights)
     kind = {"bert": Encoder, "roberta": Encoder, "vit": ViT}.get(config.family, Decoder)
@@ -587,7 +590,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         model = kind(config, head)
     tied, random = head == "lm" and config.tied, weights == "random"
     model.plain_names = [key for key, _ in model.named_parameters() if not (tied and key == "head.weight")]
-    model.fresh = list(model.plain_names) if random else read_weights(model, folder, dtype, device)
+    model.fresh = list(model.plain_names) if random else read_weights(model, folder, dtype, device, mapped)
     # a new head is the same on every device; a whole random model is drawn where that is fast
     generator = torch.Generator(device if random else "cpu").manual_seed(seed)
     for parameter in model.fresh:
@@ -648,7 +651,7 @@ IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|mask_token)$|
                      r"^(lm_head|cls|classifier|score|qa_outputs|decoder)\.")
 
 
-def read_weights(model, folder, dtype, device):
+def read_weights(model, folder, dtype, device, mapped=False):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have."""
     names = {model.hf_name(name, module): name for name in model.plain_names for module in (True, False)}
     missing, classify = set(model.plain_names), model.head_kind == "classify"
@@ -668,8 +671,11 @@ def read_weights(model, folder, dtype, device):
                     if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
                         raise ModelError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                          + (f"one of floats {expected}" if expected else "none, or it is here twice"))
-                    # copied even if nothing changes: get_tensor returns a view of the file
-                    place(model, name, dtype, device).copy_(file.get_tensor(key))
+                    parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a private view of the file
+                    if mapped and parameter.dtype == tensor.dtype:
+                        parameter.data = tensor
+                    else:  # copied even if nothing changes
+                        parameter.copy_(tensor)
                     missing.remove(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: damaged or truncated ({error}); download it again") from None

@@ -3,6 +3,7 @@
     python train.py                                              # the embedded default: a small ViT, offline
     python train.py --method lelora --model llama2-7b            # any method, any model
     python train.py --method lora --model roberta-base --task cola --data glue/
+    torchrun --nproc-per-node 8 train.py --model llama3-8b       # the same numbers on 8 GPUs; --shard: FSDP
 
 Progress goes to stderr; the last line on stdout is one JSON object with the result.
 """
@@ -10,6 +11,7 @@ Progress goes to stderr; the last line on stdout is one JSON object with the res
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import json
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -66,7 +69,7 @@ class Settings:
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
-    batch_size: int = setting(None, "optimization", "examples per forward pass")
+    batch_size: int = setting(None, "optimization", "examples per forward pass, of all processes together")
     accumulate: int = setting(None, "optimization", "forward passes per optimizer step")
     lr: float = setting(None, "optimization", "peak learning rate (AdamW)")
     weight_decay: float = setting(None, "optimization", "AdamW's decoupled weight decay")
@@ -85,6 +88,7 @@ class Settings:
                          ("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "machine", "compile each block with torch.compile")
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
+    shard: bool = setting(False, "machine", "under torchrun: spread the frozen weights over the devices (FSDP)")
     init_weights: str = setting("checkpoint", "machine", "random = build the architecture without weights",
                                 ("checkpoint", "random"))
     log_every: int = setting(10, "machine", "steps between lines in metrics.jsonl and ranks.jsonl")
@@ -176,6 +180,9 @@ def settle(s, config):
             setattr(s, name, value)
     s.accumulate = 1 if s.accumulate is None else s.accumulate
     s.device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
+    if dist.is_initialized() and s.device.startswith("cuda"):
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         s.dtype = "bfloat16" if s.device.startswith("cuda") and s.method not in ("full", "bitfit") else "float32"
     s.out = s.out or free_folder(f"runs/{s.method}-{Path(s.model).name}-{s.task}-{s.seed}")
@@ -205,7 +212,12 @@ def check(s):
     if s.r_min > s.r_max:
         raise SettingError(f"{flag('r_min')} is above {flag('r_max')}")
     evaluation.check_device(s.device)
-    if not s.resume and Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())):
+    if s.shard and not dist.is_initialized():
+        raise SettingError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
+    if s.shard and s.method in ("full", "bitfit"):
+        raise SettingError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
+    taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
+    if taken and not s.resume and rank_and_world()[0] == 0:
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
 
 
@@ -213,6 +225,105 @@ def free_folder(stem):
     """`stem`, or the first of stem-2, stem-3 ... that does not exist."""
     names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
     return next(name for name in names if not Path(name).exists())
+
+
+# ---------------------------------------------------------------------------------------------- more than one device
+#
+# Every process computes the same step on its share of each batch: gradients are added up before policies see them, so
+# all hold the same adapters and policy state, and decide alike. Process 0 alone prints and writes.
+
+
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes():
+    """Join the processes that torchrun started, if it did; only process 0 is heard, apart from errors.
+
+    Raises RunError when another one has ended in the middle.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # the others wait while 0 evaluates
+    try:
+        with contextlib.ExitStack() as quiet:
+            if dist.get_rank():
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RunError("another process of this run has ended") from error
+        raise
+    dist.destroy_process_group()
+
+
+def after_process_0(s):
+    """Others wait here until process 0 comes, which reads, fetches and complains first; they take over its --out."""
+    name = torch.zeros(4096, dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        name[:len(os.fsencode(s.out))] = torch.tensor(list(os.fsencode(s.out)), dtype=torch.uint8)
+    dist.broadcast(name, 0)
+    s.out = os.fsdecode(bytes(name.tolist()).rstrip(b"\0"))
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes: one message for all."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+
+
+def agree_on(number):
+    """The largest of the processes' numbers, on all; on the hosts, so that no device is waited for."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def start_alike(s, step, moving):
+    """Give all processes the parameters of process 0, which draws as if it were alone; the others draw other dropout."""
+    rank, world = rank_and_world()
+    if world > 1:
+        for p in moving:
+            dist.broadcast(p.data, 0)
+    if rank:
+        torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
+
+
+def compare(step, moving, allocator):
+    """Raise RunError unless all processes hold the same parameters, gates and policy state, by their sums."""
+    state = [*moving, *allocator.state_dict().values()]
+    sums = torch.stack([t.detach().sum(dtype=torch.float64).to(allocator.device) for t in state])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise RunError(f"step {step}: the processes no longer hold the same adapters and ranks")
+
+
+def shard(model, device):
+    """Spread the frozen weights over the processes (FSDP2), block by block from the CPU; what is trained stays whole.
+
+    So policies and checkpoints see plain tensors, and only the weights of a block at work are on a device whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # here, not above: a second that other runs need not wait for
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    whole = {p for layer in lora.adapters(model).values() for p in layer.parameters(recurse=False)}
+    whole |= set(model.head.parameters()) if model.head_kind == "classify" else set()
+    for p in whole:
+        p.data = p.data.to(device)
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -314,9 +425,8 @@ class BadSteps:
     def __init__(self, device):
         self.counts = torch.zeros(4, dtype=torch.long, device=device)  # in all, in a row now, at most, the last step
 
-    def guard(self, step, loss, params, optimizer, allocator):
-        """Look at the gradients of `params`, which backward has just made, and make them harmless if they are bad."""
-        grads = [p.grad for p in params if p.grad is not None]
+    def guard(self, step, loss, grads, optimizer, allocator):
+        """Make the gradients harmless if one or the loss is not finite; returns whether all are (0-d, bool)."""
         ok = torch.nn.utils.get_total_norm(grads).isfinite() & loss.isfinite()
         bad = ~ok
         for grad in grads:
@@ -356,7 +466,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
     `held_out` is a Split of rows kept aside for a policy's validation loss, or None. `log(file, dict)` appends a JSON
     line to the run folder, `evaluate(step)` measures the model as it stands.
     """
-    device, steps = torch.device(s.device), total_steps(s, split)
+    device, steps, (rank, world) = torch.device(s.device), total_steps(s, split), rank_and_world()
     params = allocator.parameters() + trained_head(model, task)
     optimizer, rate_at, budget = optimizer_for(s, params), schedule(s, steps), Budget(allocator)
     running = torch.zeros(2, device=device)  # loss since the last line in the log, and its number of steps
@@ -369,6 +479,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
         done, seconds = load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad)
         params = allocator.parameters() + trained_head(model, task)
     moving = [p for p in model.parameters() if p.requires_grad]  # `params`, and gates that a policy moves itself
+    start_alike(s, done, moving)
     started = time.time() - seconds
     if held_out is not None:
         allocator.validation_loss = validation(model, task, held_out, device)
@@ -378,7 +489,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
     widths = [w for k in range(3, 16) for w in (2 ** k, 3 * 2 ** (k - 1)) if w <= (s.max_length or 0)] if s.compile else None
 
     def stop_after_this_step(number):
-        if came:  # the second signal
+        if came and world == 1:  # the second signal; torchrun passes on one, and kills 30 s later
             raise Interrupted(number)
         came.append(number)
 
@@ -392,16 +503,21 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 started += time.time() - began
             optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
             chosen = next(batches)
-            micro = [data.collate(split, indices, widths) for indices in chosen]
-            count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
+            count = sum(data.count_labels(split, indices) for indices in chosen)  # each label weighs the same
             loss = torch.zeros((), device=device)
-            for inputs, labels in micro:
+            for indices in chosen:
+                mine = indices[rank::world]  # if there are none, take part with weight 0
+                inputs, labels = data.collate(split, mine or indices[:1], widths)
                 labels = labels.to(device, non_blocking=True)
                 part = criterion(task.kind, evaluation.logits(model, inputs), labels) / count
+                part = part if mine else 0 * part
                 loss += part.detach()
-                (part + allocator.penalty() / len(micro)).backward()
+                (part + allocator.penalty() / (len(chosen) * world)).backward()
             seen += sum(len(indices) for indices in chosen)
-            ok = bad.guard(step, loss, moving, optimizer, allocator)
+            grads = [p.grad for p in moving if p.grad is not None]
+            if world > 1:
+                add_up([loss, *grads])
+            ok = bad.guard(step, loss, grads, optimizer, allocator)
             running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
             allocator.after_backward(step)
             norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
@@ -411,14 +527,17 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 params = allocator.parameters() + trained_head(model, task)
                 moving = [p for p in model.parameters() if p.requires_grad]
                 follow(optimizer, params)
+                start_alike(s, step, moving)
             optimizer.zero_grad(set_to_none=True)
 
             bar.update()
             logged = step % s.log_every == 0 or step == steps
-            stopping = bool(came)
+            stopping = agree_on(came[0] if came else 0)
             saved = step % save_every == 0 or step == steps or stopping
             if logged or saved:
                 skipped = bad.check(s, task, split)
+                if world > 1:
+                    compare(step, moving, allocator)
             if logged or step <= 10:  # warm-up phases are short
                 numbers = plain(allocator.log())
                 log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
@@ -432,11 +551,11 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                                       "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
                                       "skipped_steps": skipped, "examples_per_second": rate, "trainable_params": size}
                     | {k: v for k, v in numbers.items() if not isinstance(v, dict)})
-            if saved:
+            if saved and rank == 0:
                 save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, step, time.time() - started)
             if stopping:
-                break
-    if came:
+                raise Interrupted(stopping)
+    if came:  # in the last step
         raise Interrupted(came[0])
     model.eval()
     if allocator.dynamic and not allocator.allocations:
@@ -494,6 +613,8 @@ def validation(model, task, split, device):
         model.eval()
         value = criterion(task.kind, evaluation.logits(model, inputs), labels) / labels.numel()
         model.train()
+        if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
+            dist.broadcast(value, 0)
         return value
 
     return loss
@@ -549,12 +670,8 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
 
 
 def digest(path):
-    """SHA-256 of a file, in hexadecimal."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+    """SHA-256 of a file, in hexadecimal; it is not read into memory."""
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def checkpoints(out):
@@ -605,6 +722,8 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
 
 def cut_logs(out, step):
     """Remove what was logged after the checkpoint of `step`, its evaluation included: it happens again."""
+    if rank_and_world()[0]:
+        return
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
@@ -622,6 +741,7 @@ def run(s):
 
     Leaves the run folder: run.json, metrics.jsonl, ranks.jsonl, result.json and adapter/ (model/ for full and bitfit).
     The final numbers are those of a freshly loaded model with the saved adapter: what eval.py gives for the folder.
+    Of several processes, all call this and process 0 gets the result.
     """
     with contextlib.ExitStack() as held:  # the lock on the run folder
         return fine_tune(s, held)
@@ -629,8 +749,11 @@ def run(s):
 
 def fine_tune(s, held):
     """`run`, with a place for what has to be closed however it ends."""
-    if s.resume:
+    rank, world = rank_and_world()
+    if s.resume and rank == 0:
         claim(s, held)
+    if rank:
+        after_process_0(s)
     warmup_is_ours = s.warmup is None
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
@@ -663,8 +786,12 @@ def fine_tune(s, held):
         for block in model.blocks:
             block.compile()
 
+    if world > 1 and rank == 0:
+        after_process_0(s)
+    if s.shard:
+        shard(model, s.device)
     out = Path(s.out)
-    if not s.resume:
+    if not s.resume and rank == 0:
         file = claim(s, held)
         file.write(evaluation.to_json({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
                                        "device": device_name(s.device)}, indent=2) + "\n")
@@ -676,6 +803,8 @@ def fine_tune(s, held):
         f"{s.dtype} on {device_name(s.device)}; run folder {out}")
 
     def log(file, line):
+        if rank:
+            return
         try:
             with open(out / file, "a", encoding="utf-8") as f:
                 f.write(evaluation.to_json(line) + "\n")
@@ -683,20 +812,28 @@ def fine_tune(s, held):
             raise OSError(error.errno, error.strerror, str(out / file)) from None
 
     def evaluate(step, size):  # generating the answers takes long: only at the end
+        if rank and not s.shard:
+            return
         metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, encoder.tokenizer, generate=False)
         log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": size})
         if step == 0:
             say("before training: " + evaluation.summary(metrics))
 
     result = train(s, task, model, allocator, split, held_out, log, evaluate)
+    if rank and not s.shard:
+        return None
     if s.method in ("full", "bitfit"):
         evaluation.save_model(model, encoder, out / "model")
-    else:
+    elif rank == 0:
         task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
         lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, head=task.kind != "lm")
     warning = allocator.warning()
     del model, allocator, trained  # the saved adapter is loaded onto a fresh base: make room for it
-    after = evaluation.evaluate_run(out, splits=splits)
+    if s.shard:
+        agree_on(0)  # wait until the adapter is there
+    after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
+    if rank:
+        return None
     first = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     log("metrics.jsonl", {"step": result["steps"], "eval": after, "trainable_params": result["trainable_params"]})
     say("after training: " + evaluation.summary(after))
@@ -777,19 +914,21 @@ def main(argv=None):
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
     try:
-        with on_signal(stop_at_once):
-            result = run(s)
+        with on_signal(stop_at_once), processes():
+            print(evaluation.to_json(run(s)))
     except (Interrupted, RunError, OSError, SafetensorError) as error:
         began = s.out and (Path(s.out) / "run.json").exists()
         if isinstance(error, OSError) and not began:
             raise
+        rank, world = rank_and_world()
         reason, status = f"error: {error}", 1
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
-        command = f"python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}" if began else ""
-        say(" ".join(reason.split()) + (f"; go on with: {command}" if began else " before the run began"))
+        program = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        command = f"{program} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}" if began else ""
+        if rank == 0 or isinstance(error, OSError):  # of the others, all processes know
+            say(" ".join(reason.split()) + (f"; go on with: {command}" if began else " before the run began"))
         raise SystemExit(status) from None
-    print(evaluation.to_json(result))
 
 
 if __name__ == "__main__":

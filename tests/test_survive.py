@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import allocators
 import data
 import eval as evaluation
 import lora
@@ -157,10 +158,10 @@ def test_three_kills_change_nothing(whole, tmp_path):
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes: set SLOW=1 to run it")
 @pytest.mark.parametrize("method", METHODS)
 def test_many_kills_change_nothing(method, whole, tmp_path):
-    """30 kills at moments drawn from a seed: while loading, between steps, in a checkpoint's or the adapter's writing."""
+    """24 kills at moments drawn from a seed: while loading, between steps, in a checkpoint's or the adapter's writing."""
     draw = random.Random(method)
     kills = [draw.choice([("line", draw.randrange(9)), ("part", draw.uniform(0, 0.15)), ("time", draw.uniform(0, 2.5))])
-             for _ in range(30)]
+             for _ in range(24)]
     killed, parts = kill_until_done(method, tmp_path / "run", kills)
     assert killed >= 20 and parts >= 3
     assert_same(outcome(tmp_path / "run"), whole(method))
@@ -188,26 +189,21 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(number, status, whole, tmp
 
 
 def hang_in_a_step(train):
-    def criterion(*args, count=[]):
-        count.append(1)
+    def criterion(*args):
         Path(os.environ["MARK"]).touch()
         time.sleep(60)
     train.criterion = criterion
 
 
 def hang_while_loading(train):
-    def load_model(*args):
+    def load_model(*args, **options):
         Path(os.environ["MARK"]).touch()
         time.sleep(60)
     train.evaluation.load_model = load_model
 
 
 @pytest.mark.parametrize("where, signals", [(hang_in_a_step, 2), (hang_while_loading, 1)])
-def test_a_second_signal_stops_at_once_as_does_the_first_while_loading(where, signals, tmp_path, monkeypatch):
-    def patch_environment():
-        os.environ["MARK"] = str(tmp_path / "mark")
-
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+def test_a_second_signal_stops_at_once_as_does_the_first_while_loading(where, signals, tmp_path):
     process = start(*SHORT, "--no-eval-before", "--out", tmp_path / "run", stderr=tmp_path / "err",
                     patch=Hang(where, str(tmp_path / "mark")))
     wait_for(lambda: (tmp_path / "mark").exists(), process)
@@ -363,6 +359,12 @@ def test_a_bad_batch_moves_nothing(method, poison, tmp_path, monkeypatch):
         loss = criterion(kind, logits, labels)
         return loss * float("nan") if poison == "loss" else loss + (logits.flatten()[0] * 0).sqrt()  # gradient 0 / 0
 
+    def see_nothing(self, step):
+        if method == "weightlora+":  # whose gates are not the optimizer's to clear
+            self.gradient = torch.zeros_like(self.omega)
+            for gate in self.gates:
+                gate.grad = None
+
     with monkeypatch.context() as patch:
         patch.setattr(train, "criterion", call_number(criterion, loss_7, bad))
         train.main([*flags, "--out", str(tmp_path / "bad")])
@@ -372,9 +374,7 @@ def test_a_bad_batch_moves_nothing(method, poison, tmp_path, monkeypatch):
         if method == "lelora":
             patch.setattr(policy, "after_step", call_number(policy.after_step, step_7, lambda self, step: self.act(step)))
         else:
-            patch.setattr(policy, "after_backward", call_number(policy.after_backward, step_7, lambda self, step: [
-                setattr(gate, "grad", None) for gate in getattr(self, "gates", []) if method == "weightlora+"]
-                and setattr(self, "gradient", torch.zeros_like(self.omega))))
+            patch.setattr(policy, "after_backward", call_number(policy.after_backward, step_7, see_nothing))
             patch.setattr(policy, "after_step", call_number(policy.after_step, step_7, lambda self, step: False))
         train.main([*flags, "--out", str(tmp_path / "left out")])
     assert seen
@@ -393,7 +393,7 @@ def test_a_run_that_stays_bad_stops_and_names_the_batch(method, log_every, tmp_p
     criterion, collate, batches, calls = train.criterion, data.collate, [], []
 
     def turned_bad(*args):
-        calls.append(len(batches))
+        calls.append(1)
         return criterion(*args) * (float("nan") if len(calls) >= 9 else 1)
 
     def watch(split, indices):
@@ -401,7 +401,7 @@ def test_a_run_that_stays_bad_stops_and_names_the_batch(method, log_every, tmp_p
             batches.append(split.pixels[indices])
         return collate(split, indices)
 
-    monkeypatch.setattr(train, "criterion", turned_bad if method == "lora" else lambda *args: turned_bad(*args))
+    monkeypatch.setattr(train, "criterion", turned_bad)
     monkeypatch.setattr(data, "collate", watch)
     argv = ["--method", method, *SHORT, "--task", "npz", "--data", str(tmp_path / "mine.npz"), "--no-eval-before",
             "--log-every", str(log_every), "--save-every", "5", "--eval-every", "100", "--max-bad-steps", "4", "--out"]
@@ -410,9 +410,8 @@ def test_a_run_that_stays_bad_stops_and_names_the_batch(method, log_every, tmp_p
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 1 and line.startswith("error: step ") and "step-" in line, line
     step = int(line.split()[2].rstrip(":"))
-    import numpy as np
     images = np.load(tmp_path / "mine.npz")["images"]
-    named = [int(number) for number in __import__("re").findall(r"images\[(\d+)\]", line)]
+    named = [int(number) for number in re.findall(r"images\[(\d+)\]", line)]
     shown = {pixels.numpy().tobytes() for pixels in batches[step - 1]}
     assert {images[i].tobytes() for i in named} == shown and len(named) == 8
     saved = torch.cat([t.flatten() for t in load_file(train.checkpoints(tmp_path / "run")[0] / "state.safetensors").values()
