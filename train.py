@@ -395,6 +395,13 @@ def validation(model, task, split, device):
     return loss
 
 
+def compile_blocks(model):
+    """Compile each block on its own: blocks of one kind share a graph, and what policies do between steps is outside."""
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
+    for block in model.blocks:
+        block.compile()
+
+
 def plain(value):
     """Tensors and dicts of tensors as Python numbers, for JSON."""
     if isinstance(value, dict):
@@ -518,8 +525,7 @@ def run(s):
         parameter.requires_grad_(True)
     model.checkpointing = s.checkpointing
     if s.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
 
     out = Path(s.out)
     try:

@@ -46,9 +46,7 @@ def make(folder, method="lora", **changes):
     bench.settle(b, "speed")
     with bench.folder_for(b) as changed:
         base, kind = bench.base_model(b, changed)
-    b.targets = bench.default_targets(kind)
-    split = bench.split_for(b, base, kind)
-    return b, bench.contender(b, base, kind, split, method), bench.batches_for(b, split, 4)
+    return b, bench.contender(b, base, kind, method), bench.batches_for(b, base, kind)
 
 
 def test_speed(folder, tmp_path, capsys):
