@@ -1,9 +1,12 @@
 """Speed and memory of every method, side by side with PEFT and with the least that any adapter must do.
 
     python bench.py speed --model roberta-base --init-weights random --methods all   # one table, needs no checkpoint
-    python bench.py scaling | inference | memory | epoch
+    python bench.py scaling       # step time, policy time and memory over rank, batch, length and depth
+    python bench.py inference     # latency with and without adapters, unmerged and merged
+    python bench.py memory        # a memory model against measurements, and a 70B shape under FSDP
+    python bench.py epoch --model FOLDER --data glue/   # an epoch of CoLA beside transformers' Trainer and PEFT
 
-Tables and progress go to stderr, JSON lines to --out; the last line on stdout is one JSON object.
+The table goes to stdout, whose last line is one JSON object, the same rows as JSON lines to --out, progress to stderr.
 """
 
 import contextlib
@@ -295,13 +298,14 @@ def peft_model(b, base, kind, method):
     config = transformers.AutoConfig.for_model(base.family, **raw)
     if kind != "lm":
         config.num_labels = base.config.num_labels
-    theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
+    with torch.device(b.device):
+        theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     if kind != "lm":
         weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(base.head_name)}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
-    theirs.to(b.device).tie_weights()
+    theirs.tie_weights()
     options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
                    modules_to_save=[base.head_name] if kind != "lm" else None,
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
