@@ -355,7 +355,7 @@ def speed(b):
     """Step time, memory and what a GPU waits for, of every method, the floor and PEFT, interleaved in one process."""
     names = contender_names(b, b.methods or list(allocators.METHODS))
     few = dataclasses.replace(b, rounds=2)
-    peaks = {name: measure_alone(few, name)["peak_mb"] for name in tqdm(names, "memory", file=sys.stderr) if b.memory}
+    peaks = {name: measure_alone(few, name)["peak_mb"] for name in tqdm(names * b.memory, "memory", file=sys.stderr)}
     with folder_for(b) as folder:
         base, kind = base_model(b, folder)
         runners = {name: contender(b, base, kind, name) for name in names}
