@@ -205,7 +205,7 @@ class Contender:
         """Mean seconds of the policy's own calls in a step, with cold caches; LeLoRA's validation forward is left out."""
         if not self.allocator:
             return None
-        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20)  # 64 MB: more than a last-level cache here
+        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
         self.backward(batch)
         if a.held_out:
             loss, a.validation_loss = a.validation_loss(), lambda: loss
@@ -378,19 +378,19 @@ def speed(b):
                "mfu": flops(base, method, b.length, tokens) / seconds / peak, "trainable": r.trainable}
         if method == "lelora":
             row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + name[6:]])
-        policy = r.policy_seconds(batches[0])
-        row["policy_percent"] = None if policy is None else 100 * policy / seconds
         if mode == "compiled":
             row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
         if b.device.startswith("cuda"):
             row["synchronisations"] = synchronisations(r, batches[0])
+        if b.profile:
+            profile(r, name, batches[0])
+        policy = r.policy_seconds(batches[0])  # the last: it moves the policy on
+        row["policy_percent"] = None if policy is None else 100 * policy / seconds
         if b.memory:
             row |= {"peak_mb": peaks[name]}
             row |= {"peak_to_peft": peaks[name] / peaks[f"peft/{method}"]} if f"peft/{method}" in peaks else {}
         row |= {"first_loss": r.losses[0], "last_loss": r.losses[-1]}
         rows.append(row)
-        if b.profile:
-            profile(r, name, batches[0])
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in ("first_loss", "last_loss")]
     return rows, columns, {"peak_gflops": peak / 1e9, "tokens": tokens}
 
