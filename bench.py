@@ -410,16 +410,18 @@ def real_tokens(inputs):
 
 
 def flops(base, method, length, tokens):
-    """Model FLOPs of a step: per token 2 for a block's weight forward, 2 backward, 2 for its gradient if it is trained,
-    and attention's products forward and twice that backward.
+    """FLOPs that a step needs: per token 2 for a weight forward, 2 backward, 2 for its gradient if it is trained, and
+    attention's products forward and twice that backward. An encoder's last block needs keys and values only.
     """
-    c = base.config
+    c, lm, first = base.config, base.head_kind == "lm", base.blocks[0]
     if base.family == "vit":
         length = base.positions.shape[1]
         tokens = tokens * length
-    weights = sum(p.numel() for p in base.blocks.parameters() if p.dim() > 1)
-    attention = 4 * length * c.heads * c.head_dim * c.layers / (2 if base.head_kind == "lm" else 1)  # causal: half
-    return tokens * ((6 if method == "full" else 4) * weights + 3 * attention)
+    weights = sum(p.numel() for p in first.parameters() if p.dim() > 1)
+    last = weights if lm else first.key.weight.numel() + first.value.weight.numel()
+    products = (c.layers - 1) * weights + last
+    attention = 4 * length * c.heads * c.head_dim * (c.layers / 2 if lm else c.layers - 1)  # causal: half
+    return tokens * ((6 if method == "full" else 4) * products + 3 * attention)
 
 
 def peak_flops(b):
