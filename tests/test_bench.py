@@ -13,7 +13,8 @@ import bench  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
 
-SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90)
+SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
+             initializer_range=0.2)  # so that the loss depends on everything
 CONFIGS = {"roberta": dict(model_type="roberta", max_position_embeddings=70, type_vocab_size=1, **SHAPE),
            "llama": dict(model_type="llama", max_position_embeddings=64, num_key_value_heads=2, **SHAPE),
            "vit": dict(model_type="vit", image_size=16, patch_size=8, num_channels=3, **SHAPE)}
