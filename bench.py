@@ -1,12 +1,14 @@
 """Speed and memory of every method, side by side with PEFT and with the least that any adapter must do.
 
     python bench.py speed --model roberta-base --init-weights random --methods all   # one table, needs no checkpoint
-    python bench.py scaling | inference | memory | epoch
+    python bench.py scaling       # step time, policy time and memory over rank, batch, length and depth
+    python bench.py inference     # latency with and without adapters, unmerged and merged
+    python bench.py memory        # a memory model against measurements, and a 70B shape under FSDP
+    python bench.py epoch --model FOLDER --data glue/   # an epoch of CoLA beside transformers' Trainer and PEFT
 
-Tables and progress go to stderr, JSON lines to --out; the last line on stdout is one JSON object.
+The table goes to stdout, whose last line is one JSON object, the same rows as JSON lines to --out, progress to stderr.
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -97,10 +99,11 @@ def folder_for(b):
 
 
 def base_model(b, folder):
-    """The frozen model that all contenders share, and its task's kind."""
+    """The frozen model that all contenders share, and its task's kind; settles --targets."""
     decoder = models.find_config(folder, b.init_weights)[0].family not in ("bert", "roberta", "vit")
     head, labels = ("lm", None) if decoder else ("classify", 2)
     base = models.load(folder, head, labels, getattr(torch, b.dtype), b.device, b.init_weights, b.seed)
+    b.targets = b.targets or default_targets(head)
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
@@ -114,18 +117,25 @@ def settings_for(b, method, **changes):
 
 def random_split(b, base, kind, rows):
     """A Split of random examples; half of a language model's tokens are answers."""
-    generator = torch.Generator().manual_seed(b.seed)
+    generator, c = torch.Generator().manual_seed(b.seed), base.config
     labels = torch.randint(2, (rows,), generator=generator)
     if kind == "image":
-        channels, *size = base.config.image_size
-        pixels = torch.randint(256, (rows, channels, *size), generator=generator, dtype=torch.uint8)
-        return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
-                          image={"size": tuple(size), "channels": channels, "mean": 0.5, "std": 0.5})
-    least = max(2, round((2 * b.fill - 1) * b.length))
-    lengths = torch.randint(least, b.length + 1, (rows,), generator=generator).tolist() if b.fill < 1 else [b.length] * rows
-    lengths[0] = b.length
-    tokens = [torch.randint(5, base.config.vocab_size, (n,), generator=generator).int().numpy() for n in lengths]
-    return data.Split(kind, [], lengths, labels, tokens, starts=[n // 2 for n in lengths], pad_id=base.config.pad_id or 0)
+        image = {"size": c.image_size[1:], "channels": c.image_size[0], "mean": 0.5, "std": 0.5}
+        pixels = torch.randint(256, (rows, *c.image_size), generator=generator, dtype=torch.uint8)
+        return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels, image=image)
+    least = max(2, round((2 * b.fill - 1) * b.length))  # their mean is fill * length
+    lengths = [b.length, *torch.randint(least, b.length + 1, (rows - 1,), generator=generator).tolist()]
+    tokens = [torch.randint(5, c.vocab_size, (n,), generator=generator).int().numpy() for n in lengths]
+    return data.Split(kind, [], lengths, labels, tokens, starts=[n // 2 for n in lengths], pad_id=c.pad_id or 0)
+
+
+def batches_for(b, base, kind, count=4):
+    """`count` random batches (inputs, labels) on the device, the same for every contender."""
+    split, made = random_split(b, base, kind, count * b.batch_size), []
+    for i in range(count):
+        inputs, labels = data.collate(split, list(range(i * b.batch_size, (i + 1) * b.batch_size)))
+        made.append(({name: value.to(b.device) for name, value in inputs.items()}, labels.to(b.device)))
+    return made
 
 
 def own_copy(base, shared=True):
@@ -195,7 +205,7 @@ class Contender:
         """Mean seconds of the policy's own calls in a step, with cold caches; LeLoRA's validation forward is left out."""
         if not self.allocator:
             return None
-        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20)  # 64 MB: more than a last-level cache here
+        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
         self.backward(batch)
         if a.held_out:
             loss, a.validation_loss = a.validation_loss(), lambda: loss
@@ -226,7 +236,7 @@ def compiled_so_far():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def contender(b, base, kind, split, name):
+def contender(b, base, kind, name):
     """Build the contender `name`: METHOD, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
     if name.startswith("peft/"):
         return peft_contender(b, base, kind, name[5:])
@@ -252,25 +262,18 @@ def contender(b, base, kind, split, name):
         allocator = allocators.METHODS[s.method](model, s, 1000)
         params = allocator.parameters()
     if s.compile:
-        for block in model.blocks:
-            block.compile()
+        train.compile_blocks(model)
 
     def loss(inputs, labels):
         return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
 
     made = Contender(s, model, loss, params + head, allocator, head=head)
     if method in ("lelora", "uniform+validation"):
-        held = dataclasses.replace(split, **first(split, allocators.LeLora.held_out))
+        held = random_split(b, base, kind, allocators.LeLora.held_out)
         allocator.validation_loss = train.validation(model, SimpleNamespace(kind=kind), held, s.device)
     if method == "uniform+validation":
         made.allocate = lambda step: allocator.validation_loss()
     return made
-
-
-def first(split, rows):
-    """The fields of a Split cut to its first `rows` examples."""
-    return {f.name: getattr(split, f.name)[:rows] for f in dataclasses.fields(split)
-            if f.name in ("lengths", "labels", "tokens", "starts", "pixels") and getattr(split, f.name) is not None}
 
 
 class Shifted(nn.Module):
@@ -295,13 +298,14 @@ def peft_model(b, base, kind, method):
     config = transformers.AutoConfig.for_model(base.family, **raw)
     if kind != "lm":
         config.num_labels = base.config.num_labels
-    theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
+    with torch.device(b.device):
+        theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     if kind != "lm":
         weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(base.head_name)}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
-    theirs.to(b.device).tie_weights()
+    theirs.tie_weights()
     options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
                    modules_to_save=[base.head_name] if kind != "lm" else None,
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
@@ -331,19 +335,6 @@ def peft_contender(b, base, kind, method):
     return Contender(settings_for(b, "lora"), theirs, loss, params, allocate=allocate)
 
 
-def batches_for(b, split, rounds):
-    """`rounds` batches on the device, the same for every contender."""
-    made = []
-    for i in range(rounds):
-        inputs, labels = data.collate(split, [j % len(split) for j in range(i * b.batch_size, (i + 1) * b.batch_size)])
-        made.append(({k: v.to(b.device) for k, v in inputs.items()}, labels.to(b.device)))
-    return made
-
-
-def split_for(b, base, kind):
-    return random_split(b, base, kind, max(4 * b.batch_size, allocators.LeLora.held_out))
-
-
 # ---------------------------------------------------------------------------------------------- commands
 
 
@@ -363,13 +354,12 @@ def contender_names(b, methods):
 def speed(b):
     """Step time, memory and what a GPU waits for, of every method, the floor and PEFT, interleaved in one process."""
     names = contender_names(b, b.methods or list(allocators.METHODS))
-    alone = {name: measure_alone(b, name) for name in tqdm(names, "memory", file=sys.stderr)} if b.memory else {}
+    few = dataclasses.replace(b, rounds=2)
+    peaks = {name: measure_alone(few, name)["peak_mb"] for name in tqdm(names * b.memory, "memory", file=sys.stderr)}
     with folder_for(b) as folder:
         base, kind = base_model(b, folder)
-        split = split_for(b, base, kind)
-        b.targets = b.targets or default_targets(kind)
-        runners = {name: contender(b, base, kind, split, name) for name in names}
-    batches = batches_for(b, split, 4)
+        runners = {name: contender(b, base, kind, name) for name in names}
+    batches = batches_for(b, base, kind)
     with tqdm(total=len(names) * (b.warmup + b.rounds), desc="steps", file=sys.stderr) as bar:
         for i in range(b.warmup + b.rounds):  # interleaved: what else the machine does hits all alike
             for runner in runners.values():
@@ -388,16 +378,19 @@ def speed(b):
                "mfu": flops(base, method, b.length, tokens) / seconds / peak, "trainable": r.trainable}
         if method == "lelora":
             row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + name[6:]])
-        policy = r.policy_seconds(batches[0])
-        row["policy_percent"] = None if policy is None else 100 * policy / seconds
         if mode == "compiled":
             row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
         if b.device.startswith("cuda"):
             row["synchronisations"] = synchronisations(r, batches[0])
-        row |= alone.get(name, {}) | {"first_loss": r.losses[0], "last_loss": r.losses[-1]}
-        rows.append(row)
         if b.profile:
             profile(r, name, batches[0])
+        policy = r.policy_seconds(batches[0])  # the last: it moves the policy on
+        row["policy_percent"] = None if policy is None else 100 * policy / seconds
+        if b.memory:
+            row |= {"peak_mb": peaks[name]}
+            row |= {"peak_to_peft": peaks[name] / peaks[f"peft/{method}"]} if f"peft/{method}" in peaks else {}
+        row |= {"first_loss": r.losses[0], "last_loss": r.losses[-1]}
+        rows.append(row)
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in ("first_loss", "last_loss")]
     return rows, columns, {"peak_gflops": peak / 1e9, "tokens": tokens}
 
@@ -417,15 +410,18 @@ def real_tokens(inputs):
 
 
 def flops(base, method, length, tokens):
-    """Model FLOPs of a step: 2 per weight of a block and token forward, 2 backward through frozen ones, 2 for their
-    gradients with `full`; attention's products forward and twice that backward. Recomputation does not count."""
-    c = base.config
+    """FLOPs that a step needs: per token 2 for a weight forward, 2 backward, 2 for its gradient if it is trained, and
+    attention's products forward and twice that backward. An encoder's last block needs keys and values only.
+    """
+    c, lm, first = base.config, base.head_kind == "lm", base.blocks[0]
     if base.family == "vit":
         length = base.positions.shape[1]
         tokens = tokens * length
-    weights = sum(p.numel() for p in base.blocks.parameters() if p.dim() > 1)
-    attention = 4 * length * c.heads * c.head_dim * c.layers / (2 if base.head_kind == "lm" else 1)  # causal: half
-    return tokens * ((6 if method == "full" else 4) * weights + 3 * attention)
+    weights = sum(p.numel() for p in first.parameters() if p.dim() > 1)
+    last = weights if lm else first.key.weight.numel() + first.value.weight.numel()
+    products = (c.layers - 1) * weights + last
+    attention = 4 * length * c.heads * c.head_dim * (c.layers / 2 if lm else c.layers - 1)  # causal: half
+    return tokens * ((6 if method == "full" else 4) * products + 3 * attention)
 
 
 def peak_flops(b):
@@ -460,7 +456,7 @@ def profile(runner, name, batch):
     activities += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
     with torch.profiler.profile(activities=activities) as watched:
         runner.step(batch)
-    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     say(f"{name}\n{watched.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)}")
 
 
@@ -468,15 +464,9 @@ def profile(runner, name, batch):
 
 
 def measure_alone(b, name, **changes):
-    """Run `bench.py one NAME` with b's settings; returns what it prints."""
-    s = dataclasses.replace(b, **changes)
-    flags = []
-    for f in dataclasses.fields(s):
-        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
-        if value != f.default:
-            flags += [flag if value else flag.replace("--", "--no-", 1)] if f.type is bool else \
-                [flag, ",".join(value) if f.type is list else str(value)]
-    done = subprocess.run([sys.executable, __file__, "one", name, *flags], capture_output=True, text=True)
+    """What `one` gives for the contender `name` in a fresh process."""
+    settings = json.dumps(dataclasses.asdict(b) | changes)
+    done = subprocess.run([sys.executable, __file__, "one", name, settings], capture_output=True, text=True)
     if done.returncode:
         raise evaluation.SettingError(f"{name}: its own process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -489,16 +479,14 @@ def one(b, name):
     start = resident()[0]
     with folder_for(b) as folder:
         base, kind = base_model(b, folder)
-        b.targets = b.targets or default_targets(kind)
-        split = split_for(b, base, kind)
         if name in VARIANTS:
             model = variant(b, base, kind, name)
             del base
             reset_peak(b.device)
             generate(b, model)
             return {"peak_mb": peak_bytes(b.device, start) / 2**20}
-        runner = contender(b, base, kind, split, name)
-    batches, size = batches_for(b, split, 2), nbytes(base.parameters())
+        runner = contender(b, base, kind, name)
+    batches, size = batches_for(b, base, kind, 2), nbytes(base.parameters())
     del base
     for i in range(b.warmup):
         runner.timed_step(batches[i % 2])
@@ -592,7 +580,7 @@ def variant(b, base, kind, name):
     """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging changes something."""
     if kind != "lm":
         raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder such as llama2-7b")
-    model, b.targets = own_copy(base).eval(), b.targets or default_targets(kind)
+    model = own_copy(base).eval()
     if name == "base":
         return model
     rank = max(1, b.rank // 2) if "half" in name else b.rank
@@ -628,6 +616,7 @@ def predict(b, config, head, method="lora", shards=1, checkpointing=False):
 
     FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
     are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
+    LeLoRA's validation forward is not in it.
     """
     with torch.device("meta"):
         model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
@@ -659,9 +648,12 @@ def memory(b):
     """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
     if b.dropout:
         raise evaluation.SettingError("--dropout: the memory model is without dropout")
-    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 16, 256), ("bert-large", 12, 8, 256),
-              ("llama2-7b", 1, 2, 128), ("llama2-7b", 2, 4, 256)]
+    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 8, 256), ("llama2-7b", 1, 2, 128)]
     rows = []
+    with tempfile.TemporaryDirectory() as tiny:  # what a process takes for a model of next to no size: kernels, threads
+        (Path(tiny) / "config.json").write_text(json.dumps(models.sizes("roberta", 99, 99, 8, 8, 1, 2)))
+        few = dict(layers=0, batch_size=1, length=8, rank=2, targets=None, rounds=1, methods=None)
+        runtime = measure_alone(b, "lora", model=tiny, init_weights="random", **few)["peak_mb"]
     for name, layers, batch, length in tqdm(points, "memory", file=sys.stderr):
         for method in b.methods or ["lora"]:
             point = dataclasses.replace(b, model=name, layers=layers, batch_size=batch, length=length, targets=None,
@@ -669,10 +661,10 @@ def memory(b):
             with folder_for(point) as folder:
                 config = models.read_config(folder)
             parts = predict(point, config, "classify" if name.startswith(("roberta", "bert")) else "lm", method)
-            measured = measure_alone(point, method)["peak_mb"]
+            measured, predicted = measure_alone(point, method)["peak_mb"], parts.pop("total") / 2**20 + runtime
             rows.append({"model": name, "layers": layers, "batch": batch, "length": length, "method": method,
-                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()},
-                         "off_percent": 100 * (parts["total"] / 2**20 / measured - 1)})
+                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()}, "runtime_mb": runtime,
+                         "total_mb": predicted, "off_percent": 100 * (predicted / measured - 1)})
     big, config = dataclasses.replace(b, dtype="bfloat16", rank=32, batch_size=1, length=4096, targets=None), \
         models.normalise(dict(LLAMA2_70B), "LLaMA2 70B")
     for shards in dict.fromkeys((1, b.shards, 2 * b.shards)):
@@ -732,12 +724,12 @@ def epoch(b):
 
 
 def table(rows, columns):
-    """A table of `columns` as lines of text."""
-    def text(value):
-        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if (
-            isinstance(value, float) and abs(value) < 100) else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    """A table of `columns` as text: three significant digits, nothing where a row has no such number."""
+    def text(v):
+        return "" if v is None else f"{v:.3g}" if isinstance(v, float) and abs(v) < 100 else f"{v:,.0f}" if isinstance(
+            v, (int, float)) else str(v)
     cells = [columns] + [[text(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
                      for line in cells)
 
@@ -769,17 +761,17 @@ def settle(b, command):
 
 def main(argv=None):
     """Parse the command line, measure, print the table and one line of JSON."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["one"]:  # a process that `measure_alone` started
+        print(evaluation.to_json(one(Bench(**json.loads(argv[2])), argv[1])))
+        return
     parser = train.parser_of(Bench, __doc__.split("\n\n")[0])
     parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]"
-    parser.add_argument("command", choices=[*COMMANDS, "one"], metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     given = vars(parser.parse_args(argv))
-    command, name = given.pop("command"), given.pop("name")
+    command = given.pop("command")
     b = Bench(**given)
     settle(b, command)
-    if command == "one":
-        print(evaluation.to_json(one(b, name)))
-        return
     rows, columns, about = COMMANDS[command](b)
     about |= {"command": command, "device": train.device_name(b.device), "dtype": b.dtype, **train.versions()}
     print(table(rows, columns))

@@ -620,6 +620,13 @@ def validation(model, task, split, device):
     return loss
 
 
+def compile_blocks(model):
+    """Compile each block on its own: blocks of one kind share a graph, and what policies do between steps is outside."""
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
+    for block in model.blocks:
+        block.compile()
+
+
 def plain(value):
     """Tensors and dicts of tensors as Python numbers, for JSON."""
     if isinstance(value, dict):
@@ -783,8 +790,7 @@ def fine_tune(s, held):
         parameter.requires_grad_(True)
     model.checkpointing = s.checkpointing
     if s.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
 
     if world > 1 and rank == 0:
         after_process_0(s)
