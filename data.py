@@ -620,7 +620,7 @@ TASKS = {task.name: task for task in (
          "MATH", (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
          new_tokens=1024, stop=NEXT),
     complete("humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
-             template=lambda text, more: text, new_tokens=512, stop=CODE),
+             template=lambda text, more: text.rstrip(), new_tokens=512, stop=CODE),  # "\n    " is one token
     complete("mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",),
              reader=read_mbpp, template=docstring, new_tokens=512,
              stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),

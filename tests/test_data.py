@@ -388,7 +388,7 @@ PUBLISHED = {
             }
             for i in range(2)
         ],
-        [f"def f():\n    {HOSTILE}\n"] * 2,
+        [f"def f():\n    {HOSTILE}".rstrip()] * 2,
         ["    return 1\n"] * 2,
     ),
     # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
