@@ -429,12 +429,11 @@ def peak_flops(b):
     n, best = 8192 if b.device.startswith("cuda") else 2048, 0.0
     x, layer = torch.randn(n, n, device=b.device).to(getattr(torch, b.dtype)), models.Linear(n, n, bias=False)
     layer.weight = nn.Parameter(x, requires_grad=False)
-    with torch.no_grad():
-        for product in (layer, x.mm) * 3:
-            product(x)
-            began = clock(b.device)
-            product(x)
-            best = max(best, 2 * n ** 3 / (clock(b.device) - began))
+    for product in (layer, x.mm) * 3:
+        product(x)
+        began = clock(b.device)
+        product(x)
+        best = max(best, 2 * n ** 3 / (clock(b.device) - began))
     return best
 
 
@@ -588,7 +587,7 @@ def variant(b, base, kind, name):
     for layer in lora.attach(model, ranks, 2 * b.rank, nominal=b.rank).values():
         layer.B.data.normal_(std=0.02)
         if name == "merged":
-            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+            layer.linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
             layer.merge()
     if name == "merged":
         for site in ranks:

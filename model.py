@@ -218,10 +218,14 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that takes the faster product on a CPU in float32 while it is frozen; compiled code has its own."""
+    """nn.Linear that trains with the faster product on a CPU in float32 while it is frozen; compiled code has its own.
+
+    Without gradients it is F.linear, so that evaluations round as everybody's do.
+    """
 
     def forward(self, x):
-        if (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
                 and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
                 and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)):
             return FrozenProduct.apply(x, self.weight, self.bias)
@@ -676,6 +680,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
                         parameter.data = tensor
                     else:  # copied even if nothing changes
                         parameter.copy_(tensor)
+                    del tensor  # before the next one is read
                     missing.remove(name)
         except SafetensorError as error:
             raise ModelError(f"{path}: damaged or truncated ({error}); download it again") from None
