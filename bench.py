@@ -599,8 +599,13 @@ def generate(b, model):
     """Seconds to the first token, and the median between the following ones, of one greedy continuation."""
     generator = torch.Generator().manual_seed(b.seed)
     prompt = torch.randint(5, model.config.vocab_size, (1, b.length), generator=generator).to(b.device)
-    at = [clock(b.device)]
-    models.generate(model, prompt, None, b.new_tokens, None, 0, progress=lambda n: at.append(clock(b.device)))
+    at, go_on = [clock(b.device)], torch.zeros(1, dtype=torch.bool, device=b.device)
+
+    def note(generated):
+        at.append(clock(b.device))
+        return go_on
+
+    models.generate(model, prompt, None, b.new_tokens, None, 0, note)
     return at[1] - at[0], statistics.median(y - x for x, y in zip(at[1:], at[2:]))
 
 
