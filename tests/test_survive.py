@@ -182,7 +182,7 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(number, status, whole, tmp
     said, command = line.split("; go on with: ")
     assert said == f"stopped by {number.name}"
     if number == signal.SIGTERM:  # the command as it stands
-        environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         done = subprocess.run(command, shell=True, cwd=Path.cwd(), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert_same(outcome(tmp_path / "a run"), whole("lalora"))
