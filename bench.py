@@ -47,8 +47,8 @@ class Bench:
     """What to measure; a field is a flag of every command."""
 
     methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
-    model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, on "
-                                       "a CPU its first 2 blocks")
+    model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
+                                       "on a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
                                 ("random", "checkpoint"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
@@ -82,7 +82,7 @@ class Bench:
 
 @contextlib.contextmanager
 def folder_for(b):
-    """A folder with the model's config.json, changed as --layers and --dropout say; weights and tokenizer are linked."""
+    """A folder with the model's config.json, as --layers and --dropout say; weights and tokenizer are linked."""
     config, folder = models.find_config(b.model, b.init_weights)
     raw = dict(config.raw)
     if b.layers:
@@ -103,7 +103,7 @@ def base_model(b, folder):
     decoder = models.find_config(folder, b.init_weights)[0].family not in ("bert", "roberta", "vit")
     head, labels = ("lm", None) if decoder else ("classify", 2)
     base = models.load(folder, head, labels, getattr(torch, b.dtype), b.device, b.init_weights, b.seed)
-    b.targets = b.targets or default_targets(head)
+    b.targets = b.targets or train.default_targets(decoder)
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
@@ -163,7 +163,8 @@ class Contender:
             p.requires_grad_(True)
         self.trainable = sum(p.numel() for p in params)
         self.optimizer = train.optimizer_for(s, params)
-        self.budget = train.Budget(allocator) if allocator else None
+        if allocator:
+            self.budget, self.bad = train.Budget(allocator), train.BadSteps(s.device)
         self.losses, self.times, self.compiles, self.breaks = [], [], [], 0
 
     def backward(self, batch):
@@ -175,16 +176,15 @@ class Contender:
         self.taken += 1
         loss, a = self.backward(batch), self.allocator
         if a:
-            a.after_backward(self.taken)
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        if a:
-            self.budget.add()
-            if a.after_step(self.taken):
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            *_, rebuilt = train.update(self.taken, loss, grads, self.params, self.optimizer, a, self.budget, self.bad,
+                                       clip=1.0)
+            if rebuilt:
                 self.params = a.parameters() + self.head
-                for p in self.params:
-                    p.requires_grad_(True)
                 train.follow(self.optimizer, self.params)
+        else:
+            nn.utils.clip_grad_norm_(self.params, 1.0)
+            self.optimizer.step()
         if self.allocate:
             self.allocate(self.taken)
         self.optimizer.zero_grad(set_to_none=True)
@@ -202,7 +202,7 @@ class Contender:
         self.breaks += now[1] - breaks
 
     def policy_seconds(self, batch, times=20):
-        """Mean seconds of the policy's own calls in a step, with cold caches; LeLoRA's validation forward is left out."""
+        """Mean seconds of the policy's own calls in a step, with cold caches, without LeLoRA's validation forward."""
         if not self.allocator:
             return None
         a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
@@ -306,7 +306,8 @@ def peft_model(b, base, kind, method):
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
     theirs.tie_weights()
-    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
+    task_type = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind)
+    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type=task_type,
                    modules_to_save=[base.head_name] if kind != "lm" else None,
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
     if method == "adalora":
@@ -400,11 +401,6 @@ def ratio(b, r, other):
     return statistics.median(x / y for x, y in zip(r.times[b.warmup:], other.times[b.warmup:])) if other else None
 
 
-def default_targets(kind):
-    """As train.settle's."""
-    return ["query", "key", "value", "up", "down"] if kind == "lm" else ["query", "value"]
-
-
 def real_tokens(inputs):
     return len(inputs["pixels"]) if "pixels" in inputs else int(inputs["mask"].sum())  # images count as one
 
@@ -467,7 +463,8 @@ def measure_alone(b, name, **changes):
     settings = json.dumps(dataclasses.asdict(b) | changes)
     done = subprocess.run([sys.executable, __file__, "one", name, settings], capture_output=True, text=True)
     if done.returncode:
-        raise evaluation.SettingError(f"{name}: its own process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise evaluation.SettingError(f"{name}: its own process failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -535,7 +532,8 @@ def reset_peak(device):
 def scaling(b):
     """Step time, policy time and memory as rank, batch, length and depth grow; each point in a process of its own."""
     methods, layers = b.methods or list(ADAPTIVE), b.layers or models.find_config(b.model, b.init_weights)[0].layers
-    axes = {"rank": [b.rank, 2 * b.rank, 4 * b.rank], "batch_size": [b.batch_size // 4, b.batch_size // 2, b.batch_size],
+    axes = {"rank": [b.rank, 2 * b.rank, 4 * b.rank],
+            "batch_size": [b.batch_size // 4, b.batch_size // 2, b.batch_size],
             "length": [b.length // 4, b.length // 2, b.length], "layers": [layers // 4, layers // 2, layers]}
     small, seen, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), {}, []
     points = [(axis, max(1, value), method) for axis, values in axes.items() for value in dict.fromkeys(values)
@@ -555,7 +553,7 @@ VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
 
 
 def inference(b):
-    """Time to first token, inter-token latency, tokens per second and memory, one sequence at a time (La-LoRA, Table 13).
+    """Time to first token, inter-token latency, tokens per second, memory, one sequence at a time (La-LoRA, Table 13).
 
     Uniform LoRA as it is trained, with half the rank as a policy may leave it, and merged, beside the base model.
     """
@@ -576,9 +574,9 @@ def inference(b):
 
 
 def variant(b, base, kind, name):
-    """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging changes something."""
+    """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging does something."""
     if kind != "lm":
-        raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder such as llama2-7b")
+        raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder, as llama2-7b")
     model = own_copy(base).eval()
     if name == "base":
         return model
@@ -616,7 +614,7 @@ LLAMA2_70B = models.sizes("llama", 32000, 4096, 8192, 28672, 80, 64, 8, rms_norm
 
 
 def predict(b, config, head, method="lora", shards=1, checkpointing=False):
-    """Bytes per device that training needs: weights, adapters, gradients, optimizer, policy, activations, passing, total.
+    """Bytes per device that training needs, by what takes them, and their total.
 
     FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
     are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
@@ -624,9 +622,10 @@ def predict(b, config, head, method="lora", shards=1, checkpointing=False):
     """
     with torch.device("meta"):
         model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
-    e, n, L, D, I = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers, config.hidden_size, \
-        config.intermediate_size
-    heads, kv, kinds = config.heads * config.head_dim, config.kv_heads * config.head_dim, b.targets or default_targets(head)
+    e, n, L = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers
+    D, I = config.hidden_size, config.intermediate_size
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    kinds = b.targets or train.default_targets(head == "lm")
     shapes = [model.get_submodule(site).weight.shape for site, _, _ in lora.sites(model, kinds)]
     R = b.rank * {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5}.get(method, 1)
     trained = R * sum(map(sum, shapes)) + (0 if head == "lm" else sum(p.numel() for p in model.head.parameters()))
@@ -652,7 +651,8 @@ def memory(b):
     """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
     if b.dropout:
         raise evaluation.SettingError("--dropout: the memory model is without dropout")
-    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 8, 256), ("llama2-7b", 1, 2, 128)]
+    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 8, 256),
+              ("llama2-7b", 1, 2, 128)]
     rows = []
     with tempfile.TemporaryDirectory() as tiny:  # what a process takes for a model of next to no size: kernels, threads
         (Path(tiny) / "config.json").write_text(json.dumps(models.sizes("roberta", 99, 99, 8, 8, 1, 2)))
@@ -667,8 +667,8 @@ def memory(b):
             parts = predict(point, config, "classify" if name.startswith(("roberta", "bert")) else "lm", method)
             measured, predicted = measure_alone(point, method)["peak_mb"], parts.pop("total") / 2**20 + runtime
             rows.append({"model": name, "layers": layers, "batch": batch, "length": length, "method": method,
-                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()}, "runtime_mb": runtime,
-                         "total_mb": predicted, "off_percent": 100 * (predicted / measured - 1)})
+                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()},
+                         "runtime_mb": runtime, "total_mb": predicted, "off_percent": 100 * (predicted / measured - 1)})
     big, config = dataclasses.replace(b, dtype="bfloat16", rank=32, batch_size=1, length=4096, targets=None), \
         models.normalise(dict(LLAMA2_70B), "LLaMA2 70B")
     for shards in dict.fromkeys((1, b.shards, 2 * b.shards)):
@@ -678,11 +678,13 @@ def memory(b):
     with torch.device("meta"):
         model = models.Decoder(config, "lm")
     weights = nbytes(model.parameters()) / 2  # bfloat16, on the meta device float32
-    adapters = sum(32 * sum(model.get_submodule(site).weight.shape) for site, _, _ in lora.sites(model, default_targets("lm")))
+    sites = lora.sites(model, train.default_targets(True))
+    adapters = sum(32 * sum(model.get_submodule(site).weight.shape) for site, _, _ in sites)
     about = {"large": {"model": "LLaMA2 70B, bfloat16, rank 32 on five projections, batch 1 x 4096, checkpointing",
-                       "weights_gb": weights / 1e9, "adapter_gb": 4 * adapters / 1e9, "checkpoint_gb": 12 * adapters / 1e9,
-                       "devices_of_80_gb": next(k for k in range(1, 513) if predict(
-                           big, config, "lm", "lora", k, True)["total"] < 0.9 * 80e9)}}
+                       "weights_gb": weights / 1e9, "adapter_gb": 4 * adapters / 1e9,
+                       "checkpoint_gb": 12 * adapters / 1e9, "devices_of_80_gb": next(
+                           k for k in range(1, 513)
+                           if predict(big, config, "lm", "lora", k, True)["total"] < 0.9 * 80e9)}}
     return rows, list(dict.fromkeys(key for row in rows for key in row)), about
 
 
@@ -712,7 +714,8 @@ def epoch(b):
                 t for t in ("<pad>", "[PAD]") if encoder.tokenizer.backend.token_to_id(t) is not None))
             args = transformers.TrainingArguments(out, num_train_epochs=1, per_device_train_batch_size=b.batch_size,
                                                   learning_rate=s.lr, save_strategy="no", report_to=[], seed=s.seed,
-                                                  use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16", disable_tqdm=True)
+                                                  use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16",
+                                                  disable_tqdm=True)
             rows_of = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": label.item()}
                        for ids, label in zip(split.tokens, split.labels)]
             theirs = transformers.Trainer(peft_model(b, base, "classify", "lora"), args, train_dataset=rows_of,
@@ -721,7 +724,8 @@ def epoch(b):
             theirs.train()
             rows.append({"contender": "Trainer + PEFT", "seconds": clock(b.device) - began})
             rows[0]["ratio"] = ours / rows[1]["seconds"]
-    return rows, ["contender", "seconds", "ratio"], {"rows_in_epoch": len(split), "mean_length": statistics.mean(split.lengths)}
+    about = {"rows_in_epoch": len(split), "mean_length": statistics.mean(split.lengths)}
+    return rows, ["contender", "seconds", "ratio"], about
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -743,7 +747,7 @@ COMMANDS = {"speed": speed, "scaling": scaling, "inference": inference, "memory"
 
 def settle(b, command):
     """Fill what depends on the machine; raises SettingError for what cannot work."""
-    b.device = ("cuda" if torch.cuda.is_available() else "cpu") if b.device == "auto" else b.device
+    b.device = evaluation.auto_device() if b.device == "auto" else b.device
     evaluation.check_device(b.device)
     cuda = b.device.startswith("cuda")
     if b.model is None:
@@ -755,10 +759,9 @@ def settle(b, command):
     for name, known in (("methods", allocators.METHODS), ("modes", ("eager", "compiled"))):
         wrong = [value for value in getattr(b, name) or () if value not in known]
         if wrong:
-            raise evaluation.SettingError(f"--{name} {wrong[0]}: choose from {', '.join(known)}" + ", all" * (name == "methods"))
-    for name, least in dict(batch_size=1, length=4, rank=1, rounds=1, warmup=3, shards=1, layers=0).items():
-        if getattr(b, name) < least:
-            raise evaluation.SettingError(f"--{name.replace('_', '-')} {getattr(b, name)}: must be at least {least}")
+            choices = ", ".join([*known, *["all"] * (name == "methods")])
+            raise evaluation.SettingError(f"--{name} {wrong[0]}: choose from {choices}")
+    evaluation.check_least(vars(b), batch_size=1, length=4, rank=1, rounds=1, warmup=3, shards=1, layers=0)
     if not 0 <= b.dropout < 1 or not 0.5 <= b.fill <= 1:
         raise evaluation.SettingError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
 

@@ -226,7 +226,7 @@ def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=Tr
 def load_model(s, task, adapted=False):
     """The base model that the settings name, with the task's head; caps s.max_length at the model's positions.
 
-    A head that the checkpoint has is put into the task's order of labels. `adapted`: an adapter brings the trained head.
+    A checkpoint's head is put into the task's order of labels. `adapted`: an adapter brings the trained head.
     """
     labels = None if task.kind == "lm" else 1 if task.kind == "regress" else len(task.labels)
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
@@ -255,6 +255,18 @@ def _order_labels(model, labels):
         last, order = getattr(model.head, "out_proj", model.head), [saved.index(label) for label in wanted]
         for parameter in last.parameters():
             parameter.data = parameter.data[order].clone()
+
+
+def auto_device():
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_least(settings, **least):
+    """Raises SettingError for a number in the dict `settings` that is below its least."""
+    for name, low in least.items():
+        if settings.get(name, low) < low:
+            raise SettingError(f"--{name.replace('_', '-')} {settings[name]}: must be at least {low}")
 
 
 def check_device(device):
@@ -332,7 +344,8 @@ def load_run(folder, changes, shard=None):
     check_device(s.device)
     encoder = Encoder(s, task)
     if (folder / "model").is_dir():
-        model = load_model(SimpleNamespace(**vars(s) | {"model": str(folder / "model"), "init_weights": "checkpoint"}), task)
+        where = {"model": str(folder / "model"), "init_weights": "checkpoint"}
+        model = load_model(SimpleNamespace(**vars(s) | where), task)
     elif (folder / "adapter").is_dir():
         model = load_model(s, task, adapted=True)
         lora.load_adapter(model, folder / "adapter")
@@ -386,7 +399,7 @@ def merge(folder, out, changes):
     beside = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         save_model(model, encoder, beside)
-        beside.rename(out)
+        lora.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return out
@@ -686,7 +699,7 @@ def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
-    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's model with its adapter to OUT")
+    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's merged model to OUT")
     parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
     parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
@@ -696,7 +709,7 @@ def main(argv=None):
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
-    parser.add_argument("--max-length", type=int, metavar="X", help="longest input in tokens; default: the run's, the task's")
+    parser.add_argument("--max-length", type=int, metavar="X", help="longest input; default: the run's or task's")
     parser.add_argument("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
                         help="the model's; default: the run's, else float32")
@@ -708,9 +721,7 @@ def main(argv=None):
         given["samples"] = []
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
             raise SettingError(f"--samples {args.samples}: no file can be there; name another place")
-    for name, least in (("limit_eval", 0), ("batch_size", 1), ("max_length", 1)):
-        if given.get(name, least) < least:
-            raise SettingError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
+    check_least(given, limit_eval=0, batch_size=1, max_length=1)
     if args.places or args.what == "merge":
         if args.what != "merge":
             parser.error(f"unexpected {' '.join(args.places)}")
@@ -739,7 +750,7 @@ def main(argv=None):
     task = data.find_task(args.task, args.data)
     s = SimpleNamespace(**{
         "model": args.what, "task": args.task, "data": None, "limit_eval": 0, "batch_size": 32, "seed": 0,
-        "max_length": task.max_length, "device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": "float32",
+        "max_length": task.max_length, "device": auto_device(), "dtype": "float32",
         "init_weights": "checkpoint"} | given)
     check_device(s.device)
     encoder, model = Encoder(s, task), load_model(s, task, adapted=args.adapter is not None)

@@ -27,8 +27,8 @@ class LoraError(ValueError):
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a gated low-rank update: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
 
-    weight W (out, in) and bias b (out) are those of `linear`, the frozen layer, which stays a module of its own, so that
-    FSDP finds its weights where it put them. A (R, in) and B (out, R) are trainable and float32 whatever W's dtype, on
+    weight W (out, in) and bias b (out) are those of `linear`, the frozen layer, a module of its own, so that FSDP finds
+    its weights where it put them. A (R, in) and B (out, R) are trainable and float32 whatever W's dtype, on
     `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
     components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
@@ -142,7 +142,8 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
         if not 0 <= rank <= min(linear.weight.shape):
-            raise LoraError(f"--rank: {rank} components for {name}, which has {min(linear.weight.shape)}; lower the rank")
+            most = min(linear.weight.shape)
+            raise LoraError(f"--rank: {rank} components for {name}, which has {most}; lower the rank")
         if rank == 0:
             continue
         scale = {"nominal": alpha / (nominal or rank), "own": alpha / rank,
@@ -378,5 +379,5 @@ def _pattern(patterns, path, default):
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
-            raise LoraError(f"adapter_config.json: alpha_pattern {pattern!r} is no regular expression ({error})") from None
+            raise LoraError(f"adapter_config.json: alpha_pattern {pattern!r}: no regex ({error})") from None
     return default

@@ -301,7 +301,7 @@ class Transformer(nn.Module):
         return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
 
     def classify(self, x):
-        """Logits of the classification head, which is float32 whatever the model's dtype: x (B, D) -> (B, num_labels)."""
+        """Logits of the head, which is float32 whatever the model's dtype: x (B, D) -> (B, num_labels)."""
         return self.head(x.to(next(self.head.parameters()).dtype))
 
     def run_blocks(self, x, *inputs):
@@ -387,7 +387,7 @@ class Encoder(Transformer):
         """
         T, pad = tokens.shape[1], self.config.pad_id
         if T > self.max_length:
-            raise ModelError(f"sequence of {T} tokens, but the model has {self.max_length} positions: lower --max-length")
+            raise ModelError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
         if self.family == "roberta":  # padding has position pad
             real = tokens != pad
             positions = self.positions(real.cumsum(1) * real + pad)
@@ -570,7 +570,8 @@ class ViT(Transformer):
         return self.classify(self.norm(self.run_blocks(self.dropout(x))[:, 0]))
 
 
-def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0, mapped=False):
+def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
+         mapped=False):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders only) or "classify" (`num_labels` outputs, 1 for regression; by default as many as the
@@ -675,7 +676,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
                     if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
                         raise ModelError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                          + (f"one of floats {expected}" if expected else "none, or it is here twice"))
-                    parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a private view of the file
+                    parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a view of the file
                     if mapped and parameter.dtype == tensor.dtype:
                         parameter.data = tensor
                     else:  # copied even if nothing changes

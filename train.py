@@ -65,7 +65,7 @@ class Settings:
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
-    adapter: str = setting(None, "adapter", "PEFT adapter's folder that --method lora starts from: weights, ranks, head")
+    adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -101,7 +101,7 @@ class Settings:
 
     r_min: int = setting(4, "static", "smallest rank r_min; a lower --rank is raised to it")
     r_max: int = setting(32, "static", "largest rank; a higher --rank is cut to it")
-    adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank, the budget at the start over that at the end")
+    adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank: the first budget over the last")
     adalora_t_init: int = setting(0, "adalora", "t_i, steps before the first pruning; 0 = 10 %% of the run")
     adalora_t_final: int = setting(0, "adalora", "t_f, steps with the final budget; 0 = 50 %% of the run")
     adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations")
@@ -166,7 +166,7 @@ def settle(s, config):
         raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
                            f"of its own: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
     if s.targets is None:
-        s.targets = ["query", "key", "value", "up", "down"] if kind == "decoder" else ["query", "value"]
+        s.targets = default_targets(kind == "decoder")
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
     task = data.find_task(s.task, s.data)
     takes = {"encoder": ("classify", "regress"), "decoder": ("lm", "classify", "regress"), "vit": ("image",)}[kind]
@@ -179,7 +179,7 @@ def settle(s, config):
         if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
     s.accumulate = 1 if s.accumulate is None else s.accumulate
-    s.device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
+    s.device = evaluation.auto_device() if s.device == "auto" else s.device
     if dist.is_initialized() and s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
@@ -190,15 +190,20 @@ def settle(s, config):
     return task
 
 
+def default_targets(decoder):
+    """The projections that the papers adapt in a decoder, or else in an encoder or ViT."""
+    return ["query", "key", "value", "up", "down"] if decoder else ["query", "value"]
+
+
 def check(s):
     """Refuse settings that cannot work; raises SettingError with one line that names the flag."""
     def flag(name):
         return f"--{name.replace('_', '-')} {getattr(s, name)}"
 
     numbers = [f.name for f in dataclasses.fields(s) if f.type in (int, float) and getattr(s, f.name) is not None]
-    may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every", "save_every",
-                "adalora_t_init", "adalora_t_final", "adalora_beta1", "adalora_beta2", "adalora_orth", "lalora_gamma",
-                "weightlora_keep", "weightlora_steps", "lelora_reward_alpha")
+    may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every",
+                "save_every", "adalora_t_init", "adalora_t_final", "adalora_beta1", "adalora_beta2", "adalora_orth",
+                "lalora_gamma", "weightlora_keep", "weightlora_steps", "lelora_reward_alpha")
     for name in numbers:
         if not 0 <= getattr(s, name) < 2**63:  # not nan, not infinite
             raise SettingError(f"{flag(name)}: must be a number from 0 up")
@@ -290,7 +295,7 @@ def agree_on(number):
 
 
 def start_alike(s, step, moving):
-    """Give all processes the parameters of process 0, which draws as if it were alone; the others draw other dropout."""
+    """Give all processes the parameters of process 0, which draws as if it were alone; dropout differs."""
     rank, world = rank_and_world()
     if world > 1:
         for p in moving:
@@ -448,7 +453,7 @@ class BadSteps:
         batch = sorted(i for indices in next(stream(s, split, last - 1)) for i in indices)
         newest = next(iter(checkpoints(s.out)), "none yet")
         raise RunError(f"step {last}: loss or gradient not finite for {most} steps in a row, here with the rows "
-                       f"{origin(s, task, split, batch)}; the last good checkpoint is {newest}: lower --lr or mend the rows")
+                       f"{origin(s, task, split, batch)}; last good checkpoint: {newest}; lower --lr or mend the rows")
 
 
 def origin(s, task, split, indices):
@@ -460,11 +465,27 @@ def origin(s, task, split, indices):
     return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in found.items())
 
 
+def update(step, loss, grads, params, optimizer, allocator, budget, bad, clip):
+    """Move the weights and the policy by the gradients that backward has left; bench.py times the same.
+
+    `grads` are those of `params`, the optimizer's, and of gates that a policy moves itself. Returns whether loss and
+    gradients were finite (0-d, bool), the norm before clipping (0-d), and whether the policy rebuilt its parameters.
+    """
+    ok = bad.guard(step, loss, grads, optimizer, allocator)
+    allocator.after_backward(step)
+    norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
+    optimizer.step()
+    budget.add()
+    rebuilt = allocator.after_step(step)
+    optimizer.zero_grad(set_to_none=True)
+    return ok, norm, rebuilt
+
+
 def train(s, task, model, allocator, split, held_out, log, evaluate):
     """Run the optimizer over `split`; returns {"steps", "seconds", "trainable_params", ...}.
 
     `held_out` is a Split of rows kept aside for a policy's validation loss, or None. `log(file, dict)` appends a JSON
-    line to the run folder, `evaluate(step)` measures the model as it stands.
+    line to the run folder, `evaluate(step, budget)` measures the model as it stands.
     """
     device, steps, (rank, world) = torch.device(s.device), total_steps(s, split), rank_and_world()
     params = allocator.parameters() + trained_head(model, task)
@@ -486,7 +507,8 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
 
     model.train()
     batches, seen, came = stream(s, split, done), 0, []
-    widths = [w for k in range(3, 16) for w in (2 ** k, 3 * 2 ** (k - 1)) if w <= (s.max_length or 0)] if s.compile else None
+    widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
+    widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
 
     def stop_after_this_step(number):
         if came and world == 1:  # the second signal; torchrun passes on one, and kills 30 s later
@@ -517,18 +539,13 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
             grads = [p.grad for p in moving if p.grad is not None]
             if world > 1:
                 add_up([loss, *grads])
-            ok = bad.guard(step, loss, grads, optimizer, allocator)
+            ok, norm, rebuilt = update(step, loss, grads, params, optimizer, allocator, budget, bad, s.clip)
             running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
-            allocator.after_backward(step)
-            norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
-            optimizer.step()
-            budget.add()
-            if allocator.after_step(step):
+            if rebuilt:
                 params = allocator.parameters() + trained_head(model, task)
                 moving = [p for p in model.parameters() if p.requires_grad]
                 follow(optimizer, params)
                 start_alike(s, step, moving)
-            optimizer.zero_grad(set_to_none=True)
 
             bar.update()
             logged = step % s.log_every == 0 or step == steps
@@ -546,7 +563,8 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 size, (total, good) = budget.report(), running.tolist()
                 running.zero_()
                 mean_loss, rate = total / good if good else math.nan, seen / (time.time() - started - seconds)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s", refresh=False)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s",
+                                    refresh=False)
                 log("metrics.jsonl", {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": mean_loss,
                                       "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
                                       "skipped_steps": skipped, "examples_per_second": rate, "trainable_params": size}
@@ -567,7 +585,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
 
 
 def stream(s, split, done=0):
-    """Endless lists of `accumulate` batches of row indices, from optimizer step `done` on, ordered by seed and epoch."""
+    """Endless lists of `accumulate` batches of row indices, from step `done` on, ordered by seed and epoch."""
     epoch, skip = divmod(done, epoch_steps(s, split))
     while True:
         order = data.batches(split, s.batch_size, s.seed, epoch)
@@ -621,7 +639,7 @@ def validation(model, task, split, device):
 
 
 def compile_blocks(model):
-    """Compile each block on its own: blocks of one kind share a graph, and what policies do between steps is outside."""
+    """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
     torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
     for block in model.blocks:
         block.compile()
@@ -770,8 +788,8 @@ def fine_tune(s, held):
     if held_rows:  # taken out of the training set for good
         order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
         if len(rows) <= held_rows:
-            raise SettingError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are only "
-                               f"{len(rows)}: use more rows")
+            raise SettingError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are "
+                               f"only {len(rows)}: use more rows")
         kept, rest = sorted(order[held_rows:]), sorted(order[:held_rows])
         rows, held_out = [rows[i] for i in kept], [rows[i] for i in rest]
     encoder = evaluation.Encoder(s, task)
@@ -799,8 +817,9 @@ def fine_tune(s, held):
     out = Path(s.out)
     if not s.resume and rank == 0:
         file = claim(s, held)
-        file.write(evaluation.to_json({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
-                                       "device": device_name(s.device)}, indent=2) + "\n")
+        about = {"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
+                 "device": device_name(s.device)}
+        file.write(evaluation.to_json(about, indent=2) + "\n")
         file.flush()
         lora.sync(out / "run.json")
         lora.sync(out)
@@ -848,8 +867,8 @@ def fine_tune(s, held):
     if warning:
         result["warning"] = warning
         say("warning: " + warning)
-    write_json(out / "result.json", result)
     evaluation.write_cards(out)
+    write_json(out / "result.json", result)  # the last: a run that has it is finished
     return result
 
 
@@ -868,7 +887,7 @@ def claim(s, held):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SettingError(f"{out}: another run is at work in this folder; wait for it, or choose another --out") from None
+        raise SettingError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
     except OSError as error:
         say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
     if not s.resume and file.tell():
@@ -913,7 +932,7 @@ def main(argv=None):
         try:
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
-            raise SettingError(f"{s.resume}/run.json: of another version of this program ({error}); start again") from None
+            raise SettingError(f"{s.resume}/run.json: of another version ({error}); start again") from None
     for name in ("data", "adapter"):
         if getattr(s, name) is not None:  # the run folder must find it from anywhere
             setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
