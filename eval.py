@@ -702,17 +702,21 @@ def _plot_set(plt, *folders):
 
 def _groups(runs, *ignored):
     """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
-    ignored, values, groups = {"seed", "out", "data", "resume", "log_every", "eval_every", "save_every", "keep",
-                               "eval_before", "max_bad_steps", *ignored}, {}, {}
+    ignored, tried, groups = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before",
+                              "max_bad_steps", *ignored}, {}, {}
+
+    def shown(value):
+        return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+
     for run in runs:
         for key, value in vars(run.s).items():
-            values.setdefault((run.s.method, key), {}).setdefault(run.s.task, set()).add(str(value))
+            tried.setdefault((run.s.method, key), {}).setdefault(run.s.task, set()).add(shown(value))
     for run in runs:
         label = [run.s.method]
         for key, value in vars(run.s).items():
-            if key not in ignored and max(map(len, values[run.s.method, key].values())) > 1:
-                value = ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
-                label.append(re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ") + f" {value}")
+            if key not in ignored and max(map(len, tried[run.s.method, key].values())) > 1:
+                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
+                label.append(f"{key} {shown(value)}")
         label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
         groups.setdefault((run.s.task, label), []).append(run)
     return dict(sorted(groups.items(), key=lambda item: [  # 2 before 12
