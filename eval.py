@@ -439,17 +439,17 @@ def card(folder, path):
 
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
-    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
+    lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
     lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
     shown = ("seed", "rank", "alpha", "dropout", "scaling", "lr", "schedule", "warmup", "weight_decay", "batch_size",
              "accumulate", "epochs", "max_length", "dtype")
     rows = [[key, getattr(s, key, None)] for key in shown]
-    lines += _table(["setting", "value"], [row for row in rows if row[1] is not None])
+    lines += markdown(["setting", "value"], [row for row in rows if row[1] is not None])
     if ranks["ranks"]:
         grid, kinds = _grid(ranks["ranks"])
         rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
-        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], rows)
+        lines += markdown([f"rank at step {ranks['step']:,}: block", *kinds], rows)
     if adapter and s.init_weights == "random":
         return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
     return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
@@ -475,7 +475,8 @@ def _loading_code(s, labels, kind, base, adapter, path):
     return lines
 
 
-def _table(head, rows):
+def markdown(head, rows):
+    """Lines of a Markdown table, the last one empty."""
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import shutil
 import signal
@@ -863,6 +864,7 @@ def fine_tune(s, held):
     log("metrics.jsonl", {"step": result["steps"], "eval": after, "trainable_params": result["trainable_params"]})
     say("after training: " + evaluation.summary(after))
     result = {"task": task.name, "method": s.method, "model": s.model, "seed": s.seed, **after, **result,
+              "peak_memory_mb": round(peak_memory(s.device) / 2**20),
               "before": first["eval"] if first["step"] == 0 else None, "out": str(out)}
     if warning:
         result["warning"] = warning
@@ -914,6 +916,13 @@ def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """Most bytes that this process has held so far: of a GPU's memory, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say(message):
