@@ -16,6 +16,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -816,9 +817,14 @@ def quality(argv):
     return text, about
 
 
+@functools.cache
+def train_parser():
+    return train.parser_of(train.Settings, "")
+
+
 def settings_of(flags):
     """train.Settings of a list of train.py's flags."""
-    return train.Settings(**vars(train.parser_of(train.Settings, "").parse_args(flags)))
+    return train.Settings(**vars(train_parser().parse_args(flags)))
 
 
 def check_shared(flags):
@@ -904,10 +910,11 @@ def numbers_of(line, column):
 def summarise(runs, done, metric=None, failed=(), paper=None):
     """(Markdown, JSON object) of the runs that are done; rows and columns are in the order of `runs`.
 
-    Cells are means and standard deviations over seeds, in percent but for losses, with `paper`'s text {row: {column:
+    Cells are means and standard deviations over seeds, in percent but for losses, with `paper`'s numbers {row: {column:
     text}} in brackets. Each row is compared with plain uniform LoRA, over the seeds that both have; arrows mark p <=
     LEVEL. Raises SettingError for a metric that a run does not have.
     """
+    paper = paper or {}
     rows, tasks = dict.fromkeys(run.row for run in runs), list(dict.fromkeys(c for run in runs for c in run.columns))
     lines = {(run.row, column, run.seed): done[run.key] for run in runs for column in run.columns if run.key in done}
     numbers = {place: numbers_of(line, place[1]) or {} for place, line in lines.items()}
@@ -947,7 +954,7 @@ def summarise(runs, done, metric=None, failed=(), paper=None):
                 text = f"**{text}**" if mean == best[column] and len(rows) > 1 else text
                 text += f" ± {scale * std:.{digits}f}" if std is not None else ""
                 text += (" ↑" if sum(pairs) > 0 else " ↓") if p is not None and p <= LEVEL else ""
-            theirs = (paper or {}).get(row, {}).get(column)
+            theirs = paper.get(row, {}).get(column)
             texts.append(text if theirs is None else f"{text} ({theirs})".strip())
         own = [done[run.key] for run in runs if run.row == row and run.key in done]
         if own:
@@ -956,9 +963,10 @@ def summarise(runs, done, metric=None, failed=(), paper=None):
             about["rows"][row] |= {"trainable_params": size, "seconds": spent, "peak_memory_mb": peak}
             sizes = [f"{n:,.0f}" for n in size.values()]
             texts += [" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]), f"{spent:,.1f}", f"{peak:,.0f}"]
-        cells.append([row, *texts, *[""] * (len(columns) + 3 - len(texts))])
-    heads = [f"{c}, {metrics[c]}" if c in metrics else c for c in columns]
-    text = "\n".join(evaluation.markdown(["method", *heads, "trainable: last / mean / peak", "s", "MB"], cells))
+        more = ", ".join(f"{key} {value}" for key, value in paper.get(row, {}).items() if key not in columns)
+        cells.append([row, *texts, *[""] * (len(columns) + 3 - len(texts)), *[more] * bool(paper)])
+    heads = ["method", *(f"{c}, {metrics[c]}" if c in metrics else c for c in columns), "trainable: last / mean / peak"]
+    text = "\n".join(evaluation.markdown([*heads, "s", "MB", *["(the paper's other numbers)"] * bool(paper)], cells))
     if tests:
         seeds = len({run.seed for run in runs})
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from uniform LoRA by a paired sign-flip test"

@@ -1,6 +1,7 @@
 """bench.py's commands on tiny models, its counts against what autograd and torch say, and the fast paths it led to."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
+import train  # noqa: E402
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
              initializer_range=0.2)  # so that the loss depends on everything
@@ -311,3 +313,50 @@ def test_summary_pairs_each_row_with_uniform_lora_of_its_rank():
     text, _ = bench.summarise([run for run, _ in losses], {run.key: line for run, line in losses})
     assert "| b | **1.250** |" in text and "| a | 1.500 |" in text  # less is better, and no percent
     assert "gsm8k, loss" in text
+
+
+TABLES = json.loads(bench.TABLES.read_text())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_papers(name, capsys):
+    """Each one's commands are what train.py and bench.py take, each of its rows is there."""
+    for small in [[], ["--small"]][:1 + ("small" in TABLES[name])]:
+        bench.main(["table", name, *small, "--seeds", "1", "--results", "nowhere.jsonl"])
+        out = capsys.readouterr().out
+        assert json.loads(out.splitlines()[-1])["table"] == name
+        for row in TABLES[name]["rows"]:
+            assert row["row"] in out and all(str(v) in out for v in row.get("paper", {}).values()) or small
+        for line in out.splitlines():
+            words = shlex.split(line)[2:] if line.startswith("python bench.py ") else []
+            for command in filter(None, line.removeprefix("python ").split(" && python ") if words else []):
+                assert shlex.split(command)[1] in bench.COMMANDS
+                train.parser_of(bench.Bench, "").parse_args(shlex.split(command)[2:])
+
+
+def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
+    """A table's columns that the run's own result lacks come from eval.py; parts of a task are in its own result."""
+    called = []
+
+    def fake_run(command, **_):
+        program, *words = [Path(command[1]).name, *command[2:]]
+        called.append(words)
+        line = {"task": words[words.index("--task") + 1], "exact_match": 0.25}
+        if program == "train.py":
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(parents=True)
+            line |= {"loss": 1.0, "accuracy_boolq": 0.75, "seconds": 1.0, "peak_memory_mb": 2,
+                     "trainable_params": dict.fromkeys(("now", "mean", "peak"), 3)}
+            (out / "result.json").write_text(json.dumps(line))
+        return bench.subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(line), "")
+
+    monkeypatch.setattr(bench.subprocess, "run", fake_run)
+    q = bench.Published(results=str(tmp_path / "r.jsonl"))
+    run = bench.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.results, ["gsm8k", "boolq", "humaneval"])
+    assert bench.make([run], q) == {}
+    assert called[0][:2] == ["--model", "gemma-7b"]
+    assert called[1:] == [[str(run.out), "--task", "gsm8k"],
+                          [str(run.out), "--task", "humaneval", "--samples", str(run.out / "humaneval.json")]]
+    text, about = bench.summarise([run], bench.finished(q.results))
+    assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
+    assert "humaneval" not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in text
