@@ -58,6 +58,11 @@ class Settings:
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
+    init: str = setting("lora", "adapter", "start at W's r largest (pissa) or smallest (milora) singular components; "
+                                           "then without --dropout", ("lora", "pissa", "milora"))
+    dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
+    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over that of A; the paper suggests 16")
+    freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -173,7 +178,7 @@ def settle(s, config):
 def check(s):
     """Refuse settings that cannot work; raises SettingError with one line that names the flag."""
     def flag(name):
-        return f"--{name.replace('_', '-')} {getattr(s, name)}"
+        return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
     numbers = [f.name for f in dataclasses.fields(s) if f.type in (int, float) and getattr(s, f.name) is not None]
     may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every", "save_every",
@@ -191,6 +196,12 @@ def check(s):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
         raise SettingError(f"{flag('r_min')} is above {flag('r_max')}")
+    for name in allocators.METHODS[s.method].refuses:
+        if getattr(s, name) != getattr(Settings, name):
+            raise SettingError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
+    if s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"):
+        other = flag("lora_plus_ratio") if s.lora_plus_ratio != 1 else flag("lalora_score")
+        raise SettingError(f"--freeze-a: {other} needs a trained A; leave one of them out")
     evaluation.check_device(s.device)
     if not s.resume and Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())):
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
@@ -227,9 +238,18 @@ def schedule(s, steps):
 
 def optimizer_for(s, params):
     """AdamW over the run's parameters; the masked one where a policy holds components still."""
+    groups = by_ratio(params)
     if any(hasattr(p, "active") for p in params):
-        return lora.AdamW(params, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(params, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        return lora.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay)
+    return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+
+
+def by_ratio(params):
+    """Parameter groups by `lr_ratio`, the learning rate over the run's (LoRA+): 1 first, and where there is none."""
+    groups = {1: []}
+    for p in params:
+        groups.setdefault(getattr(p, "lr_ratio", 1), []).append(p)
+    return [{"params": group, "lr_ratio": ratio} for ratio, group in groups.items()]
 
 
 def follow(optimizer, params):
@@ -237,7 +257,8 @@ def follow(optimizer, params):
     kept = {p: optimizer.state[p] for p in params if p in optimizer.state}
     optimizer.state.clear()
     optimizer.state.update(kept)
-    optimizer.param_groups[0]["params"] = list(params)
+    for group, now in zip(optimizer.param_groups, by_ratio(params)):
+        group["params"] = now["params"]
 
 
 class Budget:
@@ -291,7 +312,8 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file needs no animation
     batches, seen = stream(s, split, done), 0
     for step in range(done + 1, steps + 1):
-        optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * rate_at(step - 1) * group["lr_ratio"]
         chosen = next(batches)
         micro = [data.collate(split, indices) for indices in chosen]
         count = sum(labels.numel() for _, labels in micro)  # every label weighs the same, however it was batched
@@ -410,6 +432,7 @@ def run_state(model, task, allocator, optimizer, budget, running):
     state = {f"parameter.{i}": p.data for i, p in enumerate(params)}
     state |= {f"optimizer.{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
     state |= {f"gate.{name}": layer.gate.data for name, layer in allocator.layers.items()}
+    state |= {f"frozen.{name}": layer.A.data for name, layer in allocator.layers.items() if not layer.A.requires_grad}
     return state | {"budget.total": budget.total, "budget.peak": budget.peak, "running": running}
 
 
