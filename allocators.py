@@ -44,7 +44,8 @@ class Allocator:
         self.attach(self.capacities())
         self.device = next(iter(self.layers.values())).A.device
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
-        self.cost = torch.tensor([n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes], dtype=torch.float64, device=self.device)
+        cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
+        self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
         self.current = torch.tensor(ranks, dtype=torch.float64, device=self.device)
         self.setup()
@@ -57,8 +58,8 @@ class Allocator:
         """Put adapters of these ranks, {name: rank}, on the model, as `init` and the baselines' settings say.
 
         PiSSA (Meng et al. 2024, Eqs. 2-4) starts at the r largest singular components of W, MiLoRA (Wang et al. 2024)
-        at the r smallest, and the frozen weight is W without them. LoRA-FA (Zhang et al. 2023) freezes A. LoRA+ (Hayou
-        et al. 2024) trains B with another learning rate than A; DoRA's lengths go with B, as in the authors' code.
+        at the r smallest; the frozen weight is W without them. LoRA-FA (Zhang et al. 2023) freezes A. LoRA+ (Hayou et
+        al. 2024) gives B its own learning rate, and DoRA's lengths, as the authors' code does.
         """
         s = self.settings
         self.layers = lora.attach(self.model, ranks, s.alpha, s.dropout, nominal=s.rank, scaling=s.scaling, dora=s.dora)
@@ -76,8 +77,8 @@ class Allocator:
 
     def parameters(self):
         """Adapter parameters for the run's optimizer, in a fixed order."""
-        found = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.magnitude)]
-        return [p for p in found if p is not None and p.requires_grad]
+        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.magnitude)]
+        return [p for p in factors if p is not None and p.requires_grad]
 
     def penalty(self):
         """Extra loss term, a 0-d tensor or 0."""
@@ -191,7 +192,7 @@ class AdaLora(Allocator):
     Raises LoraError for a schedule that cannot work.
     """
 
-    refuses = ("init", "lora_plus_ratio", "freeze_a")  # its own start, lambda is what starts at 0, and A's gradient counts
+    refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
     dynamic = True
 
     def capacities(self):

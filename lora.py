@@ -53,10 +53,10 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def split_off(self, A, B):
-        """Train the part B A of W: it leaves the frozen weight and becomes the adapter; the layer computes what it did.
+        """Make the part B A of W the adapter, B (out, R) and A (R, in): it leaves the frozen weight.
 
-        A (R, in) and B (out, R) are divided by sqrt(s) (PEFT's pissa_init) and rounded to W's dtype, the one they are
-        computed in, so that the layer adds exactly what was taken off W. No dropout from here on: it would drop parts of W.
+        Both are divided by sqrt(s) and rounded to W's dtype, the one they are computed in, so that the layer adds
+        exactly what was taken off W. There is no dropout from here on, which would drop parts of W.
         """
         A, B = ((t * c).to(self.weight.dtype).float() for t, c in ((A, self.scale ** -0.5), (B, self.scale ** 0.5)))
         self.A.copy_(A)
@@ -122,7 +122,8 @@ class DoraLinear(LoraLinear):
     """DoRA (Liu et al. 2024, Eq. 5): the rows of W + s B diag(g) A, scaled to trainable lengths `magnitude` (out,).
 
     The paper's columns are rows here, W being (out, in). The lengths that are divided by are constants for the gradient
-    (section 4.3). Dropout is PEFT's: what it drops from x is missing from the adapter, and W x of it is not rescaled.
+    (section 4.3). Dropout is PEFT's: with z = drop(x) and c = magnitude / length, (c - 1) W z + c s B diag(g) A z is
+    what comes on top of W x + b.
     """
 
     def __init__(self, linear, rank, scale, dropout=0.0):
@@ -161,14 +162,14 @@ class DoraLinear(LoraLinear):
 
     def merge(self):
         if not self.merged:
-            self.lengths_before = self.lengths()  # W gives them no longer once it is scaled
+            self.merged_lengths = self.lengths()  # W gives them no longer once it is scaled
         super().merge()
 
     @torch.no_grad()
     def unmerge(self):
         if self.merged:
-            factor = (self.magnitude / self.lengths_before)[:, None]
-            self.weight.data.copy_(self.weight.float() / factor - super().delta())
+            plain = self.weight.float() * (self.merged_lengths / self.magnitude)[:, None]
+            self.weight.data.copy_(plain - super().delta())
             self.merged = False
 
 
@@ -194,11 +195,11 @@ def sites(model, targets):
 
 
 def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", dora=False):
-    """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks` (name -> capacity); returns {name: layer}.
+    """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
-    A projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix (La-LoRA Eq. 4), or with
-    scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters of the model stay as they
-    are. Raises LoraError for a rank below 0 or above the matrix's own.
+    `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
+    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters
+    of the model stay as they are. Raises LoraError for a rank below 0 or above the matrix's own.
     """
     if not 0 <= dropout < 1:
         raise LoraError(f"LoRA dropout {dropout}: must be from 0 to below 1")
@@ -309,7 +310,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
         "r": r, "lora_alpha": r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": any(key.endswith("lora_magnitude_vector") for key in tensors), "init_lora_weights": True, "target_modules": sorted(rank_of),
+        "use_dora": any(key.endswith("lora_magnitude_vector") for key in tensors), "init_lora_weights": True,
+        "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
         "alpha_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
         "modules_to_save": sorted(heads) or None,
@@ -365,7 +367,7 @@ def load_adapter(model, folder):
         if set(pair) != {"A", "B"} or {t.dim() for t in pair.values()} != {2} or not (
                 0 < len(pair["A"]) == pair["B"].shape[1]):
             raise LoraError(f"{file}: {path} needs lora_A (r, in) and lora_B (out, r) of one rank")
-        if (lengths is not None) != bool(config["use_dora"]) or lengths is not None and lengths.shape != pair["B"].shape[:1]:
+        if getattr(lengths, "shape", None) != (pair["B"].shape[:1] if config["use_dora"] else None):
             raise LoraError(f"{file}: {path} needs a lora_magnitude_vector (out) if use_dora is set, and only then")
         rank = len(pair["A"])
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])

@@ -200,8 +200,7 @@ def check(s):
         if getattr(s, name) != getattr(Settings, name):
             raise SettingError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
     if s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"):
-        other = flag("lora_plus_ratio") if s.lora_plus_ratio != 1 else flag("lalora_score")
-        raise SettingError(f"--freeze-a: {other} needs a trained A; leave one of them out")
+        raise SettingError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
     evaluation.check_device(s.device)
     if not s.resume and Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())):
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
