@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def both(family, folder, dropout=0.0, peft_options=(), **changes):
-    """The same model with PEFT's and with our adapters (rank 4, s = 3), ours from an Allocator: what train.py builds."""
+    """The same model with PEFT's and with our adapters (rank 4, s = 3), ours from an Allocator as in train.py."""
     theirs, ours = pair(family, folder)
     config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=PEFT_TARGETS[family],
                              **dict(peft_options))
@@ -111,7 +111,7 @@ def peft_gives_the_same(model, base, folder, family):
 
 @pytest.mark.parametrize("family, dora", [("roberta", False), ("llama", False), ("llama", True)])
 def test_pissa_is_pefts(family, dora, tmp_path):
-    """Same A, B, residual weight and training steps, the same logits before; the file is a plain adapter on the base."""
+    """Same A, B, residual weight and training steps, unchanged logits; the file is a plain adapter on the base."""
     theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", init="pissa", dora=dora, peft_options=dict(
         init_lora_weights="pissa", use_dora=dora))
     _, plain = pair(family, tmp_path / "base")
@@ -281,7 +281,8 @@ def test_a_row_of_zeros_stays_finite_under_dora():
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_plus_is_pefts(dora, tmp_path):
     """Two learning rates under a schedule, weight decay included; DoRA's lengths go with B."""
-    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, 0.0, dict(use_dora=dora), dora=dora, lora_plus_ratio=3.0)
+    options = dict(peft_options=dict(use_dora=dora), dora=dora, lora_plus_ratio=3.0)
+    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, **options)
     copy_start(allocator, wrapped)
     optimizer = loose(program.optimizer_for(s, allocator.parameters()))
     for group in optimizer.param_groups:  # as train.py's loop does
@@ -372,8 +373,8 @@ def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path, capsys):
 @pytest.mark.parametrize("flags", ["--init pissa", "--init milora --method weightlora", "--dora --method lalora",
                                    "--lora-plus-ratio 4 --method weightlora+", "--freeze-a --method weightlora"])
 def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path, monkeypatch):
-    flags = [*flags.split(), "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6", "--rank",
-             "4", "--dropout", "0.1", "--save-every", "3", "--log-every", "4", "--eval-every", "20"]
+    flags = [*flags.split(), "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6",
+             "--rank", "4", "--dropout", "0.1", "--save-every", "3", "--log-every", "4", "--eval-every", "20"]
     program.main([*flags, "--out", str(tmp_path / "whole")])
     add = program.Budget.add
 
@@ -386,7 +387,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path, monkeypatc
         patch.setattr(program.Budget, "add", interrupted)
         program.main([*flags, "--out", str(tmp_path / "parts")])
     program.main(["--resume", str(tmp_path / "parts")])
-    expected, found = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("whole", "parts"))
+    files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "parts")]
+    expected, found = map(load_file, files)
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
     whole, parts = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts"))
     assert [line.get("loss") for line in whole] == [line.get("loss") for line in parts]
