@@ -241,8 +241,8 @@ def contender(b, base, kind, name):
     if name.startswith("peft/"):
         return peft_contender(b, base, kind, name[5:])
     method, _, mode = name.partition("/")
-    plain = method in ("floor", "uniform+validation")
-    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled")
+    plain = method in ("floor", "uniform+validation", "dora")
+    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled", dora=method == "dora")
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
@@ -756,7 +756,7 @@ def settle(b, command):
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods
-    for name, known in (("methods", allocators.METHODS), ("modes", ("eager", "compiled"))):
+    for name, known in (("methods", (*allocators.METHODS, "dora")), ("modes", ("eager", "compiled"))):
         wrong = [value for value in getattr(b, name) or () if value not in known]
         if wrong:
             choices = ", ".join([*known, *["all"] * (name == "methods")])
