@@ -157,8 +157,12 @@ def test_what_was_split_off_can_be_put_back(init):
             assert (layer.weight - W).abs().max() > 1e-3
             torch.testing.assert_close(layer.weight.float() + layer.delta(), W.float(), rtol=0, atol=tolerance)
             assert torch.equal(layer.A, layer.A.to(dtype).float())
+            if name.endswith("value"):  # merged, it stays what it has become
+                layer.B.data.normal_(std=0.1)
+                W = layer.weight + layer.delta()
+                layer.merge()
             lora.detach(model, name)
-            torch.testing.assert_close(model.get_submodule(name).weight, W, rtol=0, atol=tolerance)
+            torch.testing.assert_close(model.get_submodule(name).weight, W.to(dtype), rtol=0, atol=tolerance)
 
 
 def test_weightloras_survivors_start_at_w_again():
@@ -323,6 +327,18 @@ def test_lora_fa_is_adamw_on_b_alone(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- combinations
+
+
+@pytest.mark.parametrize("changes, name", [
+    (dict(), "lora"), (dict(method="lalora", dora=True), "lalora-dora"), (dict(init="pissa"), "lora-pissa"),
+    (dict(method="weightlora", init="milora", dora=True, lora_plus_ratio=16.0), "weightlora-milora-dora-plus16"),
+    (dict(freeze_a=True), "lora-fa")])
+def test_run_folders_tell_variants_apart(changes, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = program.Settings(**changes)
+    program.settle(s, evaluation.models.find_config(s.model)[0])
+    assert s.out == f"runs/{name}-vit-digits-digits-rot90-0"
+
 
 PAIRS = [(method, option) for method in allocators.METHODS for option in OPTIONS]
 MEANINGLESS = {"pissa": {"adalora", "lalora", "lelora"}, "dora": {"lelora"}, "lora+": {"adalora", "lelora"},
