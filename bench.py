@@ -46,7 +46,7 @@ ADAPTIVE = ("lora", "lalora", "adalora", "weightlora", "lelora")
 class Bench:
     """What to measure; a field is a flag of every command."""
 
-    methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
+    methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for scaling")
     model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
                                        "on a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",

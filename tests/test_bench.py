@@ -136,7 +136,7 @@ def test_bad_flags(flags, capsys):
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora"])
+@pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
 def test_compiled_equals_eager(method, roberta, monkeypatch):
     """20 steps agree, nothing breaks the graph, and only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
     plain = torch.nn.Module.compile

@@ -90,6 +90,7 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
         torch.testing.assert_close(again(**inputs), expected, rtol=0, atol=1e-4)
 
     card = (run / "README.md").read_text()
+    assert ("| dora | True |" in card and "| init | pissa |" in card) == ("--dora" in method)
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     scope = {}
     monkeypatch.chdir(run)
