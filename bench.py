@@ -60,7 +60,7 @@ TABLES = Path(__file__).parent / "assets" / "tables.json"  # what the papers' ta
 class Bench:
     """What to measure; a field is a flag of every command."""
 
-    methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
+    methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for scaling")
     model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
                                        "on a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
@@ -255,8 +255,8 @@ def contender(b, base, kind, name):
     if name.startswith("peft/"):
         return peft_contender(b, base, kind, name[5:])
     method, _, mode = name.partition("/")
-    plain = method in ("floor", "uniform+validation")
-    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled")
+    plain = method in ("floor", "uniform+validation", "dora")
+    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled", dora=method == "dora")
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
@@ -1118,7 +1118,7 @@ def settle(b, command):
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods
-    for name, known in (("methods", allocators.METHODS), ("modes", ("eager", "compiled"))):
+    for name, known in (("methods", (*allocators.METHODS, "dora")), ("modes", ("eager", "compiled"))):
         wrong = [value for value in getattr(b, name) or () if value not in known]
         if wrong:
             choices = ", ".join([*known, *["all"] * (name == "methods")])

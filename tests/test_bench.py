@@ -55,11 +55,11 @@ def make(folder, method="lora", **changes):
 
 def test_speed(folder, tmp_path, capsys):
     """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
-    methods = ["lora", "lalora", "adalora", "weightlora", "lelora"]
+    methods = ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"]
     result = bench_run(capsys, tmp_path, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
                        "--rounds", 1, "--no-memory", "--fill", 0.7)
     rows = {row["contender"]: row for row in result["rows"]}
-    assert [*rows][:7] == ["floor", *methods, "uniform+validation"]
+    assert [*rows][:8] == ["floor", *methods, "uniform+validation"]
     n = len(rows["floor"]) and rows["lora"]["trainable"]
     for name, row in rows.items():
         assert row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] > 0, name
@@ -67,8 +67,9 @@ def test_speed(folder, tmp_path, capsys):
             assert row["policy_percent"] >= 0 and row["to_floor"] > 0
     assert rows["weightlora"]["to_lora"] > 0 and n > rows["floor"]["trainable"]
     if "peft/lora" in rows:
-        assert rows["lora"]["first_loss"] == pytest.approx(rows["peft/lora"]["first_loss"], rel=1e-4)
-        assert rows["lora"]["trainable"] == rows["peft/lora"]["trainable"] and rows["lora"]["to_peft"] > 0
+        for name in ("lora", "dora"):
+            assert rows[name]["first_loss"] == pytest.approx(rows[f"peft/{name}"]["first_loss"], rel=1e-4)
+            assert rows[name]["trainable"] == rows[f"peft/{name}"]["trainable"] and rows[name]["to_peft"] > 0
 
 
 def test_all_methods_are_known(roberta, tmp_path, capsys):
@@ -138,7 +139,7 @@ def test_bad_flags(flags, capsys):
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora"])
+@pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
 def test_compiled_equals_eager(method, roberta, monkeypatch):
     """20 steps agree, nothing breaks the graph, and only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
     plain = torch.nn.Module.compile
