@@ -5,6 +5,7 @@
     python eval.py roberta-base --task cola --adapter FOLDER     # an adapter that PEFT made, say
     python eval.py merge runs/lora-roberta-base-cola-0 merged    # a checkpoint with the adapter in its weights
     python eval.py --plot runs/lalora-minilm-stsb-0              # pictures of a run (needs matplotlib)
+    python eval.py --plot runs/quality/*                         # pictures of a comparison
 
 The last line on stdout is one JSON object with the result.
 """
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -494,12 +496,16 @@ def summary(metrics):
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def plot(folder):
-    """Draw a run's pictures into its folder; returns their paths.
+def plot(*folders):
+    """Draw pictures of one run into its folder, or of several into the folder that holds them all; returns their paths.
 
-    ranks.png: rank of each kind of matrix over blocks and steps, and the final ranks. training.png: loss, metrics,
-    budget and the policy's own numbers over steps. choices.png: LeLoRA's windows by depth and kind, WeightLoRA's omega.
-    Raises SettingError without matplotlib or without a logged step.
+    One run: training.png has loss, metrics, budget and the policy's own numbers over steps; ranks.png the rank of each
+    kind of matrix over blocks and steps, and the final ranks; choices.png LeLoRA's windows by depth and kind, or
+    WeightLoRA's omega. Several (methods x tasks x seeds, shown as means over seeds, error bars are standard deviations;
+    what is no finished run is left out): quality.png has the headline metric over trainable parameters; ranks.png the
+    final ranks; sparsity.png La-LoRA's ranks and sparsity (its Fig. 4); selection.png how alike the seeds' choices of
+    matrices are (WeightLoRA's Fig. 5); memory.png memory and time over adapters kept (its Figs. 6-8); choices.png
+    LeLoRA's windows and dimensions (its Fig. 3) and reward. Raises SettingError without matplotlib or without a run.
     """
     try:
         import matplotlib
@@ -508,9 +514,16 @@ def plot(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    folder, pictures = (_plot_run if len(folders) == 1 else _plot_set)(plt, *folders)
+    for name, figure in pictures.items():
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+    return [folder / name for name in pictures]
+
+
+def _plot_run(plt, folder):
     folder, (s, _) = Path(folder), read_run(folder)
     metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
-    title = f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}"
     pictures = {"training.png": _plot_training(plt, metrics)}
     if ranks[-1]["ranks"]:
         pictures["ranks.png"] = _plot_ranks(plt, ranks)
@@ -518,11 +531,9 @@ def plot(folder):
         pictures["choices.png"] = _plot_windows(plt, ranks)
     if "omega" in ranks[-1]:
         pictures["choices.png"] = _plot_omega(plt, ranks)
-    for name, figure in pictures.items():
-        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
-    return [folder / name for name in pictures]
+    for figure in pictures.values():  # a name may have dollar signs
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
+    return folder, pictures
 
 
 def _read_log(file):
@@ -545,8 +556,8 @@ def _grid(values):
     return grid, kinds
 
 
-def _heat(figure, axis, image, label, x, edges=None, **options):
-    """A heat map (blocks, columns) with its colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
+def _heat(axis, image, x, edges=None, kinds=(), **options):
+    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
     blocks, columns = image.shape
     edges = np.arange(columns + 1) - 0.5 if edges is None else edges
     shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
@@ -554,7 +565,17 @@ def _heat(figure, axis, image, label, x, edges=None, **options):
     axis.set_ylabel("block")
     axis.invert_yaxis()
     axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(shown, ax=axis, label=label)
+    if kinds:
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
+    return shown
+
+
+def _numbers(axis, image, bright):
+    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
+    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
+        if not np.isnan(image[row, column]):
+            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
+                      fontsize="small", color="white" if image[row, column] < bright else "black")
 
 
 def _plot_ranks(plt, ranks):
@@ -564,15 +585,11 @@ def _plot_ranks(plt, ranks):
     top = max(1, np.nanmax(history))
     for axis, kind, image in zip(axes, kinds, history.swapaxes(0, 1)):
         axis.set_title(kind)
-        _heat(figure, axis, image, "rank", "step", [0, *steps], vmin=0, vmax=top)
+        figure.colorbar(_heat(axis, image, "step", [0, *steps], vmin=0, vmax=top), ax=axis, label="rank")
     last, final = axes[-1], history[..., -1]
     last.set_title(f"final ranks (step {steps[-1]})")
-    _heat(figure, last, final, "rank", "matrix", vmin=0, vmax=top)
-    last.set_xticks(range(len(kinds)), kinds)
-    for block, kind in np.ndindex(final.shape) if final.size <= 120 else []:
-        if not np.isnan(final[block, kind]):
-            last.text(kind, block, f"{final[block, kind]:.0f}", ha="center", va="center",
-                      color="white" if final[block, kind] < 0.6 * top else "black")
+    figure.colorbar(_heat(last, final, "matrix", kinds=kinds, vmin=0, vmax=top), ax=last, label="rank")
+    _numbers(last, final, 0.6 * top)
     return figure
 
 
@@ -601,26 +618,25 @@ def _plot_training(plt, metrics):
 
 
 def _plot_windows(plt, ranks):
-    """LeLoRA's Fig. 3: how often each window was chosen (with a dimension above 0), by depth and by kind."""
-    windows, counts = ("first", "middle", "last"), {}
-    for line in ranks:
-        for name, window in line["location"].items():
-            if line["ranks"][name]:
-                counts.setdefault(name, np.zeros(3))[window] += 1
+    """LeLoRA's windows by block and by kind."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, part, label in ((axes[0], 1, "block"), (axes[1], 2, "matrix")):
-        groups = {}
-        for name, count in sorted(counts.items(), key=lambda item: int(item[0].split(".")[1])):
-            key = name.split(".")[part]
-            groups[key] = groups.get(key, 0) + count
-        shares, bottom = np.stack([c / c.sum() for c in groups.values()]), 0
-        for window, share in zip(windows, shares.T):
-            axis.bar(list(groups), share, bottom=bottom, label=window)
-            bottom = bottom + share
-        axis.set_xlabel(label)
-        axis.set_ylabel("share of logged steps")
-    axes[1].legend(title="singular components", bbox_to_anchor=(1.02, 1), loc="upper left", reverse=True)
+        _shares(axis, ranks, lambda name: name.split(".")[part], label)
     return figure
+
+
+def _shares(axis, ranks, group, label):
+    """LeLoRA's Fig. 3 (a, b): how often each window was chosen (with a dimension above 0), by group(matrix name)."""
+    counts, bottom = {}, 0
+    for line in ranks:
+        for name, window in sorted(line["location"].items(), key=lambda item: int(item[0].split(".")[1])):
+            counts.setdefault(group(name), np.zeros(3))[window] += bool(line["ranks"][name])
+    shares = np.stack([c / max(1, c.sum()) for c in counts.values()])
+    for window, share in zip(("first", "middle", "last"), shares.T):
+        axis.bar(list(counts), share, bottom=bottom, label=window)
+        bottom = bottom + share
+    axis.set(xlabel=label, ylabel="share of logged steps", ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
+    axis.legend(title="singular components", loc="upper center", ncols=3, fontsize="small")
 
 
 def _plot_omega(plt, ranks):
@@ -638,11 +654,221 @@ def _plot_omega(plt, ranks):
     grid, kinds = _grid(ranks[-1]["omega"])
     marks, _ = _grid({name: selected.get(name, 0) for name in ranks[-1]["omega"]})
     axes[1].set_title("omega at the end of the warm-up (x: kept)")
-    _heat(figure, axes[1], grid, "omega", "matrix")
-    axes[1].set_xticks(range(len(kinds)), kinds)
+    figure.colorbar(_heat(axes[1], grid, "matrix", kinds=kinds), ax=axes[1], label="omega")
     for block, kind in zip(*np.nonzero(marks == 1)):
         axes[1].text(kind, block, "x", ha="center", va="center", color="white", fontweight="bold")
     return figure
+
+
+# ---------------------------------------------------------------------------------------------- plots of a set
+
+
+def _plot_set(plt, *folders):
+    runs, others = [], []
+    for folder in dict.fromkeys(Path(os.path.abspath(f)) for f in folders if not Path(f).is_file()):
+        try:
+            (s, _), result = read_run(folder), json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
+            last, metric = ranks[-1], data.TASKS[s.task].metrics[0]
+            metric = metric if metric in result else "loss"
+            kept = last.get("selected", {} if "omega" in last else last["ranks"])  # none before the warm-up's end
+            runs.append(SimpleNamespace(
+                folder=folder, s=s, metrics=metrics, ranks=ranks, final=last["ranks"],
+                kept={name for name in kept if kept[name]}, point=(s.rank, s.alpha, s.weightlora_keep),
+                size=result["trainable_params"]["mean"], quality={metric: result.get(metric)},
+                costs={"peak memory (MB)": result.get("peak_memory_mb"), "training time (s)": result["seconds"]}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            others.append(folder.name)
+    if others:
+        print(f"note: left out, not a finished run: {', '.join(others)}", file=sys.stderr)
+    if not runs:
+        raise SettingError(f"--plot: no finished run among {len(folders)} paths; name run folders with a result.json")
+
+    def of(*methods):
+        return [run for run in runs if run.s.method in methods]
+
+    pictures = {"quality.png": _plot_curves(
+        plt, _groups(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
+        "trainable parameters, mean over steps", lambda run: run.quality, log=True)}
+    selecting = [run for run in of("weightlora", "weightlora+", "random") if run.kept]
+    seeds = {key: group for key, group in _groups(selecting).items() if len(group) > 1}
+    lalora = [run for run in of("lalora") if (run.folder / "adapter").is_dir()]
+    for name, draw, groups in (
+            ("ranks.png", _plot_final_ranks, _groups([run for run in runs if run.final])),
+            ("sparsity.png", _plot_sparsity, _groups(lalora)), ("selection.png", _plot_selection, seeds),
+            ("choices.png", _plot_choices, _groups(of("lelora")))):
+        if groups:
+            pictures[name] = draw(plt, groups)
+    if selecting:
+        pictures["memory.png"] = _plot_curves(
+            plt, _groups(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
+            "adapters kept", lambda run: run.costs)
+    folder = Path(os.path.commonpath([run.folder.parent for run in runs]))
+    return folder, {name: figure for name, figure in pictures.items() if figure}
+
+
+def _groups(runs, *ignored):
+    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
+    ignored, values, groups = {"seed", "out", "data", "resume", "log_every", "eval_every", "save_every", "keep",
+                               "eval_before", "max_bad_steps", *ignored}, {}, {}
+    for run in runs:
+        for key, value in vars(run.s).items():
+            values.setdefault((run.s.method, key), {}).setdefault(run.s.task, set()).add(str(value))
+    for run in runs:
+        label = [run.s.method]
+        for key, value in vars(run.s).items():
+            if key not in ignored and max(map(len, values[run.s.method, key].values())) > 1:
+                value = ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+                label.append(re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ") + f" {value}")
+        label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
+        groups.setdefault((run.s.task, label), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: [  # 2 before 12
+        int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", ": ".join(item[0]))]))
+
+
+def _panels(plt, keys, width, height):
+    """A figure, and its axes for the (row, title) in `keys`: a row's side by side, at most 8 before the next line."""
+    rows = [row for row, _ in keys]
+    rows = rows if len(set(rows)) < len(rows) else [""] * len(rows)  # one panel each: all in one row
+    columns = max(math.ceil(n / math.ceil(n / 8)) for n in map(rows.count, rows))
+    tops, lines = {}, 0
+    for row in dict.fromkeys(rows):
+        tops[row], lines = lines, lines + math.ceil(rows.count(row) / columns)
+    figure, axes = plt.figure(figsize=(width * columns, height * lines), layout="constrained"), []
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    if len({row for row, _ in keys}) == 1:
+        figure.suptitle(keys[0][0])
+        keys = [key[1:] for key in keys]
+    for i, (row, key) in enumerate(zip(rows, keys)):
+        line, column = divmod(rows[:i].count(row), columns)
+        axes.append(figure.add_subplot(lines, columns, (tops[row] + line) * columns + column + 1))
+        axes[-1].set_title("\n".join(textwrap.wrap(": ".join(key), int(10 * width))), fontsize="medium")
+    return figure, axes
+
+
+def _plot_curves(plt, groups, x, xlabel, values, log=False):
+    """The numbers values(run) over x(run): a panel per task and number, a curve per label, a point per rank and K."""
+    panels = {}
+    for (task, label), group in groups.items():
+        for run, (name, value) in ((run, item) for run in group for item in values(run).items() if item[1] is not None):
+            curve = panels.setdefault((task, name), {}).setdefault(label, {})
+            curve.setdefault(run.point, []).append((x(run), value))
+    if not panels:
+        return None
+    figure, axes = _panels(plt, list(panels), 4.4, 3.8)
+    figure.set_figwidth(figure.get_figwidth() + 1.8)  # the legend's
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    colours, shown = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors, {}
+    for axis, (key, curves) in zip(axes, panels.items()):
+        for label, points in curves.items():
+            rows = sorted((*np.mean(p, 0), np.std(p, 0, ddof=len(p) > 1)[1]) for p in points.values())
+            i = labels.index(label)
+            shown[label] = axis.errorbar(*np.transpose(rows), marker="osD^v<>PX*p"[i % 11], markersize=5, capsize=3,
+                                         color=colours[i % len(colours)])
+        xs = [a for points in curves.values() for p in points.values() for a, _ in p]
+        if log and max(xs) > 10 * min(xs) > 0:
+            axis.set_xscale("log")
+        axis.set(xlabel=xlabel, ylabel=key[1])
+        axis.grid(alpha=0.3)
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small", ncols=1 + len(shown) // 20)
+    return figure
+
+
+def mean_ranks(runs):
+    """Mean final rank of each matrix over runs, which have theirs as `final`: {name: number}."""
+    return {name: float(np.mean([run.final[name] for run in runs])) for name in runs[0].final}
+
+
+def _plot_final_ranks(plt, groups):
+    grids = [_grid(mean_ranks(runs)) for runs in groups.values()]
+    top = max(1, *(np.nanmax(grid) for grid, _ in grids))
+    blocks, kinds = np.max([grid.shape for grid, _ in grids], 0)
+    figure, axes = _panels(plt, list(groups), max(2, 0.45 * kinds), max(3.2, 0.17 * blocks + 1))
+    for axis, (grid, kinds) in zip(axes, grids):
+        shown = _heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
+        _numbers(axis, grid.round(1), 0.6 * top)
+    figure.colorbar(shown, ax=axes, label="mean final rank", fraction=0.02)
+    return figure
+
+
+def sparsity(folder, blocks, epsilon=1e-4):
+    """La-LoRA's Eq. 1, log(share of near-zero entries / epsilon), for each block of an adapter folder; array (blocks,).
+
+    P is the increment s B A (Fig. 1) of all matrices of a block together; near zero is |P| < epsilon (as the text says,
+    the formula has no bars), the logarithm the natural one. A block without adapters has the increment 0.
+    """
+    config, tensors = lora.read_adapter(folder)
+    small, size = np.zeros(blocks), np.zeros(blocks)
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            path, B = key[len("base_model.model."):-len(".lora_A.weight")], tensors[key.replace("lora_A", "lora_B")]
+            P = config["alpha_pattern"].get(path, config["lora_alpha"]) / len(A) * B @ A
+            block = int(re.search(r"\.(\d+)\.", path)[1])
+            small[block] += (P.abs() < epsilon).sum().item()
+            size[block] += P.numel()
+    with np.errstate(divide="ignore"):  # no entry near zero: -inf
+        return np.log(np.where(size, small / np.maximum(size, 1), 1) / epsilon)
+
+
+def _plot_sparsity(plt, groups):
+    figure, axes = _panels(plt, list(groups), 3.8, 3.4)
+    for axis, runs in zip(axes, groups.values()):
+        ranks = np.nanmean(_grid(mean_ranks(runs))[0], 1)  # (blocks,)
+        axis.bar(range(len(ranks)), ranks, color="0.75")
+        axis.set(xlabel="block", ylabel="final rank (bars)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        line = axis.twinx()
+        line.plot(np.mean([sparsity(run.folder / "adapter", len(ranks)) for run in runs], 0), "C3o-", markersize=4)
+        line.set_ylabel("sparsity, Eq. 1 (line)", color="C3")
+    return figure
+
+
+def jaccard(sets):
+    """Pairwise Jaccard similarity |a & b| / |a | b| of n sets that are not empty; array (n, n)."""
+    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+
+
+def _plot_selection(plt, groups):
+    figure, axes = _panels(plt, list(groups), 2.6, 3)
+    for axis, runs in zip(axes, groups.values()):
+        image, seeds = jaccard([run.kept for run in runs]), [run.s.seed for run in runs]
+        shown = _heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
+        _numbers(axis, image, 0.6)
+        axis.set(yticks=range(len(seeds)), yticklabels=seeds, ylabel="seed")
+    figure.colorbar(shown, ax=axes, label="Jaccard similarity", fraction=0.02)
+    return figure
+
+
+def _plot_choices(plt, groups):
+    columns = ("windows by depth", "windows by kind", "dimension by depth", "dimension by kind", "reward")
+    figure, axes = _panels(plt, [(f"{label}, {task}", title) for task, label in groups for title in columns], 4, 3.2)
+    for row, runs in zip(np.reshape(axes, (-1, 5)), groups.values()):
+        lines = [line for run in runs for line in run.ranks]
+        blocks = len(_grid(lines[-1]["ranks"])[0])
+
+        def depth(name):
+            return ("front", "middle", "back")[3 * int(name.split(".")[1]) // blocks]
+
+        for i, label, group in ((0, "blocks", depth), (1, "matrix", lambda name: name.split(".")[2])):
+            _shares(row[i], lines, group, label)
+            _mean_curves(row[2 + i], [(group(name), line["step"], rank)
+                                      for line in lines for name, rank in line["ranks"].items()], 10)
+            row[2 + i].set(xlabel="step (means of tenths of the run)", ylabel="mean dimension")
+            row[2 + i].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        _mean_curves(row[4], [("", line["step"], line["reward"])
+                              for run in runs for line in run.metrics if line.get("reward") is not None], 200)
+        row[4].set(xlabel="step", ylabel="reward")
+    return figure
+
+
+def _mean_curves(axis, points, parts):
+    """A curve for each label of the (label, step, value) in `points`: means over `parts` equal parts of the steps."""
+    curves, last = {}, max([1, *(step for _, step, _ in points)])
+    for label, step, value in points:
+        curves.setdefault(label, {}).setdefault(math.ceil(parts * step / last), []).append((step, value))
+    for label, curve in curves.items():
+        axis.plot(*np.transpose([np.mean(curve[part], 0) for part in sorted(curve)]), label=label)
+    axis.grid(alpha=0.3)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -704,10 +930,13 @@ def report(s, metrics, path, samples, generator):
 
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
-    parser = Parser(__doc__.split("\n\n")[0], "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT")
+    parser = Parser(__doc__.split("\n\n")[0],
+                    "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT  |  %(prog)s --plot RUN ...")
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
-    parser.add_argument("places", nargs="*", metavar="RUN OUT", help="merge: write a run's merged model to OUT")
-    parser.add_argument("--plot", action="store_true", help="draw the run's ranks, curves and choices into its folder")
+    parser.add_argument("places", nargs="*", metavar="RUN OUT",
+                        help="merge: write a run's merged model to OUT; --plot: more runs to compare")
+    parser.add_argument("--plot", action="store_true", help="draw a run's ranks, curves and choices into its folder, "
+                                                            "or a comparison of runs into the folder they are in")
     parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
@@ -729,15 +958,15 @@ def main(argv=None):
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
             raise SettingError(f"--samples {args.samples}: no file can be there; name another place")
     check_least(given, limit_eval=0, batch_size=1, max_length=1)
+    if args.plot and args.what != "merge":
+        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
+        return
     if args.places or args.what == "merge":
         if args.what != "merge":
             parser.error(f"unexpected {' '.join(args.places)}")
         if len(args.places) != 2 or args.task or args.adapter or args.plot or given.keys() - {"device", "dtype"}:
             parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
         print(to_json({"merged": str(merge(*args.places, given))}))
-        return
-    if args.plot:
-        print(to_json({"plots": [str(path) for path in plot(args.what)]}))
         return
     if (Path(args.what) / "run.json").exists():
         s, _ = read_run(args.what)

@@ -368,15 +368,7 @@ def load_adapter(model, folder):
     rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a classification head in modules_to_save are read. Raises
     LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
-    folder = Path(folder)
-    config = _adapter_config(folder / "adapter_config.json")
-    file = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
-        raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
+    (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
     prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
@@ -423,6 +415,17 @@ def load_adapter(model, folder):
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise LoraError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
+
+
+def read_adapter(folder):
+    """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
+    config, file = _adapter_config(Path(folder) / "adapter_config.json"), Path(folder) / "adapter_model.safetensors"
+    try:
+        return config, load_file(file)
+    except FileNotFoundError:
+        raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
+        raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
 
 
 def _adapter_config(file):

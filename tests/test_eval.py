@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import eval as evaluation
+import lora
+import tiny
+import train
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -107,3 +112,73 @@ def test_several_splits_are_named_and_averaged(monkeypatch):
 def test_json_has_no_word_for_nan():
     assert json.loads(evaluation.to_json({"a": math.nan, "b": [1.5, math.inf], "c": {"d": 2}})) == {
         "a": None, "b": [1.5, None], "c": {"d": 2}}
+
+
+# ---------------------------------------------------------------------------------------------- plots of several runs
+
+
+def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
+    model, random = tiny.Tiny(), torch.Generator().manual_seed(0)
+    layers = lora.attach(model, {"blocks.0.query": 2, "blocks.0.up": 3, "blocks.2.value": 4}, 6, nominal=4)
+    for layer in layers.values():
+        layer.B.data.normal_(std=3e-4, generator=random)
+    layers["blocks.2.value"].gate[1:3] = 0
+    lora.save_adapter(model, tmp_path / "adapter", "tiny", head=False)
+    for epsilon in (1e-4, 2e-5):
+        expected = [0, math.log(1 / epsilon), 0]  # an increment of zeros
+        for block, names in ((0, ("blocks.0.query", "blocks.0.up")), (2, ("blocks.2.value",))):
+            near, entries = 0, 0
+            for layer in map(layers.get, names):
+                A, B, gate = (x.detach().numpy().astype(np.float64) for x in (layer.A, layer.B, layer.gate))
+                P = 6 / 4 * np.einsum("or,r,ri->oi", B, gate, A)
+                near, entries = near + np.count_nonzero((-epsilon < P) & (P < epsilon)), entries + P.size
+            assert 0 < near < entries
+            expected[block] = math.log(near / (epsilon * entries))
+        assert evaluation.sparsity(tmp_path / "adapter", 3, epsilon) == pytest.approx(expected)
+    assert evaluation.sparsity(tmp_path / "adapter", 3, 1e-30)[0] == -math.inf
+
+
+def test_jaccard_similarity_equals_scikit_learns():
+    chosen = np.random.default_rng(0).integers(2, size=(4, 12))
+    expected = [[sklearn_metrics.jaccard_score(a, b) for b in chosen] for a in chosen]
+    np.testing.assert_allclose(evaluation.jaccard([set(np.flatnonzero(row)) for row in chosen]), expected)
+
+
+def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_task():
+    shared = {"out": "x", "rank": 4, "lr": 1.0, "lalora_fidelity": "step", "model": "a/$b"}
+    runs = [SimpleNamespace(s=SimpleNamespace(method=method, task=task, seed=seed, **shared | other))
+            for seed in (0, 1) for method, task, other in (
+                ("lora", "b", {"rank": 16, "out": "y"}), ("lora", "b", {}), ("lora", "a", {"lr": 2.0}),
+                ("lalora", "a", {"lalora_fidelity": "off", "model": "c"}), ("lalora", "a", {}))]
+    alike = {key: len(group) for key, group in evaluation._groups(runs).items()}
+    assert alike == {("a", "lalora, fidelity off, model c"): 2, ("a", r"lalora, fidelity step, model \$b"): 2,
+                     ("a", "lora, rank 4"): 2, ("b", "lora, rank 4"): 2, ("b", "lora, rank 16"): 2}
+    assert list(alike)[-1] == ("b", "lora, rank 16")
+    assert len(evaluation._groups(runs, "rank")["b", "lora"]) == 4
+    for rank, run in enumerate(runs[:3]):
+        run.final = {"blocks.0.query": rank, "blocks.1.up": 6}
+    assert evaluation.mean_ranks(runs[:3]) == {"blocks.0.query": 1, "blocks.1.up": 6}
+
+
+@pytest.mark.parametrize("methods, expected", [
+    (("lora", "full", "lalora", "weightlora", "random", "lelora"), "quality ranks sparsity selection choices memory"),
+    (("full",), "quality")])
+def test_a_set_of_runs_gets_the_pictures_it_has_the_data_for(methods, expected, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for method in methods:
+        for seed in (0, 1):
+            train.run(train.Settings(method=method, seed=seed, steps=6, rank=2, limit_train=48, limit_eval=20, batch_size=8,
+                                     eval_before=False, log_every=2, out=str(tmp_path / f"{method}-{seed}")))
+    shutil.copytree(tmp_path / "full-0", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "result.json").unlink()
+    (tmp_path / "notes.txt").write_text("no run, either")
+    capsys.readouterr()
+    evaluation.main(["--plot", *map(str, tmp_path.iterdir())])
+    printed = capsys.readouterr()
+    assert printed.err == "note: left out, not a finished run: unfinished\n"
+    pictures = [tmp_path / f"{name}.png" for name in expected.split()]
+    assert json.loads(printed.out) == {"plots": list(map(str, pictures))} and all(path.exists() for path in pictures)
+    evaluation.main(["--plot", str(tmp_path / "full-0")])
+    assert json.loads(capsys.readouterr().out) == {"plots": [str(tmp_path / "full-0" / "training.png")]}
+    with pytest.raises(evaluation.SettingError, match="no finished run among 2"):
+        evaluation.plot(tmp_path / "unfinished", tmp_path / "notes.txt")
