@@ -31,6 +31,7 @@ class Allocator:
     """
 
     held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
+    refuses = ()  # settings of init, dora, lora_plus_ratio, freeze_a that mean nothing with this policy
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
     validation_loss = None
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
@@ -43,16 +44,16 @@ class Allocator:
             raise lora.LoraError(f"--adapter {settings.adapter}: there is no matrix with an adapter in it to train")
         if started:
             settings.targets = sorted({name.split(".")[-1] for name in started}, key=lora.TARGETS.index)
+            settings.dora = any(layer.magnitude is not None for layer in started.values())
         self.sites = lora.sites(model, settings.targets)  # (name, block index, kind)
         self.names = [name for name, _, _ in self.sites]
         self.blocks = 1 + max(block for _, block, _ in self.sites)
-        self.allocations = 0
-        device = getattr(settings, "device", None)  # under --shard the weights are still on the CPU
-        self.layers = started or lora.attach(model, self.capacities(), settings.alpha, settings.dropout,
-                                             nominal=settings.rank, scaling=settings.scaling, device=device)
-        self.device = torch.device(device or next(iter(self.layers.values())).A.device)
+        self.allocations, self.init = 0, settings.init
+        self.device = torch.device(settings.device)  # under --shard the weights are still on the CPU
+        self.attach(self.capacities(), started)
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
-        self.cost = torch.tensor([n_in + n_out for n_out, n_in in sizes], dtype=torch.float64, device=self.device)
+        cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
+        self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
         self.current = torch.tensor(ranks, dtype=torch.float64, device=self.device)
         self.setup()
@@ -61,12 +62,32 @@ class Allocator:
         """Rank that each adapter is built with: {name: capacity}."""
         return {name: self.settings.rank for name in self.names}
 
+    def attach(self, ranks, started=None):
+        """Put adapters of these ranks, {name: rank}, on the model, unless `started` are there, as the settings say.
+
+        PiSSA (Meng et al. 2024, Eqs. 2-4) starts at the r largest singular components of W, MiLoRA (Wang et al. 2024)
+        at the r smallest; the frozen weight is W without them. LoRA-FA (Zhang et al. 2023) freezes A. LoRA+ (Hayou et
+        al. 2024) gives B its own learning rate, and DoRA's lengths, as the authors' code does.
+        """
+        s = self.settings
+        self.layers = started or lora.attach(self.model, ranks, s.alpha, s.dropout, s.rank, s.scaling, self.device,
+                                             s.dora)
+        for layer in self.layers.values():
+            if self.init != "lora":
+                part = slice(layer.rank) if self.init == "pissa" else slice(-layer.rank, None)
+                _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
+                layer.split_off(A[part], B[:, part])
+            layer.A.requires_grad_(not s.freeze_a)
+            for p in (layer.B, layer.magnitude) if s.dora else (layer.B,):
+                p.lr_ratio = s.lora_plus_ratio
+
     def setup(self):
         """Prepare the policy's own state; the adapters are attached."""
 
     def parameters(self):
         """Adapter parameters for the run's optimizer, in a fixed order."""
-        return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.magnitude)]
+        return [p for p in factors if p is not None and p.requires_grad]
 
     def penalty(self):
         """Extra loss term, a 0-d tensor or 0."""
@@ -88,8 +109,12 @@ class Allocator:
         return {name: int(rank) for name, rank in zip(self.names, self.rank_tensor().tolist())}
 
     def budget(self):
-        """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i)."""
-        return (self.rank_tensor() * self.cost).sum()
+        """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i).
+
+        A frozen A costs nothing: rank_i out_i. DoRA's lengths are counted: out_i for every adapter, whatever its rank.
+        """
+        lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
+        return (self.rank_tensor() * self.cost).sum() + lengths
 
     def log(self):
         """The policy's own numbers for metrics.jsonl and ranks.jsonl: {name: number, tensor or {name: number}}."""
@@ -141,6 +166,8 @@ def empirical(i, kind, L, r_base, r_min):
 class Direct(Allocator):
     """No adapters: `full` trains every weight, `bitfit` every bias (Zaken et al. 2022)."""
 
+    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")
+
     def __init__(self, model, settings, steps):
         self.sites, self.layers, self.names, self.allocations = [], {}, [], 0
         head = model.head_kind == "classify"  # a classification head is trained by every method, and counted apart
@@ -174,6 +201,7 @@ class AdaLora(Allocator):
     Raises LoraError for a schedule that cannot work.
     """
 
+    refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
     dynamic = True
 
     def capacities(self):
@@ -200,7 +228,8 @@ class AdaLora(Allocator):
         self.last = 0  # step of the last allocation
 
     def parameters(self):
-        return [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.gate)]
+        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.gate, layer.magnitude)]
+        return [p for p in factors if p is not None]
 
     def penalty(self):
         """Orthogonality of P and Q (Eq. 4): the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F."""
@@ -283,6 +312,7 @@ class LaLora(Allocator):
     "norm" as in Eq. 9, "fisher" as in section 5.7, see `after_backward`.
     """
 
+    refuses = ("init",)  # components gated off would be missing from W, and the norms it reads be W's
     dynamic = True
 
     def setup(self):
@@ -403,6 +433,7 @@ class WeightLora(Allocator):
         if not 2 <= self.warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
             raise lora.LoraError(f"--weightlora-steps {self.warmup}: the warm-up takes at least 2 steps and has to end "
                                  f"before the run does, which has {self.steps}")
+        self.init = "lora"  # of the warm-up: omega must not scale components of W
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
         small = [name for name in self.names if min(self.model.get_submodule(name).weight.shape) < self.final_rank]
         if small:
@@ -440,11 +471,10 @@ class WeightLora(Allocator):
 
     def rebuild(self, survivors):
         """Give the matrices named in `survivors` fresh adapters and all others their plain layers back."""
-        s = self.settings
         for name in self.names:
             lora.detach(self.model, name)
-        self.layers = lora.attach(self.model, {name: self.final_rank for name in survivors}, s.alpha, s.dropout,
-                                  nominal=s.rank, scaling=s.scaling)
+        self.init = self.settings.init
+        self.attach({name: self.final_rank for name in survivors})
         self.current = torch.tensor([self.final_rank * (name in survivors) for name in self.names],
                                     dtype=torch.float64, device=self.device)
         self.gates, self.gradient, self.allocations = [], None, 1
@@ -500,6 +530,7 @@ class LeLora(Allocator):
     dimension alone, in the first window; "location" the window alone, at r_max (section 4.2.4, Fig. 5a).
     """
 
+    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
     dynamic, held_out = True, 32
     kept = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")  # state besides the network's
 
@@ -522,10 +553,8 @@ class LeLora(Allocator):
         for i, layer in enumerate(self.layers.values()):
             W = layer.weight.data.to(self.device)  # it may wait on the CPU to be sharded
             S, A, B = singular_windows(W, R)
-            layer.A.data.copy_(A)
-            layer.B.data.copy_(B)
-            layer.weight.data.copy_(W.float() - B @ A)  # Eq. 1
-            layer.start, layer.scale, layer.dropout = (A.cpu(), B.cpu()), 1.0, 0.0
+            layer.scale = 1.0
+            layer.split_off(A, B)  # Eq. 1
             layer.mask_updates(self.active[i])
             self.spectra[i, :len(S)], self.where[i] = S, window_indices(len(S), R)
         self.masks = torch.zeros(len(self.dims), len(self.locations), 3 * R, device=self.device)
@@ -665,15 +694,14 @@ def candidates(s):
 
 
 def window_indices(m, R):
-    """Indices of the first, the middle and the last R of m singular components, (3 R,)."""
-    return torch.cat([torch.arange(R) + start for start in (0, m // 2, m - R)])
+    """Indices of the first, the middle and the last R of m singular components, (3 R,); large windows overlap."""
+    return torch.cat([torch.arange(R) + start for start in (0, min(m // 2, m - R), m - R)])
 
 
 def singular_windows(weight, R):
     """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
 
-    Kept on disk by W's content, in $RANKS_CACHE or ~/.cache/adaptive-lora, and read from there the next time. A and B
-    are rounded to W's dtype, the one they are computed in, so that a layer adds exactly what was taken off W.
+    Kept on disk by W's content, in $RANKS_CACHE or ~/.cache/adaptive-lora, and read from there the next time.
     """
     key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
     key.update(f"{tuple(weight.shape)} {weight.dtype} {R}".encode())
@@ -685,7 +713,7 @@ def singular_windows(weight, R):
         U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
         at = window_indices(len(S), R).to(S.device)
         A, B = S[at].sqrt()[:, None] * Vh[at], U[:, at] * S[at].sqrt()
-        stored = {"S": S, "A": A.to(weight.dtype).float(), "B": B.to(weight.dtype).float().contiguous()}
+        stored = {"S": S, "A": A, "B": B.contiguous()}
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f"{file.stem}.{os.getpid()}.part"
         save_file(stored, beside)

@@ -5,27 +5,40 @@
     python bench.py inference     # latency with and without adapters, unmerged and merged
     python bench.py memory        # a memory model against measurements, and a 70B shape under FSDP
     python bench.py epoch --model FOLDER --data glue/   # an epoch of CoLA beside transformers' Trainer and PEFT
+    python bench.py quality --model roberta-base --tasks cola,stsb --methods all  # metrics, paired over seeds
+    python bench.py table lalora-table5 --small --run   # a table of a paper: its commands, its numbers and ours
 
 The table goes to stdout, whose last line is one JSON object, the same rows as JSON lines to --out, progress to stderr.
+quality and table start train.py for each run, take its flags, too, and skip the runs that --results holds.
 """
 
 import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
+import hashlib
 import importlib.util
 import json
+import math
+import os
+import queue
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -40,13 +53,14 @@ from train import say, setting
 
 PEFT = ("lora", "adalora", "dora")  # methods that PEFT has, too
 ADAPTIVE = ("lora", "lalora", "adalora", "weightlora", "lelora")
+TABLES = Path(__file__).parent / "assets" / "tables.json"  # what the papers' tables compare, and their numbers
 
 
 @dataclass
 class Bench:
     """What to measure; a field is a flag of every command."""
 
-    methods: list = setting(None, "what", "methods, or all; default: all for speed, one of each policy for scaling")
+    methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for scaling")
     model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
                                        "on a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
@@ -241,8 +255,8 @@ def contender(b, base, kind, name):
     if name.startswith("peft/"):
         return peft_contender(b, base, kind, name[5:])
     method, _, mode = name.partition("/")
-    plain = method in ("floor", "uniform+validation")
-    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled")
+    plain = method in ("floor", "uniform+validation", "dora")
+    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled", dora=method == "dora")
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
@@ -728,6 +742,354 @@ def epoch(b):
     return rows, ["contender", "seconds", "ratio"], about
 
 
+# ---------------------------------------------------------------------------------------------- quality
+
+
+@dataclass
+class Comparison:
+    """Which runs `quality` compares; all flags besides are train.py's and hold for every run."""
+
+    tasks: list = setting(None, "comparison", "the columns; default: the model's own")
+    methods: str = setting("all", "comparison", "the rows: methods, where need be with flags of their own, as in "
+                                                "'lora,lora --init pissa,lalora --lalora-gamma 1'; or all")
+    seeds: int = setting(5, "comparison", "runs of each, with seeds 0, 1, ...")
+    match_budget: bool = setting(False, "comparison", "choose the other methods' ranks, and alphas in proportion, "
+                                                      "for mean trainable parameters within 5 %% of uniform LoRA's")
+    metric: str = setting(None, "comparison", "the number to compare; default: the task's headline")
+    jobs: int = setting(1, "comparison", "runs at a time; they share out the GPUs or the CPU's cores")
+    results: str = setting("runs/quality.jsonl", "comparison", "finished runs, a line each; their folders lie beside")
+
+
+LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
+VARIED = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a", "adapter"}  # what makes --method lora another one
+LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
+
+
+class Run:
+    """One run of train.py: `row` and `task` are its place in the table, `flags` all that it is told but --out.
+
+    `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
+    `columns` are the tasks it is evaluated on, by default the one it is trained on.
+    """
+
+    def __init__(self, row, task, seed, flags, results, columns=None):
+        self.row, self.task, self.seed, self.columns = row, task, seed, columns or [task]
+        self.flags = [*flags, "--task", task, "--seed", str(seed)]
+        self.s = settings_of(self.flags)
+        if self.s.out or self.s.resume:
+            raise evaluation.SettingError("--out and --resume are the comparison's own; leave them out")
+        self.settings = {k: v for k, v in vars(self.s).items() if v != getattr(train.Settings, k)}
+        self.plain = self.s.method == "lora" and not self.settings.keys() & VARIED
+        self.key = json.dumps(self.settings, sort_keys=True)
+        content = hashlib.sha256(self.key.encode()).hexdigest()
+        name = re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
+        self.out = Path(results).with_suffix("") / name
+
+    def begin_or_resume(self):
+        """The command line that makes this run, or what an interruption left of it."""
+        begun = (self.out / "run.json").exists()
+        return ["train.py", *(["--resume", str(self.out)] if begun else [*self.flags, "--out", str(self.out)])]
+
+    def evaluate_on(self, task):
+        """The command line that evaluates the finished run on another task than its own."""
+        samples = ["--samples", str(self.out / f"{task}.json")] if data.TASKS[task].sample else []
+        return ["eval.py", str(self.out), "--task", task, *samples]
+
+
+def quality(argv):
+    """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
+    parser = train.parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
+    own, flags = parser.parse_known_args(argv)
+    q = Comparison(**vars(own))
+    check_shared(flags)
+    evaluation.check_least(vars(q), seeds=1, jobs=1)
+    names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
+    rows = list(allocators.METHODS) if q.methods == "all" else re.split(rf",\s*(?=(?:{names})(?:[\s,]|$))", q.methods)
+    if q.tasks is None:
+        s = settings_of(flags)
+        q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
+    runs = [Run(row, task, seed, [*flags, "--method", *shlex.split(row)], q.results)
+            for row in rows for task in q.tasks for seed in range(q.seeds)]
+    runs = matched(runs, q) if q.match_budget else runs
+    failed = make(runs, q)
+    text, about = summarise(runs, finished(q.results), q.metric, failed)
+    Path(q.results).with_suffix(".md").write_text(text, encoding="utf-8")
+    return text, about
+
+
+@functools.cache
+def train_parser():
+    return train.parser_of(train.Settings, "")
+
+
+def settings_of(flags):
+    """train.Settings of a list of train.py's flags."""
+    return train.Settings(**vars(train_parser().parse_args(flags)))
+
+
+def check_shared(flags):
+    """Raises SettingError for flags that differ between the runs of a comparison."""
+    for flag, instead in {"--method": "--methods", "--task": "--tasks", "--seed": "--seeds"}.items():
+        if flag in flags:
+            raise evaluation.SettingError(f"{flag} differs between the runs that are compared: use {instead}")
+
+
+def finished(results):
+    """The lines of a results file, by their settings as JSON; what a killed process left half written is skipped."""
+    lines = {}
+    if Path(results).exists():
+        for line in Path(results).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                about = json.loads(line)
+                lines[json.dumps(about["settings"], sort_keys=True)] = about
+    return lines
+
+
+def make(runs, q):
+    """Make the runs that the results lack, q.jobs at a time; returns {name: last line on stderr} of those that failed.
+
+    A run that was begun goes on from its last checkpoint. Ctrl-C reaches the runs, too: they stop at a checkpoint.
+    """
+    done, failed, lock, devices = finished(q.results), {}, threading.Lock(), queue.Queue()
+    waiting = list({run.key: run for run in runs if run.key not in done}.values())
+    for i in range(q.jobs):
+        devices.put(i)
+    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // q.jobs))} | os.environ if q.jobs > 1 else dict(os.environ)
+    Path(q.results).parent.mkdir(parents=True, exist_ok=True)
+
+    def one_run(run):
+        device = devices.get()
+        gpus = torch.cuda.device_count()
+        gpus = {"CUDA_VISIBLE_DEVICES": str(device % gpus)} if gpus > 1 else {}
+
+        def call(words):
+            command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
+            process = subprocess.run(command, env=env | gpus, capture_output=True, text=True, errors="replace")
+            if process.returncode:
+                failed[run.out.name] = (process.stderr.strip().splitlines() or ["?"])[-1]
+                say(f"{run.out.name}: {failed[run.out.name]}")
+            return process.stdout if process.returncode == 0 else None
+
+        try:
+            if not (run.out / "result.json").exists() and call(run.begin_or_resume()) is None:
+                return
+            about = {"row": run.row, "settings": run.settings} | json.loads((run.out / "result.json").read_text())
+            for task in run.columns:
+                if not numbers_of(about, task):
+                    printed = call(run.evaluate_on(task))
+                    if printed is None:
+                        return
+                    about.setdefault("evaluated", {})[task] = json.loads(printed.splitlines()[-1])
+            with lock, open(q.results, "a+b") as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")  # by a process that was killed
+                file.write(b"\n" * torn + evaluation.to_json(about).encode() + b"\n")
+        finally:
+            devices.put(device)
+
+    with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", file=sys.stderr) as bar:
+        try:
+            for future in as_completed([pool.submit(one_run, run) for run in waiting]):
+                future.result()
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            say("stopped; the same command goes on")
+            raise SystemExit(130) from None
+    return failed
+
+
+def numbers_of(line, column):
+    """The metrics that a finished run's line has for a task: its own, a part of its own, or another one evaluated."""
+    if line["task"] == column:
+        return line
+    parts = {key.removesuffix(f"_{column}"): value for key, value in line.items() if key.endswith(f"_{column}")}
+    return parts or line.get("evaluated", {}).get(column)
+
+
+def summarise(runs, done, metric=None, failed=(), paper=None):
+    """(Markdown, JSON object) of the runs that are done; rows and columns are in the order of `runs`.
+
+    Cells are means and standard deviations over seeds, in percent but for losses, with `paper`'s numbers {row: {column:
+    text}} in brackets. Each row is compared with plain uniform LoRA, over the seeds that both have; arrows mark p <=
+    LEVEL. Raises SettingError for a metric that a run does not have.
+    """
+    paper = paper or {}
+    rows, tasks = dict.fromkeys(run.row for run in runs), list(dict.fromkeys(c for run in runs for c in run.columns))
+    lines = {(run.row, column, run.seed): done[run.key] for run in runs for column in run.columns if run.key in done}
+    numbers = {place: numbers_of(line, place[1]) or {} for place, line in lines.items()}
+    metrics = {task: metric or next((m for m in data.TASKS[task].metrics if not lines or any(
+        m in n for (_, column, _), n in numbers.items() if column == task)), "loss") for task in tasks}
+    values = {(row, column): {} for row in rows for column in [*tasks, *["average"] * (len(tasks) > 1)]}
+    for (row, task, seed), found in numbers.items():  # none if another program scores the task
+        if metrics[task] in found:
+            value = found[metrics[task]]
+            values[row, task][seed] = math.nan if value is None else value  # JSON has no nan
+        elif metric:
+            raise evaluation.SettingError(f"--metric {metric}: not in the results on {task}: {', '.join(found)}")
+    for row, column in values:
+        if column == "average":
+            seeds = sorted(set.intersection(*(set(values[row, task]) for task in tasks)))
+            values[row, column] = {seed: statistics.fmean(values[row, task][seed] for task in tasks) for seed in seeds}
+    columns, less = list(dict.fromkeys(column for _, column in values)), metrics[tasks[0]] in LOSSES
+    plain, rank = {run.row: run.s.rank for run in runs if run.plain}, {run.row: run.s.rank for run in runs}
+    base = {row: next((r for r in plain if plain[r] == rank[row]), next(iter(plain), None)) for row in rows}
+    means = {place: statistics.fmean(numbers.values()) for place, numbers in values.items() if numbers}
+    best = {c: (min if less else max)((m for (_, column), m in means.items() if column == c and not math.isnan(m)),
+                                      default=None) for c in columns}
+    cells, tests, about = [], 0, {"rows": {}, "metrics": metrics, "failed": dict(failed)}
+    for row in rows:
+        about["rows"][row], texts = {}, []
+        for column in columns:
+            mine, text = values[row, column], ""
+            theirs = {} if row in plain else values.get((base[row], column), {})
+            if mine:
+                pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+                mean, std = means[row, column], statistics.stdev(mine.values()) if len(mine) > 1 else None
+                p = None if not pairs or math.isnan(sum(pairs)) else sign_flip(pairs)
+                about["rows"][row][column] = {"mean": mean, "std": std, "seeds": len(mine), "p": p}
+                tests += p is not None
+                scale, digits = (1, 3) if less else (100, 1)
+                text = f"{scale * mean:.{digits}f}"
+                text = f"**{text}**" if mean == best[column] and len(rows) > 1 else text
+                text += f" ± {scale * std:.{digits}f}" if std is not None else ""
+                text += (" ↑" if sum(pairs) > 0 else " ↓") if p is not None and p <= LEVEL else ""
+            theirs = paper.get(row, {}).get(column)
+            texts.append(text if theirs is None else f"{text} ({theirs})".strip())
+        own = [done[run.key] for run in runs if run.row == row and run.key in done]
+        if own:
+            size = {k: statistics.fmean(line["trainable_params"][k] for line in own) for k in ("now", "mean", "peak")}
+            spent, peak = statistics.fmean(line["seconds"] for line in own), max(line["peak_memory_mb"] for line in own)
+            about["rows"][row] |= {"trainable_params": size, "seconds": spent, "peak_memory_mb": peak}
+            sizes = [f"{n:,.0f}" for n in size.values()]
+            texts += [" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]), f"{spent:,.1f}", f"{peak:,.0f}"]
+        more = ", ".join(f"{key} {value}" for key, value in paper.get(row, {}).items() if key not in columns)
+        cells.append([row, *texts, *[""] * (len(columns) + 3 - len(texts)), *[more] * bool(paper)])
+    heads = ["method", *(f"{c}, {metrics[c]}" if c in metrics else c for c in columns), "trainable: last / mean / peak"]
+    text = "\n".join(evaluation.markdown([*heads, "s", "MB", *["(the paper's other numbers)"] * bool(paper)], cells))
+    if tests:
+        seeds = len({run.seed for run in runs})
+        text += (f"\n± standard deviation over seeds. ↑ ↓: differs from uniform LoRA by a paired sign-flip test"
+                 f" over seeds, p ≤ {LEVEL} (with {seeds} seeds p is at least {2 / 2 ** seeds:.2g}); of {tests} "
+                 f"comparisons chance alone would mark {LEVEL * tests:.1f}.\n")
+    return text, about
+
+
+def sign_flip(differences):
+    """Two-sided p of the paired permutation test: how often random signs give a sum as far from 0; exact up to 16."""
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) <= 16:
+        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)  # a row for each choice of signs
+    else:
+        signs = np.random.default_rng(0).choice([-1, 1], (2 ** 16, len(d)))
+    return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)))
+
+
+def matched(runs, q):
+    """The runs with ranks, and alphas in proportion, whose mean budget is within 5 % of that of the row `lora`.
+
+    A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
+    then at that times what was too much or too little. Those runs stay in the results and count if they fit. full and
+    bitfit have no rank. Raises SettingError without the row `lora`.
+    """
+    if not any(run.row == "lora" for run in runs):
+        raise evaluation.SettingError("--match-budget compares with uniform LoRA: add lora to --methods")
+    told, tried = {}, {}
+    for run in runs:
+        if (run.row, run.task) not in told:
+            s = copy.copy(run.s)
+            train.settle(s, models.find_config(s.model, s.init_weights)[0])
+            told[run.row, run.task] = s.rank, s.alpha, run.flags, s.method in ("full", "bitfit")
+
+    def at(place, rank, seed):
+        own_rank, alpha, flags, fixed = told[place]
+        scaled = [] if fixed else ["--rank", str(rank), "--alpha", f"{alpha * rank / own_rank:g}"]
+        return Run(*place, seed, [*flags, *scaled], q.results)
+
+    ranks, asked = {place: rank for place, (rank, *_) in told.items()}, set()
+    for _ in range(6):
+        trials = {place: at(place, rank, 0) for place, rank in ranks.items()}
+        asked |= set(ranks.items())
+        make(trials.values(), q)
+        done = finished(q.results)
+        for place, trial in trials.items():
+            if trial.key in done and not told[place][3]:
+                tried.setdefault(place, {})[ranks[place]] = done[trial.key]["trainable_params"]["mean"]
+        lost = [task for _, task in told if ("lora", task) not in tried]
+        if lost:
+            raise evaluation.SettingError(f"--match-budget: uniform LoRA's run on {lost[0]} failed; see above")
+        off = {place: {rank: size / next(iter(tried["lora", place[1]].values())) - 1 for rank, size in sizes.items()}
+               for place, sizes in tried.items()}
+        for place, by_rank in off.items():
+            best = min(by_rank, key=lambda rank: abs(by_rank[rank]))
+            next_one = max(1, round(best / (1 + by_rank[best])))
+            ranks[place] = best if abs(by_rank[best]) <= 0.05 or (place, next_one) in asked else next_one
+    for place, by_rank in off.items():
+        rank, by = min(by_rank.items(), key=lambda item: abs(item[1]))
+        say(f"{', '.join(place)}: rank {rank}, mean budget {100 * by:+.1f} % from uniform LoRA's"
+            + ": no rank tried comes closer" * (abs(by) > 0.05))
+        ranks[place] = rank
+    return [at((run.row, run.task), ranks[run.row, run.task], run.seed) for run in runs]
+
+
+# ---------------------------------------------------------------------------------------------- the papers' tables
+
+
+@dataclass
+class Published:
+    """What to do about a table of a paper; all flags besides are train.py's, for every run."""
+
+    run: bool = setting(False, "table", "make the runs that are not made yet")
+    small: bool = setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
+    seeds: int = setting(0, "table", "0 = the paper's number")
+    jobs: int = setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores")
+    results: str = setting("runs/tables.jsonl", "table", "finished runs, a line each; their folders lie beside")
+
+
+def published(argv):
+    """Print a paper's table: its commands, its numbers and ours; without a name, all there are."""
+    parser = train.parser_of(Published, "bench.py table NAME: a paper's table; all other flags are train.py's.")
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    own, flags = parser.parse_known_args(argv[name is not None:])
+    q, tables = Published(**vars(own)), json.loads(TABLES.read_text(encoding="utf-8"), parse_float=str)  # as printed
+    check_shared(flags)
+    evaluation.check_least(vars(q), seeds=0, jobs=1)
+    if name is None:
+        text = "".join(f"{key:19}{t['title']}" + " [--small]" * ("small" in t)
+                       + f"; lacks {t.get('lacks')}" * ("lacks" in t) + "\n" for key, t in tables.items())
+        return text, {"tables": list(tables)}
+    if name not in tables:
+        raise evaluation.SettingError(f"table {name}: there is no such one; there are {', '.join(tables)}")
+    t = tables[name] | (tables[name].get("small", {}) | {"task_flags": {}} if q.small else {})
+    if q.small and "small" not in t:
+        raise evaluation.SettingError(f"table {name} has no small version; leave out --small")
+    text = f"{t['paper']}: {t['title']}\n" + "".join(f"{t[key]}\n" for key in ("note", "lacks", "command") if key in t)
+    paper = {row["row"]: row.get("paper", {}) for row in t["rows"]}
+    runs, seeds = [], q.seeds or t.get("seeds", 5)
+    for row in t["rows"]:
+        own = row.get("small", row.get("flags")) if q.small else row.get("flags")
+        if row.get("method") is None or own is False or "command" in t:
+            continue
+        for task in t["tasks"]:
+            model = t["model"] if isinstance(t["model"], str) else row["model"]
+            words = ["--model", model, *shlex.split(f"{t['flags']} {t['task_flags'].get(task, '')}"), "--method",
+                     row["method"], *shlex.split(own), *flags]
+            runs += [Run(row["row"], task, seed, words, q.results, None if q.small else t.get("evaluate"))
+                     for seed in range(seeds)]
+            text += (f"for seed in {' '.join(map(str, range(seeds)))}; do python train.py "
+                     f"{shlex.join(runs[-1].flags[:-1])} $seed; done\n")
+            text += "".join(f"python {shlex.join(runs[-1].evaluate_on(column))}\n" for column in runs[-1].columns
+                            if task not in (column, "commonsense"))  # which has its parts' numbers in its own result
+    if not runs:
+        rows = [{"method": row} | numbers for row, numbers in paper.items()]
+        return text + "\n" + table(rows, list(dict.fromkeys(key for row in rows for key in row))), {"table": name}
+    failed = make(runs, q) if q.run else {}
+    told, about = summarise(runs, finished(q.results), t.get("metric"), failed, paper)
+    left = [[row, *numbers.values()] for row, numbers in paper.items() if all(run.row != row for run in runs)]
+    text += "\n" + told + "".join(f"not here: {' '.join(map(str, row))}\n" for row in left)
+    return text, about | {"table": name}
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -756,7 +1118,7 @@ def settle(b, command):
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods
-    for name, known in (("methods", allocators.METHODS), ("modes", ("eager", "compiled"))):
+    for name, known in (("methods", (*allocators.METHODS, "dora")), ("modes", ("eager", "compiled"))):
         wrong = [value for value in getattr(b, name) or () if value not in known]
         if wrong:
             choices = ", ".join([*known, *["all"] * (name == "methods")])
@@ -772,8 +1134,15 @@ def main(argv=None):
     if argv[:1] == ["one"]:  # a process that `measure_alone` started
         print(evaluation.to_json(one(Bench(**json.loads(argv[2])), argv[1])))
         return
+    if argv[:1] in (["quality"], ["table"]):
+        text, about = (quality if argv[0] == "quality" else published)(argv[1:])
+        print(text)
+        print(evaluation.to_json({"command": argv[0]} | about))
+        if about.get("failed"):
+            raise SystemExit(1)
+        return
     parser = train.parser_of(Bench, __doc__.split("\n\n")[0])
-    parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]"
+    parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s {{quality,table}} [--help]"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     given = vars(parser.parse_args(argv))
     command = given.pop("command")

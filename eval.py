@@ -441,17 +441,17 @@ def card(folder, path):
 
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
-    lines += _table([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
+    lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
     lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
-    shown = ("seed", "rank", "alpha", "dropout", "scaling", "lr", "schedule", "warmup", "weight_decay", "batch_size",
-             "accumulate", "epochs", "max_length", "dtype")
-    rows = [[key, getattr(s, key, None)] for key in shown]
-    lines += _table(["setting", "value"], [row for row in rows if row[1] is not None])
+    shown = ("seed", "rank", "alpha", "dropout", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a", "lr",
+             "schedule", "warmup", "weight_decay", "batch_size", "accumulate", "epochs", "max_length", "dtype")
+    rows = [[key, value] for key in shown if (value := getattr(s, key, None)) is not None and value is not False]
+    lines += markdown(["setting", "value"], rows)
     if ranks["ranks"]:
         grid, kinds = _grid(ranks["ranks"])
         rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
-        lines += _table([f"rank at step {ranks['step']:,}: block", *kinds], rows)
+        lines += markdown([f"rank at step {ranks['step']:,}: block", *kinds], rows)
     if adapter and s.init_weights == "random":
         return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
     return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
@@ -477,8 +477,15 @@ def _loading_code(s, labels, kind, base, adapter, path):
     return lines
 
 
-def _table(head, rows):
+def markdown(head, rows):
+    """Lines of a Markdown table, the last one empty."""
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def variant(s):
+    """A run's method with what is combined with it, for names: lora, lora-pissa, lalora-dora, lora-plus16, lora-fa."""
+    return "-".join([s.method, *[s.init] * (s.init != "lora"), *["dora"] * s.dora, *["fa"] * s.freeze_a,
+                     *[f"plus{s.lora_plus_ratio:g}"] * (s.lora_plus_ratio != 1)])
 
 
 def summary(metrics):

@@ -32,6 +32,7 @@ class LoraLinear(nn.Module):
     `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
     components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
+    `magnitude` is DoRA's (`DoraLinear`), else None.
     """
 
     weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
@@ -45,13 +46,28 @@ class LoraLinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.B = nn.Parameter(torch.empty(self.out_features, rank, **options))
         self.register_buffer("gate", torch.ones(rank, **options))
-        self.start, self.merged = None, False
+        self.start, self.magnitude, self.merged = None, None, False
         self.reset()
 
     def reset(self):
         """Start LoRA afresh: A uniform as in nn.Linear, B zero (Hu et al. 2021, section 4.1)."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
+
+    @torch.no_grad()
+    def split_off(self, A, B):
+        """Make the part B A of W the adapter, B (out, R) and A (R, in): it leaves the frozen weight.
+
+        Both are divided by sqrt(s); then A and s B are rounded to W's dtype, the one they are computed in, so that the
+        layer adds exactly what was taken off W. There is no dropout from here on, which would drop parts of W.
+        """
+        W = self.weight.to(A.device)  # it may wait on the CPU to be sharded
+        A, B = ((t * c).to(W.dtype).float() for t, c in ((A, self.scale ** -0.5), (B, self.scale ** 0.5)))
+        self.weight.data.copy_(W.float() - B @ A)
+        B /= self.scale
+        self.A.copy_(A)
+        self.B.copy_(B)
+        self.start, self.dropout = (A.cpu(), B.cpu()), 0.0
 
     def forward(self, x):  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (N, in)
@@ -107,6 +123,62 @@ class LoraLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, rank={self.rank}, scale={self.scale:g}"
 
 
+class DoraLinear(LoraLinear):
+    """DoRA (Liu et al. 2024, Eq. 5): the rows of W + s B diag(g) A, scaled to trainable lengths `magnitude` (out,).
+
+    The paper's columns are rows here, W being (out, in). The lengths that are divided by are constants for the gradient
+    (section 4.3). Dropout is PEFT's: with z = drop(x) and c = magnitude / length, (c - 1) W z + c s B diag(g) A z is
+    what comes on top of W x + b.
+    """
+
+    def __init__(self, linear, rank, scale, dropout=0.0, device=None):
+        super().__init__(linear, rank, scale, dropout, device)
+        self.magnitude = nn.Parameter(self.lengths())
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        if self.merged:
+            return super().forward(x)
+        flat, bias = x.flatten(0, -2), 0 if self.bias is None else self.bias
+        kept = F.dropout(flat, self.dropout, self.training)
+        y = self.linear.forward(kept)  # (N, out)
+        y.addmm_(F.linear(kept, self.A.to(x.dtype)), (self.B * (self.scale * self.gate)).T.to(x.dtype).contiguous())
+        rest = self.linear.forward(flat - kept) if self.training and self.dropout else bias
+        factor = self.magnitude / self.lengths()  # float32: near 1, where bfloat16 would round training away
+        return (y * factor + (rest - factor * bias)).to(x.dtype).view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def lengths(self):
+        """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix."""
+        W = self.weight.to(self.A.device)  # it may wait on the CPU to be sharded
+        A, B = self.A.to(W.dtype), self.B * (self.scale * self.gate)
+        mixed = 2 * F.linear(W, A).float() + B @ (A.float() @ A.float().T)  # (out, R)
+        square = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32) ** 2 + (B * mixed).sum(1)
+        return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
+
+    @torch.no_grad()
+    def delta(self):
+        """The difference between the layer's matrix and W, (out, in) float32."""
+        factor = (self.magnitude / self.lengths())[:, None]
+        return factor * (self.weight.float() + super().delta()) - self.weight.float()
+
+    def factors(self):
+        """As LoraLinear's, before rows are scaled; never empty, since the lengths are trained in any case."""
+        A, B = super().factors()
+        return (A, B) if len(A) else (torch.zeros_like(self.A[:1]), torch.zeros_like(self.B[:, :1]))
+
+    def merge(self):
+        if not self.merged:
+            self.merged_lengths = self.lengths()  # W gives them no longer once it is scaled
+        super().merge()
+
+    @torch.no_grad()
+    def unmerge(self):
+        if self.merged:
+            plain = self.weight.float() * (self.merged_lengths / self.magnitude)[:, None]
+            self.weight.data.copy_(plain - super().delta())
+            self.merged = False
+
+
 # ---------------------------------------------------------------------------------------------- attaching
 
 
@@ -128,13 +200,13 @@ def sites(model, targets):
     return found
 
 
-def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None):
-    """Put a LoraLinear in place of each projection in `ranks` (name -> capacity); returns {name: layer}.
+def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None, dora=False):
+    """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
-    A projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix (La-LoRA Eq. 4), or with
-    scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters of the model stay as they
-    are. The adapters are made on `device`, by default the weights'. Raises LoraError for a rank below 0 or above the
-    matrix's own.
+    `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
+    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters
+    of the model stay as they are. The adapters are made on `device`, by default the weights'. Raises LoraError for a
+    rank below 0 or above the matrix's own.
     """
     if not 0 <= dropout < 1:
         raise LoraError(f"LoRA dropout {dropout}: must be from 0 to below 1")
@@ -148,14 +220,18 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
             continue
         scale = {"nominal": alpha / (nominal or rank), "own": alpha / rank,
                  "rslora": alpha / math.sqrt(nominal or rank)}[scaling]
-        layers[name] = LoraLinear(linear, rank, scale, dropout, device)
+        layers[name] = (DoraLinear if dora else LoraLinear)(linear, rank, scale, dropout, device)
         _replace(model, name, layers[name])
     return layers
 
 
 def detach(model, name):
     """Give the projection `name` its plain frozen layer back; the adapter on it is gone."""
-    _replace(model, name, model.get_submodule(name).linear)
+    layer = model.get_submodule(name)
+    if layer.start is not None and not layer.merged:  # what was split off W goes back, up to rounding
+        A, B = (t.to(layer.weight.device) for t in layer.start)
+        layer.weight.data.copy_(layer.weight.float() + layer.scale * B @ A)
+    _replace(model, name, layer.linear)
 
 
 def _replace(model, name, module):
@@ -233,6 +309,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         rank_of[path], alpha_of[path], dropout = len(A), layer.scale * len(A), layer.dropout
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous().cpu()
+        if layer.magnitude is not None:
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = layer.magnitude.detach().cpu()
     heads = set()
     if head:
         for name in whole_parts(model):
@@ -243,7 +321,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
         "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": sorted(rank_of),
+        "use_rslora": False, "use_dora": any("magnitude" in key for key in tensors), "init_lora_weights": True,
+        "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
         "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
@@ -286,7 +365,7 @@ def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, dropout and a classification head in modules_to_save are read. Raises
+    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a classification head in modules_to_save are read. Raises
     LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
@@ -299,7 +378,7 @@ def load_adapter(model, folder):
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
         path = key.removeprefix(prefix).replace(".default", "")
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", path)
+        match = re.fullmatch(r"(.+)\.lora_([AB](?=\.weight)|magnitude_vector)(\.weight)?", path)
         if match and match[1] in names:
             found.setdefault(match[1], {})[match[2]] = tensor
         elif path in heads and heads[path].shape == tensor.shape:
@@ -313,9 +392,12 @@ def load_adapter(model, folder):
                         "without its trained head")
     layers = {}
     for path, pair in found.items():
+        lengths = pair.pop("magnitude_vector", None)
         if set(pair) != {"A", "B"} or {t.dim() for t in pair.values()} != {2} or not (
                 0 < len(pair["A"]) == pair["B"].shape[1]):
             raise LoraError(f"{file}: {path} needs lora_A (r, in) and lora_B (out, r) of one rank")
+        if getattr(lengths, "shape", None) != (pair["B"].shape[:1] if config["use_dora"] else None):
+            raise LoraError(f"{file}: {path} needs a lora_magnitude_vector (out) if use_dora is set, and only then")
         rank = len(pair["A"])
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
         linear = model.get_submodule(names[path])
@@ -323,9 +405,12 @@ def load_adapter(model, folder):
             raise LoraError(f"{file}: {path} is {pair['B'].shape[0]} x {pair['A'].shape[1]}, the model's "
                             f"{linear.weight.shape[0]} x {linear.weight.shape[1]}; is it the adapter's base model?")
         scaling = "rslora" if config["use_rslora"] else "own"
-        layer = attach(model, {names[path]: rank}, alpha, config["lora_dropout"], scaling=scaling)[names[path]]
+        layer = attach(model, {names[path]: rank}, alpha, config["lora_dropout"], scaling=scaling,
+                       dora=config["use_dora"])[names[path]]
         layer.A.data.copy_(pair["A"])
         layer.B.data.copy_(pair["B"])
+        if lengths is not None:
+            layer.magnitude.data.copy_(lengths)
         layers[names[path]] = layer
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise LoraError(f"{file}: holds no LoRA tensors for this {model.family} model")
@@ -351,16 +436,16 @@ def _adapter_config(file):
         raise LoraError(f"{file}: not found; name a folder with a PEFT adapter") from None
     except (ValueError, RecursionError) as error:
         raise LoraError(f"{file}: not valid JSON ({error})") from None
-    defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False}
+    defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
     if not isinstance(config, dict):
         raise LoraError(f"{file}: expected a JSON object")
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+    for key in ("use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
                 "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
         if config.get(key):
-            raise LoraError(f"{file}: {key} is not supported, only plain LoRA is")
+            raise LoraError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
         raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "

@@ -28,10 +28,13 @@ def sizes(*values, **other):
 ROBERTA, LLAMA = dict(type_vocab_size=1, layer_norm_eps=1e-5), dict(rms_norm_eps=1e-5)
 # short name -> Hub id and what its config.json says, so that `weights="random"` needs neither files nor network
 NAMED = {
+    "minilm": ("sentence-transformers/all-MiniLM-L6-v2", sizes("bert", 30522, 512, 384, 1536, 6, 12)),
     "bert-base": ("google-bert/bert-base-uncased", sizes("bert", 30522, 512, 768, 3072, 12, 12)),
     "bert-large": ("google-bert/bert-large-uncased", sizes("bert", 30522, 512, 1024, 4096, 24, 16)),
     "roberta-base": ("FacebookAI/roberta-base", sizes("roberta", 50265, 514, 768, 3072, 12, 12, **ROBERTA)),
     "roberta-large": ("FacebookAI/roberta-large", sizes("roberta", 50265, 514, 1024, 4096, 24, 16, **ROBERTA)),
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", sizes(
+        "llama", 49152, 8192, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True, pad_token_id=2, **LLAMA)),
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", sizes("llama", 32000, 4096, 4096, 11008, 32, 32, 32, **LLAMA)),
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", sizes("llama", 32000, 4096, 5120, 13824, 40, 40, 40, **LLAMA)),
     "llama3-8b": ("meta-llama/Meta-Llama-3-8B", sizes(

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import shutil
 import signal
@@ -66,6 +67,11 @@ class Settings:
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
+    init: str = setting("lora", "adapter", "start at W's r largest (pissa) or smallest (milora) singular components; "
+                                           "then without --dropout", ("lora", "pissa", "milora"))
+    dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
+    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over that of A; the paper suggests 16")
+    freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
 
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
@@ -161,10 +167,11 @@ def parser_of(settings_class, description):
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
     kind = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}.get(config.family, "decoder")
-    own = [name for name in ("rank", "alpha", "dropout", "targets") if getattr(s, name) is not None and not s.resume]
-    if s.adapter and (s.method != "lora" or own or s.scaling != "nominal"):
+    own = [name for name in ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora")
+           if getattr(s, name) != getattr(Settings, name)]
+    if s.adapter and own and not s.resume:
         raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
-                           f"of its own: leave out --{'method' if s.method != 'lora' else (own or ['scaling'])[0]}")
+                           f"of its own: leave out --{own[0]}")
     if s.targets is None:
         s.targets = default_targets(kind == "decoder")
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
@@ -185,7 +192,7 @@ def settle(s, config):
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         s.dtype = "bfloat16" if s.device.startswith("cuda") and s.method not in ("full", "bitfit") else "float32"
-    s.out = s.out or free_folder(f"runs/{s.method}-{Path(s.model).name}-{s.task}-{s.seed}")
+    s.out = s.out or free_folder(f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}")
     check(s)
     return task
 
@@ -198,7 +205,7 @@ def default_targets(decoder):
 def check(s):
     """Refuse settings that cannot work; raises SettingError with one line that names the flag."""
     def flag(name):
-        return f"--{name.replace('_', '-')} {getattr(s, name)}"
+        return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
     numbers = [f.name for f in dataclasses.fields(s) if f.type in (int, float) and getattr(s, f.name) is not None]
     may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every",
@@ -216,11 +223,19 @@ def check(s):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
         raise SettingError(f"{flag('r_min')} is above {flag('r_max')}")
+    for name in allocators.METHODS[s.method].refuses:
+        if getattr(s, name) != getattr(Settings, name):
+            raise SettingError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
+    if s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"):
+        raise SettingError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
     evaluation.check_device(s.device)
     if s.shard and not dist.is_initialized():
         raise SettingError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
     if s.shard and s.method in ("full", "bitfit"):
         raise SettingError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
+    if s.shard and s.method.startswith("weightlora") and (s.dora or s.init != "lora"):
+        raise SettingError(f"{flag('method')} --shard: survivors would start at weights that are spread by then: leave "
+                           "out --init and --dora")
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
     if taken and not s.resume and rank_and_world()[0] == 0:
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
@@ -356,9 +371,18 @@ def schedule(s, steps):
 
 def optimizer_for(s, params):
     """AdamW over the run's parameters; the masked one where a policy holds components still."""
+    groups = by_ratio(params)
     if any(hasattr(p, "active") for p in params):
-        return lora.AdamW(params, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(params, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        return lora.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay)
+    return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+
+
+def by_ratio(params):
+    """Parameter groups by `lr_ratio`, the learning rate over the run's (LoRA+): 1 first, and where there is none."""
+    groups = {1: []}
+    for p in params:
+        groups.setdefault(getattr(p, "lr_ratio", 1), []).append(p)
+    return [{"params": group, "lr_ratio": ratio} for ratio, group in groups.items()]
 
 
 def follow(optimizer, params):
@@ -366,7 +390,8 @@ def follow(optimizer, params):
     kept = {p: optimizer.state[p] for p in params if p in optimizer.state}
     optimizer.state.clear()
     optimizer.state.update(kept)
-    optimizer.param_groups[0]["params"] = list(params)
+    for group, now in zip(optimizer.param_groups, by_ratio(params)):
+        group["params"] = now["params"]
 
 
 class Budget:
@@ -499,7 +524,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
     if s.resume:
         done, seconds = load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad)
         params = allocator.parameters() + trained_head(model, task)
-    moving = [p for p in model.parameters() if p.requires_grad]  # `params`, and gates that a policy moves itself
+    moving = drawn_or_moving(model, allocator)
     start_alike(s, done, moving)
     started = time.time() - seconds
     if held_out is not None:
@@ -523,7 +548,8 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 began = time.time()
                 evaluate(step - 1, budget.report())  # after the checkpoint: killed here, a run loses no step
                 started += time.time() - began
-            optimizer.param_groups[0]["lr"] = s.lr * rate_at(step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * rate_at(step - 1) * group["lr_ratio"]
             chosen = next(batches)
             count = sum(data.count_labels(split, indices) for indices in chosen)  # each label weighs the same
             loss = torch.zeros((), device=device)
@@ -543,7 +569,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
             running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
             if rebuilt:
                 params = allocator.parameters() + trained_head(model, task)
-                moving = [p for p in model.parameters() if p.requires_grad]
+                moving = drawn_or_moving(model, allocator)
                 follow(optimizer, params)
                 start_alike(s, step, moving)
 
@@ -609,6 +635,12 @@ def trained_head(model, task):
     return [] if task.kind == "lm" else list(model.head.parameters())
 
 
+def drawn_or_moving(model, allocator):
+    """What differs from the base model: the trained, gates that a policy moves itself, and LoRA-FA's frozen A."""
+    frozen = [layer.A for layer in allocator.layers.values() if not layer.A.requires_grad]
+    return [p for p in model.parameters() if p.requires_grad] + frozen
+
+
 def start_at_mean(model, split):
     """Start a new regression head at the mean training label, where it has a bias (decoders' heads have none).
 
@@ -661,6 +693,7 @@ def run_state(model, task, allocator, optimizer, budget, running, bad):
     state = {f"parameter.{i}": p.data for i, p in enumerate(params)}
     state |= {f"optimizer.{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
     state |= {f"gate.{name}": layer.gate.data for name, layer in allocator.layers.items()}
+    state |= {f"frozen.{name}": layer.A.data for name, layer in allocator.layers.items() if not layer.A.requires_grad}
     return state | {"budget.total": budget.total, "budget.peak": budget.peak, "running": running, "bad": bad.counts}
 
 
@@ -863,6 +896,7 @@ def fine_tune(s, held):
     log("metrics.jsonl", {"step": result["steps"], "eval": after, "trainable_params": result["trainable_params"]})
     say("after training: " + evaluation.summary(after))
     result = {"task": task.name, "method": s.method, "model": s.model, "seed": s.seed, **after, **result,
+              "peak_memory_mb": round(peak_memory(s.device) / 2**20),
               "before": first["eval"] if first["step"] == 0 else None, "out": str(out)}
     if warning:
         result["warning"] = warning
@@ -914,6 +948,13 @@ def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """Most bytes that this process has held so far: of a GPU's memory, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say(message):

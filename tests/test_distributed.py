@@ -113,7 +113,10 @@ def assert_same(found, expected, rel=1e-5):
 
 
 METHODS = list(allocators.METHODS)
-SHARDED = [method for method in METHODS if method not in ("full", "bitfit")]
+VARIANTS = {"pissa-dora": ["--init", "pissa", "--dora"], "lalora-dora": ["--method", "lalora", "--dora", "--lora-plus-ratio", "4"],
+            "weightlora-fa": ["--method", "weightlora", "--freeze-a"]}  # A is drawn anew after the warm-up
+RUNS = {method: ["--method", method] for method in METHODS} | VARIANTS
+SHARDED = [name for name in RUNS if name not in ("full", "bitfit")]
 
 
 @pytest.fixture(scope="session")
@@ -124,9 +127,9 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
                "--accumulate", "2", "--rank", "2", "--max-length", "64", "--dropout", "0", "--log-every", "1", "--warmup", "2",
                "--limit-train", "40", "--limit-eval", "6", "--no-eval-before"]
     answers = [str(a) for a in answers]
-    jobs = [("run", [*VIT, "--method", method, "--out", str(root / "two" / method)], None) for method in METHODS]
-    jobs += [("run", [*VIT, "--method", method, "--shard", "--out", str(root / "shard" / method)],
-              None if allocators.METHODS[method].dynamic else (stop_after, 8)) for method in SHARDED]
+    jobs = [("run", [*VIT, *flags, "--out", str(root / "two" / name)], None) for name, flags in RUNS.items()]
+    jobs += [("run", [*VIT, *RUNS[name], "--shard", "--out", str(root / "shard" / name)],
+              None if name in VARIANTS or allocators.METHODS[name].dynamic else (stop_after, 8)) for name in SHARDED]
     jobs += [("run", [*answers, "--out", str(root / "two" / "answers")], None),
              ("run", [*answers, "--shard", "--out", str(root / "shard" / "answers")], None),
              ("run", [*VIT, "--method", "lora", "--out", str(root / "disturbed")], (part_ways,))]
@@ -135,8 +138,8 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKS_CACHE", str(root / "cache"))
         patch.setattr(train.models, "CONFIGS", train.models.CONFIGS | {"vit-b16": train.models.CONFIGS["vit-b16"] | SMALL})
-        for method in METHODS:
-            main([*VIT, "--method", method, "--out", root / "one" / method])
+        for name, flags in RUNS.items():
+            main([*VIT, *flags, "--out", root / "one" / name])
         main([*answers, "--out", root / "one" / "answers"])
         for method in kept:
             with pytest.MonkeyPatch.context() as stop, pytest.raises(KeyboardInterrupt):
@@ -149,7 +152,7 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
     return root
 
 
-@pytest.mark.parametrize("method", METHODS + ["answers"])
+@pytest.mark.parametrize("method", [*RUNS, "answers"])
 def test_two_processes_do_what_one_does(method, runs):
     assert_same(runs / "two" / method, runs / "one" / method)
 
@@ -247,6 +250,15 @@ def test_sharding_needs_processes_and_adapters(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluation.command(lambda: train.main(["--shard", "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    for flags in (["--init", "pissa"], ["--dora"]):
+        s = train.Settings(**vars(train.parser_of(train.Settings, "").parse_args(
+            ["--method", "weightlora+", "--shard", "--targets", "query", "--device", "cpu", "--out", str(tmp_path / "run"), *flags])))
+        with pytest.raises(evaluation.SettingError, match="leave out --init and --dora"):
+            train.check(s)
 
 
 def test_labels_are_counted_as_collated():

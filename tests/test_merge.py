@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft")
 
 RUNS = [("bert", "text-classification", "classes", "lora"), ("bert", "text-regression", "scores", "adalora"),
         ("roberta", "text-classification", "classes", "lelora"), ("llama", "boolq", "", "weightlora+"),
-        ("llama", "text-classification", "classes", "lalora"), ("vit", "digits-rot90", None, "empirical"),
+        ("llama", "text-classification", "classes", "lalora"), ("bert", "text-classification", "classes", "lora --dora --init pissa"), ("vit", "digits-rot90", None, "empirical"),
         ("bert", "text-classification", "classes", "bitfit"), ("llama", "boolq", "", "full"), ("vit", "digits", None, "full")]
 AUTO = {"boolq": "CausalLM", "digits": "ImageClassification", "digits-rot90": "ImageClassification"}
 
@@ -45,7 +45,7 @@ def trained(model, task, folder, method, out, request):
         own += ["--model", request.getfixturevalue("roberta"), "--data", request.getfixturevalue("texts") / folder]
     elif model != "vit":
         own += ["--model", request.getfixturevalue("checkpoints") / model, "--data", request.getfixturevalue("texts") / folder]
-    main(*own, "--task", task, "--method", method, "--out", out, "--steps", 12, "--batch-size", 8, "--lr", 2e-2, "--max-length",
+    main(*own, "--task", task, "--method", *method.split(), "--out", out, "--steps", 12, "--batch-size", 8, "--lr", 2e-2, "--max-length",
          64 if model == "llama" else 32, "--no-eval-before", *(["--rank", 4] if method not in ("full", "bitfit") else []))
     return out
 
@@ -90,6 +90,7 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
         torch.testing.assert_close(again(**inputs), expected, rtol=0, atol=1e-4)
 
     card = (run / "README.md").read_text()
+    assert ("| dora | True |" in card and "| init | pissa |" in card) == ("--dora" in method)
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     scope = {}
     monkeypatch.chdir(run)

@@ -624,7 +624,8 @@ def test_random_initialisation_is_that_of_transformers(tmp_path):
 
 def test_sizes_of_named_architectures():
     """Sizes of the named architectures in parameters, as their papers and model cards report them."""
-    expected = {"roberta-base": 125e6, "roberta-large": 355e6, "bert-base": 110e6, "bert-large": 335e6,
+    expected = {"minilm": 22.7e6, "smollm2": 134.5e6,
+                "roberta-base": 125e6, "roberta-large": 355e6, "bert-base": 110e6, "bert-large": 335e6,
                 "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "mistral-7b": 7.24e9,
                 "qwen2-7b": 7.62e9, "qwen3-8b": 8.19e9, "gemma-7b": 8.54e9, "vit-b16": 86e6, "vit-l16": 304e6}
     assert set(expected) == set(models.CONFIGS) == set(models.HUB)

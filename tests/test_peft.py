@@ -158,6 +158,7 @@ MADE = {
     "other starts": dict(target_modules=["key", "attention.output.dense"], init_lora_weights="gaussian"),
     "no start": dict(target_modules=["query"], init_lora_weights=False),
     "orthogonal": dict(target_modules=["query"], init_lora_weights="orthogonal"),
+    "DoRA": dict(target_modules=["query", "output.dense"], use_dora=True),
     "excluded": dict(target_modules=["query", "value"], exclude_modules=r".*layer\.1\..*"),
 }
 
@@ -205,6 +206,8 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
     for name, layer in allocator.layers.items():
         torch.testing.assert_close(layer.A, theirs_by_name[name].lora_A.default.weight, rtol=0, atol=1e-4)
         torch.testing.assert_close(layer.B, theirs_by_name[name].lora_B.default.weight, rtol=0, atol=1e-4)
+        if s.dora:
+            torch.testing.assert_close(layer.magnitude, theirs_by_name[name].lora_magnitude_vector.default.weight, rtol=0, atol=1e-4)
     trained = dict(wrapped.named_parameters())
     for name, p in model.head.named_parameters(prefix="head"):
         (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "classifier" in n
@@ -233,7 +236,6 @@ def test_our_own_adapter_keeps_alpha_and_dropout_for_training_on(tmp_path):
 
 
 UNSUPPORTED = {
-    "use_dora": peft.LoraConfig(target_modules=["query"], use_dora=True),
     "bias": peft.LoraConfig(target_modules=["query"], bias="lora_only"),
     "lora_bias": peft.LoraConfig(target_modules=["query"], lora_bias=True),
     "pissa": peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"),
@@ -276,20 +278,25 @@ def digits(*argv):
     return train.parser_of(train.Settings, "").parse_args([*common, *map(str, argv)])
 
 
-def test_a_run_that_starts_from_an_adapter(tmp_path, capsys):
+@pytest.mark.parametrize("made, then", [([], []), (["--dora"], ["--lora-plus-ratio", 2]), (["--init", "pissa"], ["--freeze-a"])])
+def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     """It starts at the adapter's score, keeps its ranks and places, improves, and can be evaluated, continued, resumed."""
     first = train.run(train.Settings(**vars(digits("--method", "empirical", "--targets", "query,down", "--epochs", 4, "--out",
-                                                   tmp_path / "first"))))
+                                                   tmp_path / "first", *made))))
     evaluation.main(["vit-digits", "--task", "digits-rot90", "--limit-eval", "100", "--adapter", str(tmp_path / "first" / "adapter")])
     assert json.loads(capsys.readouterr().out)["accuracy"] == first["accuracy"]
     second = train.run(train.Settings(**vars(digits("--adapter", tmp_path / "first" / "adapter", "--epochs", 6, "--out",
-                                                    tmp_path / "second"))))
+                                                    tmp_path / "second", *then))))
     assert second["before"]["accuracy"] == first["accuracy"] < second["accuracy"]
     assert evaluation.evaluate_run(tmp_path / "second")["accuracy"] == second["accuracy"]
     ranks = [json.loads((tmp_path / run / "ranks.jsonl").read_text().splitlines()[-1])["ranks"] for run in ("first", "second")]
-    assert ranks[0] == ranks[1] and second["trainable_params"]["now"] == first["trainable_params"]["now"]
+    twice = 2 if "pissa" in made else 1  # the saved difference has twice the rank
+    assert ranks[1] == {name: twice * rank for name, rank in ranks[0].items()}
+    of_a = {"query": 64, "down": 256} if "--freeze-a" not in then else {"query": 0, "down": 0}  # inputs; all outputs are 64
+    assert second["trainable_params"]["now"] == sum(
+        rank * (64 + of_a[name.split(".")[-1]]) + 64 * ("--dora" in made) for name, rank in ranks[1].items())
     saved = json.loads((tmp_path / "second" / "run.json").read_text())["settings"]
-    assert saved["targets"] == ["query", "down"] and saved["rank"] is None
+    assert saved["targets"] == ["query", "down"] and saved["rank"] is None and saved["dora"] == ("--dora" in made)
     (tmp_path / "second" / "result.json").unlink()  # as if it had been killed after its last checkpoint
     train.main(["--resume", str(tmp_path / "second")])
     assert json.loads(capsys.readouterr().out)["accuracy"] == second["accuracy"]
@@ -297,7 +304,8 @@ def test_a_run_that_starts_from_an_adapter(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, expected", [
     (["--method", "lalora"], "--method"), (["--method", "full"], "--method"), (["--rank", "4"], "--rank"), (["--targets", "key"], "--targets"),
-    (["--dropout", "0"], "--dropout"), (["--scaling", "rslora"], "--scaling"), ([], "adapter_config.json")])
+    (["--dropout", "0"], "--dropout"), (["--scaling", "rslora"], "--scaling"),
+    (["--init", "pissa"], "--init"), (["--dora"], "--dora"), ([], "adapter_config.json")])
 def test_adapter_goes_with_plain_lora_alone(argv, expected, tmp_path):
     with pytest.raises((train.SettingError, lora.LoraError), match=expected) as caught:
         train.run(train.Settings(**vars(digits(*argv, "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run"))))

@@ -166,7 +166,8 @@ def test_survivors_train_exactly_as_standard_lora_from_a_fresh_start(method):
     for name, layer in layers.items():
         layer.A.data.copy_(allocator.layers[name].A)
     standard.train()
-    other = torch.optim.AdamW([p for layer in layers.values() for p in (layer.A, layer.B)], lr=s.lr, weight_decay=0.01)
+    params = [p for layer in layers.values() for p in (layer.A, layer.B)]
+    other = torch.optim.AdamW(params, lr=s.lr, weight_decay=0.01, fused=True)
     state = torch.get_rng_state()
     train(model, allocator, s, data[5:], first=6, optimizer=optimizer)
     torch.set_rng_state(state)

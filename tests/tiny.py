@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lora
+import train as program
 
 
 class Block(nn.Module):
@@ -25,7 +25,7 @@ class Block(nn.Module):
 class Tiny(nn.Module):
     """A frozen network with the attributes that lora.py and allocators.py read: blocks, head, family, hf_name."""
 
-    family = "tiny"
+    family, fresh, head_kind = "tiny", (), "classify"
 
     def __init__(self, blocks=3, dim=12, hidden=20, labels=3, seed=0):
         super().__init__()
@@ -47,7 +47,8 @@ class Tiny(nn.Module):
 def settings(**changes):
     """The run's settings that every policy reads; a test adds its policy's flags."""
     common = dict(method="lora", targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, scaling="nominal", adapter=None,
-                  r_min=1, r_max=32, seed=0, lr=1e-2, weight_decay=0.0)
+                  r_min=1, r_max=32, seed=0, lr=1e-2, weight_decay=0.0, init="lora", dora=False, freeze_a=False,
+                  lora_plus_ratio=1.0, device="cpu")
     return SimpleNamespace(**{**common, **changes})
 
 
@@ -62,9 +63,7 @@ def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
 
 def optimizer_for(allocator, s):
     """The optimizer that train.py uses for these adapters."""
-    params = allocator.parameters()
-    kind = lora.AdamW if any(hasattr(p, "active") for p in params) else torch.optim.AdamW
-    return kind(params, lr=s.lr, weight_decay=s.weight_decay)
+    return program.optimizer_for(s, allocator.parameters())
 
 
 def train(model, allocator, s, data, first=1, optimizer=None, watch=None, clip=None):
@@ -81,19 +80,8 @@ def train(model, allocator, s, data, first=1, optimizer=None, watch=None, clip=N
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
         optimizer.step()
         if allocator.after_step(step):
-            follow(optimizer, allocator)
+            program.follow(optimizer, allocator.parameters())
         optimizer.zero_grad(set_to_none=True)
         if watch:
             watch(step, loss.detach())
     return optimizer
-
-
-def follow(optimizer, allocator):
-    """Make the optimizer hold allocator.parameters(): vanished ones go with their state, new ones start afresh."""
-    params = allocator.parameters()
-    kept = {id(p) for p in params}
-    group = optimizer.param_groups[0]
-    for p in group["params"]:
-        if id(p) not in kept:
-            optimizer.state.pop(p, None)
-    group["params"] = params

@@ -1,0 +1,410 @@
+"""The papers' baselines that combine with policies: PiSSA, MiLoRA, DoRA, LoRA+ and LoRA-FA, against PEFT and NumPy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_lora import PEFT_TARGETS, TARGETS, batch, losses, models, pair, peft, peft_layers
+from test_train import lines, load_file
+from tiny import Tiny, batches, optimizer_for, settings, train
+
+import allocators
+import eval as evaluation
+import lora
+import train as program
+
+loraplus = pytest.importorskip("peft.optimizers")
+
+OPTIONS = {"pissa": dict(init="pissa"), "milora": dict(init="milora"), "dora": dict(dora=True),
+           "lora+": dict(lora_plus_ratio=4.0), "lora-fa": dict(freeze_a=True),
+           "pissa, dora": dict(init="pissa", dora=True)}
+POLICIES = dict(adalora_init_ratio=1.5, adalora_t_init=3, adalora_t_final=8, adalora_delta_t=4, adalora_beta1=0.85,
+                adalora_beta2=0.85, adalora_orth=0.1, lalora_gamma=1.0, lalora_budget="grow", lalora_fidelity="step",
+                lalora_score="norm", weightlora_keep=0, weightlora_steps=5, weightlora_lr=5.0,
+                weightlora_threshold="end",
+                lelora_dims=["0", "2"], lelora_locations=None, lelora_reward_alpha=0.8, lelora_policy_lr=1e-3,
+                lelora_policy_optimizer="sgd", lelora_inputs="standardised", lelora_every=1, lelora_ablate="none")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
+
+
+def both(family, folder, dropout=0.0, peft_options=(), **changes):
+    """The same model with PEFT's and with our adapters (rank 4, s = 3), ours from an Allocator as in train.py."""
+    theirs, ours = pair(family, folder)
+    config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=PEFT_TARGETS[family],
+                             **dict(peft_options))
+    theirs = peft.get_peft_model(theirs, config)
+    s = settings(targets=TARGETS[family], alpha=12.0, dropout=dropout, lr=5e-3, weight_decay=0.1, **changes)
+    allocator = allocators.Allocator(ours, s, 10)
+    return theirs.train(), ours.train(), allocator, peft_layers(theirs), s
+
+
+def copy_start(allocator, wrapped):
+    """Give our adapters PEFT's A and a B that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, layer in allocator.layers.items():
+        layer.A.data.copy_(wrapped[name].lora_A.default.weight)
+        layer.B.data.copy_(0.1 * torch.randn(layer.B.shape, generator=generator))
+        wrapped[name].lora_B.default.weight.data.copy_(layer.B)
+
+
+def same_steps(family, theirs, ours, their_optimizer, our_optimizer, allocator, wrapped, steps=10):
+    """Train both on the same batches with the same dropout; losses and weights stay the same."""
+    generator = torch.Generator().manual_seed(1)
+    starts = [p.detach().clone() for p in allocator.parameters()]
+    for step in range(steps):
+        their_inputs, inputs, labels = batch(family, generator)
+        values = []
+        for optimizer in (their_optimizer, our_optimizer):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            logits = ours(**inputs) if optimizer is our_optimizer else theirs(**their_inputs).logits
+            values.append(losses(family, logits, inputs, labels))
+            values[-1].backward()
+            optimizer.step()
+        assert values[1].item() == pytest.approx(values[0].item(), rel=1e-4)
+    for name, layer in allocator.layers.items():
+        pairs = [(layer.A, wrapped[name].lora_A.default.weight), (layer.B, wrapped[name].lora_B.default.weight)]
+        if layer.magnitude is not None:
+            pairs.append((layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight))
+        for mine, other in pairs:
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=2e-4)
+    assert all((p - start).abs().max() > 1e-3 for p, start in zip(allocator.parameters(), starts))
+
+
+def adamw(params, **options):
+    # eps above rounding noise: a gradient that is only noise would take full steps of random sign in either
+    return torch.optim.AdamW(params, lr=5e-3, weight_decay=0.1, eps=1e-4, **options)
+
+
+def loose(optimizer):
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-4
+    return optimizer
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def peft_gives_the_same(model, base, folder, family):
+    """The adapter saved in `folder` gives the same logits with PEFT on the untouched base, also merged, and here."""
+    task_type = {"roberta": "SEQ_CLS", "llama": "CAUSAL_LM"}[family]
+    lora.save_adapter(model.eval(), folder, str(base), task_type, head=family != "llama")
+    theirs, again = pair(family, base)
+    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
+    real = inputs["mask"] if family == "llama" else slice(None)
+    expected = model(**inputs)[real]
+    loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    torch.testing.assert_close(loaded(**their_inputs).logits[real], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loaded.merge_and_unload()(**their_inputs).logits[real], expected, rtol=1e-3, atol=1e-3)
+    lora.load_adapter(again, folder)
+    torch.testing.assert_close(again(**inputs)[real], expected, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- PiSSA, MiLoRA
+
+
+@pytest.mark.parametrize("family, dora", [("roberta", False), ("llama", False), ("llama", True)])
+def test_pissa_is_pefts(family, dora, tmp_path):
+    """Same A, B, residual weight and training steps, unchanged logits; the file is a plain adapter on the base."""
+    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", init="pissa", dora=dora, peft_options=dict(
+        init_lora_weights="pissa", use_dora=dora))
+    _, plain = pair(family, tmp_path / "base")
+    for name, layer in allocator.layers.items():
+        torch.testing.assert_close(layer.A, wrapped[name].lora_A.default.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.B, wrapped[name].lora_B.default.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.weight, wrapped[name].base_layer.weight, rtol=1e-4, atol=1e-5)
+        assert all(t.device.type == "cpu" for t in layer.start)
+    _, inputs, _ = batch(family, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(ours(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
+    same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
+    peft_gives_the_same(ours, tmp_path / "base", tmp_path / "adapter", family)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+@pytest.mark.parametrize("scaling", ["nominal", "rslora"])
+def test_milora_starts_at_the_smallest_components(scaling, rank):
+    plain = Tiny()
+    model = copy.deepcopy(plain)
+    allocator = allocators.Allocator(model, settings(init="milora", rank=rank, scaling=scaling, targets=["query", "up"],
+                                                     dropout=0.3), 10)
+    for name, layer in allocator.layers.items():
+        W = plain.get_submodule(name).weight.double().numpy()
+        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+        part = (U[:, -rank:] * S[-rank:]) @ Vh[-rank:]
+        s = {"nominal": 8 / rank, "rslora": 8 / rank ** 0.5}[scaling]
+        np.testing.assert_allclose(s * layer.B.detach().double() @ layer.A.detach().double(), part, atol=1e-6)
+        np.testing.assert_allclose(layer.weight, W - part, atol=1e-6)
+        np.testing.assert_allclose(layer.A.detach().norm(dim=1), np.sqrt(S[-rank:] / s), rtol=1e-3, atol=1e-5)
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(model.train()(x), plain(x), rtol=1e-5, atol=1e-5)  # dropout would drop parts of W
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora"])
+def test_what_was_split_off_can_be_put_back(init):
+    """Detaching gives W; in bfloat16 the layer adds what was taken off, but for the rounding of the weight."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        plain = Tiny().to(dtype)
+        model = copy.deepcopy(plain)
+        allocator = allocators.Allocator(model, settings(init=init, alpha=12.0), 10)
+        for name, layer in allocator.layers.items():
+            W = plain.get_submodule(name).weight
+            assert (layer.weight - W).abs().max() > 1e-3
+            torch.testing.assert_close(layer.weight.float() + layer.delta(), W.float(), rtol=0, atol=tolerance)
+            assert torch.equal(layer.A, layer.A.to(dtype).float())
+            if name.endswith("value"):  # merged, it stays what it has become
+                layer.B.data.normal_(std=0.1)
+                W = layer.weight + layer.delta()
+                layer.merge()
+            lora.detach(model, name)
+            torch.testing.assert_close(model.get_submodule(name).weight, W.to(dtype), rtol=0, atol=tolerance)
+
+
+def test_weightloras_survivors_start_at_w_again():
+    """omega scales plain LoRA in the warm-up; then survivors are split, and all other matrices are W to the bit."""
+    plain, s = Tiny(), settings(**POLICIES, method="weightlora", init="pissa")
+    model = Tiny()
+    allocator = allocators.WeightLora(model, s, 20)
+    assert all(layer.start is None and not layer.B.any() for layer in allocator.layers.values())
+    train(model, allocator, s, batches(5))
+    assert len(lora.adapters(model)) == 3 and all(layer.start is not None for layer in lora.adapters(model).values())
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+    for name in allocator.names:
+        same = torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert same != (name in allocator.layers)
+
+
+# ---------------------------------------------------------------------------------------------- DoRA
+
+
+@pytest.mark.parametrize("family, dropout", [("roberta", 0.0), ("llama", 0.0), ("llama", 0.3)])
+def test_dora_is_pefts(family, dropout, tmp_path):
+    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", dropout, dict(use_dora=True), dora=True)
+    for name, layer in allocator.layers.items():
+        torch.testing.assert_close(layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight)
+    copy_start(allocator, wrapped)
+    same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
+    peft_gives_the_same(ours, tmp_path / "base", tmp_path / "adapter", family)
+
+
+def test_doras_dropout_is_pefts_where_there_is_a_bias():
+    linear = torch.nn.Linear(24, 16).requires_grad_(False)
+    theirs = peft.get_peft_model(copy.deepcopy(torch.nn.Sequential(linear)), peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.4, use_dora=True, target_modules=["0"])).train()
+    layer, wrapped, results = lora.DoraLinear(linear, 4, 2.0, 0.4), theirs.base_model.model[0], []
+    layer.B.data.normal_()
+    wrapped.lora_A.default.weight.data.copy_(layer.A)
+    wrapped.lora_B.default.weight.data.copy_(layer.B)
+    x, weight = torch.randn(5, 7, 24, requires_grad=True), torch.randn(16)
+    their_params = [getattr(wrapped, name).default.weight for name in ("lora_A", "lora_B", "lora_magnitude_vector")]
+    for net, params in ((layer, [layer.A, layer.B, layer.magnitude]), (theirs, their_params)):
+        torch.manual_seed(3)
+        y = net(x)
+        results.append([y, *torch.autograd.grad((y.sin() * weight).sum(), [x, *params])])
+    for mine, other in zip(*results):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_adapters_made_by_peft_load_here(tmp_path):
+    theirs, model = pair("llama", tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj"])
+    wrapped = peft.get_peft_model(theirs, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            p.data.add_(0.2 * torch.rand_like(p))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    lora.load_adapter(model, tmp_path / "adapter")
+    their_inputs, inputs, _ = batch("llama", torch.Generator().manual_seed(5))
+    expected = wrapped.eval()(**their_inputs).logits[inputs["mask"]]
+    torch.testing.assert_close(model(**inputs)[inputs["mask"]], expected, rtol=1e-4, atol=1e-4)
+    tensors = lora.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    without = {key: value for key, value in tensors.items() if "magnitude" not in key}
+    wrong = {key: value[:-1] if "magnitude" in key else value for key, value in tensors.items()}
+    for damaged in (without, wrong):
+        lora.save_file(damaged, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(lora.LoraError, match="needs a lora_magnitude_vector"):
+            lora.load_adapter(pair("llama", tmp_path / "base")[1], tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_doras_matrix_and_its_merge(bias, dtype):
+    """The layer is m V / |V| in float64 NumPy, gates included; merging and unmerging only rounds."""
+    torch.manual_seed(0)
+    layer = lora.DoraLinear(torch.nn.Linear(40, 24, bias=bias).requires_grad_(False).to(dtype), 4, 2.0)
+    layer.B.data.normal_(std=0.1)
+    layer.gate.copy_(torch.tensor([1.0, 0.0, 0.5, -2.0]))
+    layer.magnitude.data.mul_(torch.rand(24) + 0.5)
+    x, plain = torch.randn(3, 7, 40).to(dtype), layer.weight.clone()
+    A, B, m, W, g = (t.detach().double().numpy() for t in (layer.A, layer.B, layer.magnitude, layer.weight, layer.gate))
+    V = W + 2.0 * (B * g) @ A
+    V *= (m / np.linalg.norm(V, axis=1))[:, None]
+    expected = x.double().numpy() @ V.T + (layer.bias.double().numpy() if bias else 0)
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(layer(x).detach().double(), expected, **tolerance)
+    layer.merge()
+    np.testing.assert_allclose(layer.weight.double(), V, **tolerance)
+    np.testing.assert_allclose(layer(x).detach().double(), expected, **tolerance)
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, plain, **tolerance)
+
+
+def test_dora_without_active_components_keeps_its_lengths(tmp_path):
+    model = Tiny()
+    allocator = allocators.Allocator(model, settings(dora=True), 10)
+    for layer in allocator.layers.values():
+        layer.gate.zero_()
+        layer.magnitude.data.mul_(torch.rand(12) + 0.5)
+    again, x = Tiny(), torch.randn(9, 12)
+    assert (model(x) - again(x)).abs().max() > 1e-2
+    lora.save_adapter(model, tmp_path / "adapter", "base")
+    lora.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_row_of_zeros_stays_finite_under_dora():
+    linear = torch.nn.Linear(6, 5).requires_grad_(False)
+    linear.weight[2] = 0
+    layer = lora.DoraLinear(linear, 2, 1.0)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(5):
+        layer(torch.randn(8, 6)).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in layer.parameters()) and layer(torch.randn(3, 6)).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- LoRA+, LoRA-FA
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_plus_is_pefts(dora, tmp_path):
+    """Two learning rates under a schedule, weight decay included; DoRA's lengths go with B."""
+    options = dict(peft_options=dict(use_dora=dora), dora=dora, lora_plus_ratio=3.0)
+    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, **options)
+    copy_start(allocator, wrapped)
+    optimizer = loose(program.optimizer_for(s, allocator.parameters()))
+    for group in optimizer.param_groups:  # as train.py's loop does
+        group["lr"] = s.lr * group["lr_ratio"]
+    other = loraplus.create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=3.0,
+                                                      loraplus_weight_decay=s.weight_decay, eps=1e-4)
+    same_steps("llama", theirs, ours, other, optimizer, allocator, wrapped)
+
+
+def test_the_loop_scales_each_groups_learning_rate(tmp_path, monkeypatch):
+    """The linear schedule times the ratio for B, without it for A and the head, after WeightLoRA's rebuild too."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def watch(optimizer, *args):
+        seen.append([(group["lr"], len(group["params"]), group["lr_ratio"]) for group in optimizer.param_groups])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    flags = ["--method", "weightlora", "--lora-plus-ratio", "16", "--steps", "10", "--warmup", "0", "--lr", "1e-3",
+             "--limit-train", "40", "--limit-eval", "20", "--batch-size", "4", "--no-eval-before"]
+    program.main([*flags, "--out", str(tmp_path / "run")])
+    for i, ((rate_a, n_a, one), (rate_b, n_b, ratio)) in enumerate(seen):
+        assert (one, ratio) == (1, 16)
+        assert rate_a == pytest.approx(1e-3 * (10 - i) / 10) and rate_b == pytest.approx(16 * rate_a)
+        assert (n_a, n_b) == ((14, 12) if i < 5 else (8, 6))  # every A, weight and bias of the head; every B
+
+
+def test_lora_fa_is_adamw_on_b_alone(tmp_path):
+    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, freeze_a=True)
+    copy_start(allocator, wrapped)
+    before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
+    for name, p in theirs.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    optimizer = loose(program.optimizer_for(s, allocator.parameters()))
+    same_steps("llama", theirs, ours, adamw(trained(theirs)), optimizer, allocator, wrapped)
+    assert {id(p) for p in optimizer.state} == {id(layer.B) for layer in allocator.layers.values()}
+    assert all(torch.equal(layer.A, before[name]) and layer.A.grad is None for name, layer in allocator.layers.items())
+
+
+# ---------------------------------------------------------------------------------------------- combinations
+
+
+@pytest.mark.parametrize("changes, name", [
+    (dict(), "lora"), (dict(method="lalora", dora=True), "lalora-dora"), (dict(init="pissa"), "lora-pissa"),
+    (dict(method="weightlora", init="milora", dora=True, lora_plus_ratio=16.0), "weightlora-milora-dora-plus16"),
+    (dict(freeze_a=True), "lora-fa")])
+def test_run_folders_tell_variants_apart(changes, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = program.Settings(**changes)
+    program.settle(s, evaluation.models.find_config(s.model)[0])
+    assert s.out == f"runs/{name}-vit-digits-digits-rot90-0"
+
+
+PAIRS = [(method, option) for method in allocators.METHODS for option in OPTIONS]
+MEANINGLESS = {"pissa": {"adalora", "lalora", "lelora"}, "dora": {"lelora"}, "lora+": {"adalora", "lelora"},
+               "lora-fa": {"adalora", "lelora"}}
+MEANINGLESS |= {"milora": MEANINGLESS["pissa"], "pissa, dora": MEANINGLESS["pissa"]}
+
+
+@pytest.mark.parametrize("method, option", PAIRS)
+def test_every_combination_trains_or_is_refused(method, option, tmp_path, capsys):
+    changes = OPTIONS[option]
+    if method in MEANINGLESS[option] | {"full", "bitfit"}:
+        flags = [part for name, value in changes.items() for part in
+                 [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]]
+        with pytest.raises(SystemExit) as stop:
+            evaluation.command(lambda: program.main(["--method", method, *flags, "--out", str(tmp_path / "run")]))
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and last.startswith(f"error: {flags[0]}") and f"--method {method}" in last
+        assert not (tmp_path / "run").exists()
+        return
+    s = settings(**POLICIES, method=method, **changes, alpha=4.0, targets=["query", "value", "up"])
+    torch.manual_seed(0)
+    model, plain, history, x = Tiny(), Tiny(), [], torch.randn(9, 12)
+    allocator = allocators.METHODS[method](model, s, 40)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+    data = list(batches(4)) * 10
+    train(model, allocator, s, data, watch=lambda step, loss: history.append(loss.item()))
+    assert np.isfinite(history).all() and np.mean(history[-4:]) < 0.97 * np.mean(history[:4])
+    assert allocator.allocations or not allocator.dynamic
+    lora.save_adapter(model, tmp_path / "adapter", "base")
+    lora.load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+    if method != "adalora":  # whose capacity is held, not counted
+        counted = sum(p.numel() * (layer.gate.mean().item() if p is not layer.magnitude else 1)
+                      for layer in allocator.layers.values() for p in (layer.A, layer.B, layer.magnitude)
+                      if p is not None and p.requires_grad)
+        assert allocator.budget().item() == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--lora-plus-ratio", "4"], "--lora-plus-ratio"), (["--init", "pizza"], "pizza"),
+    (["--method", "lalora", "--lalora-score", "fisher"], "--lalora-score fisher")])
+def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.command(lambda: program.main(["--freeze-a", *flags, "--out", str(tmp_path / "run")]))
+    assert stop.value.code == 2 and expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", ["--init pissa", "--init milora --method weightlora", "--dora --method lalora",
+                                   "--lora-plus-ratio 4 --method weightlora+", "--freeze-a --method weightlora"])
+def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path, monkeypatch):
+    flags = [*flags.split(), "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6",
+             "--rank", "4", "--dropout", "0.1", "--save-every", "3", "--log-every", "4", "--eval-every", "20"]
+    program.main([*flags, "--out", str(tmp_path / "whole")])
+    add = program.Budget.add
+
+    def interrupted(budget):
+        add(budget)
+        if budget.steps == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(program.Budget, "add", interrupted)
+        program.main([*flags, "--out", str(tmp_path / "parts")])
+    program.main(["--resume", str(tmp_path / "parts")])
+    files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "parts")]
+    expected, found = map(load_file, files)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+    whole, parts = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts"))
+    assert [line.get("loss") for line in whole] == [line.get("loss") for line in parts]
