@@ -800,6 +800,7 @@ def sparsity(folder, blocks, epsilon=1e-4):
 
     P is the increment s B A (Fig. 1) of all matrices of a block together; near zero is |P| < epsilon (as the text says,
     the formula has no bars), the logarithm the natural one. A block without adapters has the increment 0.
+    DoRA's lengths, which need W, are left out.
     """
     config, tensors = lora.read_adapter(folder)
     small, size = np.zeros(blocks), np.zeros(blocks)
