@@ -799,6 +799,7 @@ class Run:
 def quality(argv):
     """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
     parser = train.parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
+    parser.usage = "%(prog)s quality [flags] [train.py's flags]"
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
     check_shared(flags)
@@ -1048,7 +1049,8 @@ class Published:
 
 def published(argv):
     """Print a paper's table: its commands, its numbers and ours; without a name, all there are."""
-    parser = train.parser_of(Published, "bench.py table NAME: a paper's table; all other flags are train.py's.")
+    parser = train.parser_of(Published, "A table or figure of the papers; without NAME, all that there are.")
+    parser.usage = "%(prog)s table [NAME] [flags] [train.py's flags]"
     name = argv[0] if argv and not argv[0].startswith("-") else None
     own, flags = parser.parse_known_args(argv[name is not None:])
     q, tables = Published(**vars(own)), json.loads(TABLES.read_text(encoding="utf-8"), parse_float=str)  # as printed
