@@ -908,31 +908,40 @@ def numbers_of(line, column):
     return parts or line.get("evaluated", {}).get(column)
 
 
+def scores(runs, done, metric=None):
+    """({task: metric}, {(row, column): {seed: number}}) of the runs that are done; columns are the tasks, and average.
+
+    `metric` None takes each task's headline. Raises SettingError for one that a run does not have.
+    """
+    tasks = list(dict.fromkeys(column for run in runs for column in run.columns))
+    found = {(run.row, column, run.seed): numbers_of(done[run.key], column) or {}
+             for run in runs for column in run.columns if run.key in done}
+    metrics = {task: metric or next((m for m in data.TASKS[task].metrics if not found or any(
+        m in numbers for (_, column, _), numbers in found.items() if column == task)), "loss") for task in tasks}
+    values = {(run.row, column): {} for run in runs for column in [*tasks, *["average"] * (len(tasks) > 1)]}
+    for (row, task, seed), numbers in found.items():  # none if another program scores the task
+        if metrics[task] in numbers:
+            value = numbers[metrics[task]]
+            values[row, task][seed] = math.nan if value is None else value  # JSON has no nan
+        elif metric:
+            raise evaluation.SettingError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
+    for row, column in values:
+        if column == "average":
+            seeds = sorted(set.intersection(*(set(values[row, task]) for task in tasks)))
+            values[row, column] = {seed: statistics.fmean(values[row, task][seed] for task in tasks) for seed in seeds}
+    return metrics, values
+
+
 def summarise(runs, done, metric=None, failed=(), paper=None):
     """(Markdown, JSON object) of the runs that are done; rows and columns are in the order of `runs`.
 
     Cells are means and standard deviations over seeds, in percent but for losses, with `paper`'s numbers {row: {column:
     text}} in brackets. Each row is compared with plain uniform LoRA, over the seeds that both have; arrows mark p <=
-    LEVEL. Raises SettingError for a metric that a run does not have.
+    LEVEL.
     """
-    paper = paper or {}
-    rows, tasks = dict.fromkeys(run.row for run in runs), list(dict.fromkeys(c for run in runs for c in run.columns))
-    lines = {(run.row, column, run.seed): done[run.key] for run in runs for column in run.columns if run.key in done}
-    numbers = {place: numbers_of(line, place[1]) or {} for place, line in lines.items()}
-    metrics = {task: metric or next((m for m in data.TASKS[task].metrics if not lines or any(
-        m in n for (_, column, _), n in numbers.items() if column == task)), "loss") for task in tasks}
-    values = {(row, column): {} for row in rows for column in [*tasks, *["average"] * (len(tasks) > 1)]}
-    for (row, task, seed), found in numbers.items():  # none if another program scores the task
-        if metrics[task] in found:
-            value = found[metrics[task]]
-            values[row, task][seed] = math.nan if value is None else value  # JSON has no nan
-        elif metric:
-            raise evaluation.SettingError(f"--metric {metric}: not in the results on {task}: {', '.join(found)}")
-    for row, column in values:
-        if column == "average":
-            seeds = sorted(set.intersection(*(set(values[row, task]) for task in tasks)))
-            values[row, column] = {seed: statistics.fmean(values[row, task][seed] for task in tasks) for seed in seeds}
-    columns, less = list(dict.fromkeys(column for _, column in values)), metrics[tasks[0]] in LOSSES
+    metrics, values = scores(runs, done, metric)
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*values))
+    less, paper = metrics[columns[0]] in LOSSES, paper or {}
     plain, rank = {run.row: run.s.rank for run in runs if run.plain}, {run.row: run.s.rank for run in runs}
     base = {row: next((r for r in plain if plain[r] == rank[row]), next(iter(plain), None)) for row in rows}
     means = {place: statistics.fmean(numbers.values()) for place, numbers in values.items() if numbers}
@@ -955,8 +964,8 @@ def summarise(runs, done, metric=None, failed=(), paper=None):
                 text = f"**{text}**" if mean == best[column] and len(rows) > 1 else text
                 text += f" ± {scale * std:.{digits}f}" if std is not None else ""
                 text += (" ↑" if sum(pairs) > 0 else " ↓") if p is not None and p <= LEVEL else ""
-            theirs = paper.get(row, {}).get(column)
-            texts.append(text if theirs is None else f"{text} ({theirs})".strip())
+            printed = paper.get(row, {}).get(column)
+            texts.append(text if printed is None else f"{text} ({printed})".strip())
         own = [done[run.key] for run in runs if run.row == row and run.key in done]
         if own:
             size = {k: statistics.fmean(line["trainable_params"][k] for line in own) for k in ("now", "mean", "peak")}
@@ -968,6 +977,7 @@ def summarise(runs, done, metric=None, failed=(), paper=None):
         cells.append([row, *texts, *[""] * (len(columns) + 3 - len(texts)), *[more] * bool(paper)])
     heads = ["method", *(f"{c}, {metrics[c]}" if c in metrics else c for c in columns), "trainable: last / mean / peak"]
     text = "\n".join(evaluation.markdown([*heads, "s", "MB", *["(the paper's other numbers)"] * bool(paper)], cells))
+    text += "\nIn brackets what the paper printed, for its own model and rows.\n" * bool(paper)
     if tests:
         seeds = len({run.seed for run in runs})
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from uniform LoRA by a paired sign-flip test"
