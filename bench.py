@@ -792,8 +792,9 @@ class Run:
 
     def evaluate_on(self, task):
         """The command line that evaluates the finished run on another task than its own."""
-        samples = ["--samples", str(self.out / f"{task}.json")] if data.TASKS[task].sample else []
-        return ["eval.py", str(self.out), "--task", task, *samples]
+        columns = data.TASKS[task].sample  # of a completion that another program scores: AlpacaEval reads a list
+        samples = ["--samples", str(self.out / (task + (".json" if "generator" in columns else ".jsonl")))]
+        return ["eval.py", str(self.out), "--task", task, *samples * bool(columns)]
 
 
 def quality(argv):

@@ -357,7 +357,7 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
     assert bench.make([run], q) == {}
     assert called[0][:2] == ["--model", "gemma-7b"]
     assert called[1:] == [[str(run.out), "--task", "gsm8k"],
-                          [str(run.out), "--task", "humaneval", "--samples", str(run.out / "humaneval.json")]]
+                          [str(run.out), "--task", "humaneval", "--samples", str(run.out / "humaneval.jsonl")]]
     text, about = bench.summarise([run], bench.finished(q.results))
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
     assert "humaneval" not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in text
