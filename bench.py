@@ -486,7 +486,7 @@ def one(b, name):
     """Measure one contender in this process: step time, policy time, peak memory of the steps after the warm-up."""
     if name.startswith("peft/"):
         import peft, transformers  # noqa: their code is no part of a step's memory
-    start = resident()[0]
+    start = train.resident()[0]
     with folder_for(b) as folder:
         base, kind = base_model(b, folder)
         if name in VARIANTS:
@@ -514,19 +514,9 @@ def nbytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def resident():
-    """(now, peak) resident bytes of this process; Linux only, elsewhere the peak alone is known."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-    except OSError:
-        import resource
-        return 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def peak_bytes(device, start):
     """Most memory in use since `reset_peak`: of a GPU, or resident beyond the `start` that the imports took."""
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident()[1] - start
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else train.resident()[1] - start
 
 
 def reset_peak(device):

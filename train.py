@@ -952,9 +952,16 @@ def device_name(device):
 
 def peak_memory(device):
     """Most bytes that this process has held so far: of a GPU's memory, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident()[1]
+
+
+def resident():
+    """(now, peak) resident bytes of this process; Linux only, elsewhere the peak alone is known."""
+    try:  # the system's own peak (getrusage) would begin with what the starting process held
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except OSError:
+        return 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say(message):
