@@ -379,18 +379,19 @@ def save_model(model, encoder, folder):
     raw = model.config.raw
     if model.head_kind == "classify" and encoder.tokenizer and raw.get("pad_token_id") is None:
         raw["pad_token_id"] = encoder.tokenizer.pad_id  # without it transformers' decoders classify one text at a time
-    models.save(model, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                 "preprocessor_config.json", "generation_config.json"):
-        if encoder.folder and (encoder.folder / name).is_file():
-            shutil.copy(encoder.folder / name, folder)
+    with lora.whole_folder(folder) as part:
+        models.save(model, part)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                     "preprocessor_config.json", "generation_config.json"):
+            if encoder.folder and (encoder.folder / name).is_file():
+                shutil.copy(encoder.folder / name, part)
 
 
 def merge(folder, out, changes):
     """Write a run's model, the adapter added into its weights, as the checkpoint folder `out`; returns its path.
 
     It has the run's dtype unless `changes` (see `load_run`) say otherwise. Matrices are merged in place and one at a
-    time, so memory holds the weights once. `out` appears whole or not at all.
+    time, so memory holds the weights once.
     """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -398,12 +399,7 @@ def merge(folder, out, changes):
     _, _, encoder, model = load_run(folder, {"device": "cpu"} | changes)
     for layer in lora.adapters(model).values():
         layer.merge()
-    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        save_model(model, encoder, beside)
-        lora.publish(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    save_model(model, encoder, out)
     return out
 
 

@@ -4,6 +4,7 @@ A rank that changes during training is a *gate* that changes in place: shapes, g
 are, so nothing is recompiled or copied and the device is never waited for.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -327,13 +328,29 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
     }
-    folder = Path(folder)
-    beside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-    (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    publish(beside, folder)
+    with whole_folder(Path(folder)) as part:
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(final):
+    """An empty folder to write to, which then takes the name `final`; after an error nothing of it is left."""
+    part = final.with_name(f"{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        publish(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def whole_file(final, text):
+    """Write a text file, which appears or changes whole or not at all."""
+    part = final.with_name(f"{final.name}.part")
+    part.write_text(text, encoding="utf-8")
+    publish(part, final)
 
 
 def publish(part, final):

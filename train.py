@@ -703,7 +703,6 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
     Raises RunError when it cannot be written; those that are there stay.
     """
     folder = Path(s.out) / "checkpoints" / f"step-{step}"
-    part = folder.with_name(folder.name + ".part")
     state = run_state(model, task, allocator, optimizer, budget, running, bad)
     state |= {f"allocator.{name}": value for name, value in allocator.state_dict().items()}
     state["random.cpu"] = torch.get_rng_state()
@@ -714,16 +713,14 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
     try:
         for old in folder.parent.glob("*.part"):  # left by a run that was killed here
             shutil.rmtree(old)
-        part.mkdir(parents=True)
-        save_file(state, part / "state.safetensors")
-        about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
-        (part / "state.json").write_text(json.dumps(about))
-        lora.publish(part, folder)
+        with lora.whole_folder(folder) as part:
+            save_file(state, part / "state.safetensors")
+            about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
+            (part / "state.json").write_text(json.dumps(about))
         lora.sync(s.out)  # the name checkpoints/ itself
         for old in checkpoints(s.out)[s.keep:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise RunError(f"{folder}: cannot be written ({error}): make room") from None
 
 
@@ -785,10 +782,7 @@ def cut_logs(out, step):
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
-        part = file.with_name(file.name + ".part")
-        part.write_text("".join(line for about, line in logged if about["step"] < step + ("eval" not in about)),
-                        encoding="utf-8")
-        lora.publish(part, file)
+        lora.whole_file(file, "".join(line for about, line in logged if about["step"] < step + ("eval" not in about)))
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -902,7 +896,7 @@ def fine_tune(s, held):
         result["warning"] = warning
         say("warning: " + warning)
     evaluation.write_cards(out)
-    write_json(out / "result.json", result)  # the last: a run that has it is finished
+    lora.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: the run is finished
     return result
 
 
@@ -929,13 +923,6 @@ def claim(s, held):
     if s.resume and (out / "result.json").exists():
         raise SettingError(f"--resume {out}: this run has finished; see its result.json")
     return file
-
-
-def write_json(path, value):
-    """Write a JSON file: beside, synced, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(evaluation.to_json(value, indent=2) + "\n", encoding="utf-8")
-    lora.publish(part, path)
 
 
 def versions():
