@@ -36,6 +36,7 @@ class Allocator:
     validation_loss = None
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
+    saved = ()  # names of the attributes, tensors, that a restart needs
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
@@ -125,11 +126,13 @@ class Allocator:
 
     def state_dict(self):
         """What the policy needs to go on after a restart, besides adapters and gates: {name: tensor}."""
-        return {"allocations": torch.tensor(self.allocations)}
+        return {"allocations": torch.tensor(self.allocations)} | {key: getattr(self, key) for key in self.saved}
 
     def load_state_dict(self, state):
         """Take the state of `state_dict` back."""
         self.allocations = int(state["allocations"])
+        for key in self.saved:
+            setattr(self, key, state[key].to(self.device))
 
 
 # ---------------------------------------------------------------------------------------------- static shapes
@@ -177,12 +180,10 @@ class Direct(Allocator):
             raise lora.LoraError(f"--method {settings.method}: a {model.family} model has no biases to train")
         self.device = self.trained[0].device
         self.size = torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
+        self.current = torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def parameters(self):
         return self.trained
-
-    def rank_tensor(self):
-        return torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def budget(self):
         return self.size
@@ -202,7 +203,7 @@ class AdaLora(Allocator):
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
-    dynamic = True
+    dynamic, saved = True, ("kept",)
 
     def capacities(self):
         s = self.settings
@@ -289,11 +290,10 @@ class AdaLora(Allocator):
 
     def state_dict(self):
         averages = {f"average.{i}": t for i, t in enumerate(self.smooth + self.unsure)}
-        return super().state_dict() | {"kept": self.kept, "last": torch.tensor(self.last)} | averages
+        return super().state_dict() | {"last": torch.tensor(self.last)} | averages
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.kept.copy_(state["kept"])
         self.last = int(state["last"])
         for i, average in enumerate(self.smooth + self.unsure):
             average.copy_(state[f"average.{i}"])
@@ -314,6 +314,7 @@ class LaLora(Allocator):
 
     refuses = ("init",)  # components gated off would be missing from W, and the norms it reads be W's
     dynamic = True
+    saved = ("block_ranks", "budget_rank", "energy", "fisher")
 
     def setup(self):
         L, r, full = self.blocks, self.settings.rank, self.settings.lalora_budget == "full"
@@ -372,14 +373,8 @@ class LaLora(Allocator):
     def log(self):
         return {"lalora_budget": self.budget_rank}
 
-    def state_dict(self):
-        return super().state_dict() | {"block_ranks": self.block_ranks, "budget_rank": self.budget_rank,
-                                       "energy": self.energy, "fisher": self.fisher}
-
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for key in ("block_ranks", "budget_rank", "energy", "fisher"):
-            getattr(self, key).copy_(state[key])
         self.truncate()
 
 
@@ -424,7 +419,7 @@ class WeightLora(Allocator):
     the model. Raises LoraError for a K or T that cannot work.
     """
 
-    dynamic = True
+    dynamic, saved = True, ("omega",)
 
     def capacities(self):
         s = self.settings
@@ -485,11 +480,10 @@ class WeightLora(Allocator):
 
     def state_dict(self):
         selected = torch.tensor([not self.gates and name in self.layers for name in self.names])
-        return super().state_dict() | {"omega": self.omega, "selected": selected}
+        return super().state_dict() | {"selected": selected}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.omega.copy_(state["omega"])
         if self.allocations:
             self.rebuild([name for name, selected in zip(self.names, state["selected"].tolist()) if selected])
         else:
@@ -532,7 +526,7 @@ class LeLora(Allocator):
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
     dynamic, held_out = True, 32
-    kept = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")  # state besides the network's
+    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")
 
     def capacities(self):
         self.dims, self.locations = candidates(self.settings)
@@ -640,13 +634,10 @@ class LeLora(Allocator):
         moments = {f"moments.{i}.{key}": value for i, p in enumerate(self.policy.parameters())
                    for key, value in self.optimizer.state[p].items()}
         network = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
-        return (super().state_dict() | {key: getattr(self, key) for key in self.kept} | network | moments
-                | {"generator": self.generator.get_state()})
+        return super().state_dict() | network | moments | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for key in self.kept:
-            setattr(self, key, state[key].to(self.device))
         self.generator.set_state(state["generator"].cpu())
         self.policy.load_state_dict({key: state[f"policy.{key}"] for key in self.policy.state_dict()})
         for i, p in enumerate(self.policy.parameters()):
@@ -721,17 +712,6 @@ def singular_windows(weight, R):
     return stored["S"], stored["A"], stored["B"]
 
 
-METHODS = {
-    "lora": Allocator,
-    "linear-decay": Static,
-    "attention-heavy": Static,
-    "empirical": Static,
-    "lalora": LaLora,
-    "adalora": AdaLora,
-    "weightlora": WeightLora,
-    "weightlora+": WeightLora,
-    "random": RandomLora,
-    "lelora": LeLora,
-    "full": Direct,
-    "bitfit": Direct,
-}
+METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,
+           "adalora": AdaLora, "weightlora": WeightLora, "weightlora+": WeightLora, "random": RandomLora,
+           "lelora": LeLora, "full": Direct, "bitfit": Direct}
