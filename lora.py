@@ -188,17 +188,11 @@ def sites(model, targets):
 
     `targets` is a sequence of canonical names (`TARGETS`). Raises LoraError for a name that no block of the model has.
     """
-    unknown = [t for t in targets if t not in TARGETS]
-    if unknown or not targets:
-        raise LoraError(f"--targets {','.join(targets)}: no such projection: {unknown}; there are {','.join(TARGETS)}")
-    found = []
-    for index, block in enumerate(model.blocks):
-        kinds = [kind for kind in TARGETS if kind in targets and hasattr(block, kind)]
-        found += [(f"blocks.{index}.{kind}", index, kind) for kind in kinds]
-    missing = [t for t in targets if not any(kind == t for _, _, kind in found)]
-    if missing:
-        raise LoraError(f"--targets {','.join(missing)}: a {model.family} model has no such projection; leave it out")
-    return found
+    there = [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]
+    missing = [kind for kind in targets if kind not in there]
+    if missing or not targets:
+        raise LoraError(f"--targets {','.join(missing)}: a {model.family} model has {','.join(there)}")
+    return [(f"blocks.{i}.{kind}", i, kind) for i in range(len(model.blocks)) for kind in there if kind in targets]
 
 
 def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None, dora=False):
@@ -313,11 +307,10 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         if layer.magnitude is not None:
             tensors[f"base_model.model.{path}.lora_magnitude_vector"] = layer.magnitude.detach().cpu()
     heads = set()
-    if head:
-        for name in whole_parts(model):
-            path = model.hf_name(name, module=True)
-            heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
-            tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
+    for name in whole_parts(model) if head else []:
+        path = model.hf_name(name, module=True)
+        heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
+        tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
@@ -436,17 +429,7 @@ def load_adapter(model, folder):
 
 def read_adapter(folder):
     """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
-    config, file = _adapter_config(Path(folder) / "adapter_config.json"), Path(folder) / "adapter_model.safetensors"
-    try:
-        return config, load_file(file)
-    except FileNotFoundError:
-        raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
-        raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
-
-
-def _adapter_config(file):
-    """Read and check adapter_config.json; missing keys get PEFT's defaults."""
+    file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -459,22 +442,25 @@ def _adapter_config(file):
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+    for key in ("bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
                 "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
-        if config.get(key):
+        if config.get(key) and config[key] != "none":
             raise LoraError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
         raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
                         "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
-    if config.get("bias", "none") != "none":
-        raise LoraError(f"{file}: bias {config['bias']!r} is not supported; only none is")
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
     if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
         raise LoraError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
-    return config
+    try:
+        return config, load_file(weights)
+    except FileNotFoundError:
+        raise LoraError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
+        raise LoraError(f"{weights}: damaged ({error}); copy or train it again") from None
 
 
 def _pattern(patterns, path, default):
