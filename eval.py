@@ -361,17 +361,15 @@ def load_run(folder, changes, shard=None):
 def read_run(folder, changes=None):
     """Settings (as attributes) and label names of a run folder."""
     file = Path(folder) / "run.json"
+    run = data.read_settings(file)
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
         settings = {key: run["settings"][key] for key in ("model", "task", "data", "method", "seed", "device", "dtype",
                                                           "init_weights", "limit_eval", "max_length", "batch_size")}
         if not all(isinstance(settings[key], int) for key in ("seed", "limit_eval", "max_length", "batch_size")):
             raise ValueError("a number is missing")
         return SimpleNamespace(**run["settings"] | (changes or {})), run["labels"]
-    except FileNotFoundError:
-        raise SettingError(f"{file}: not found; name the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{file}: not the settings of a run ({error!r}); run the training again") from None
+        raise SettingError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
 
 
 def save_model(model, encoder, folder):
