@@ -379,7 +379,6 @@ def load_adapter(model, folder):
     LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
     whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
@@ -387,10 +386,10 @@ def load_adapter(model, folder):
     fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
-        path = key.removeprefix(prefix).replace(".default", "")
-        match = re.fullmatch(r"(.+)\.lora_([AB](?=\.weight)|magnitude_vector)(\.weight)?", path)
+        path = key.removeprefix("base_model.model.").replace(".default", "")
+        match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
         if match and match[1] in names:
-            found.setdefault(match[1], {})[match[2]] = tensor
+            found.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif path in heads and heads[path].shape == tensor.shape:
             heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
@@ -401,27 +400,19 @@ def load_adapter(model, folder):
         raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
                         "without its trained head")
     layers = {}
-    for path, pair in found.items():
-        lengths = pair.pop("magnitude_vector", None)
-        if set(pair) != {"A", "B"} or {t.dim() for t in pair.values()} != {2} or not (
-                0 < len(pair["A"]) == pair["B"].shape[1]):
-            raise LoraError(f"{file}: {path} needs lora_A (r, in) and lora_B (out, r) of one rank")
-        if getattr(lengths, "shape", None) != (pair["B"].shape[:1] if config["use_dora"] else None):
-            raise LoraError(f"{file}: {path} needs a lora_magnitude_vector (out) if use_dora is set, and only then")
-        rank = len(pair["A"])
+    for path, parts in found.items():
+        n_out, n_in = model.get_submodule(names[path]).weight.shape
+        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        rank = next(iter(shapes.get("A", ())), 0)
+        expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
+        if rank == 0 or shapes != expected:
+            raise LoraError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
+                            f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        linear = model.get_submodule(names[path])
-        if (pair["B"].shape[0], pair["A"].shape[1]) != tuple(linear.weight.shape):
-            raise LoraError(f"{file}: {path} is {pair['B'].shape[0]} x {pair['A'].shape[1]}, the model's "
-                            f"{linear.weight.shape[0]} x {linear.weight.shape[1]}; is it the adapter's base model?")
-        scaling = "rslora" if config["use_rslora"] else "own"
-        layer = attach(model, {names[path]: rank}, alpha, config["lora_dropout"], scaling=scaling,
-                       dora=config["use_dora"])[names[path]]
-        layer.A.data.copy_(pair["A"])
-        layer.B.data.copy_(pair["B"])
-        if lengths is not None:
-            layer.magnitude.data.copy_(lengths)
-        layers[names[path]] = layer
+        layers |= attach(model, {names[path]: rank}, alpha, config["lora_dropout"], dora=config["use_dora"],
+                         scaling="rslora" if config["use_rslora"] else "own")
+        for part, tensor in parts.items():
+            getattr(layers[names[path]], part).data.copy_(tensor)
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise LoraError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
