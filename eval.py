@@ -98,8 +98,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     order = data.batches(split, batch_size, seed=0, epoch=0, shuffle=False)
-    bar = tqdm(order, desc="evaluating", unit="batch", leave=False, file=sys.stderr, dynamic_ncols=True,
-               disable=not sys.stderr.isatty())
+    bar = tqdm(order, "evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=None)  # None: no terminal
     if task.kind == "lm":
         result = _perplexity(model, split, bar, device)
         if generate and score == "likelihood":
@@ -149,7 +148,7 @@ def _generated(model, task, split, batch_size, tokenizer, device, samples):
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
     scored = "target" in split.rows[0]
     order = sorted(range(len(split)), key=lambda i: -split.starts[i])
-    with tqdm(total=len(order), desc="generating", unit="row", leave=False, file=sys.stderr, dynamic_ncols=True,
+    with tqdm(total=len(order), desc="generating", unit="row", leave=False, dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start:start + batch_size]
@@ -183,8 +182,7 @@ def log_likelihoods(model, split, batch_size, tokenizer):
     That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
     order, device = sorted(range(len(split)), key=lambda i: -split.starts[i]), next(model.parameters()).device
-    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, file=sys.stderr,
-                      dynamic_ncols=True, disable=not sys.stderr.isatty()):
+    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, disable=None):
         chosen = order[start:start + batch_size]
         words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
         answers = [[ids.tolist() for ids in tokenizer.encode(row, special=False)[0]] for row in texts]
@@ -908,8 +906,9 @@ def command(main):
 
 
 def to_json(value, indent=None):
-    """JSON text; numbers that JSON has no word for become null."""
+    """JSON text, of tensors too; numbers that JSON has no word for become null."""
     def clean(v):
+        v = v.tolist() if isinstance(v, torch.Tensor) else v
         if isinstance(v, dict):
             return {k: clean(w) for k, w in v.items()}
         if isinstance(v, (list, tuple)):

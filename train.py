@@ -76,7 +76,7 @@ class Settings:
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
     batch_size: int = setting(None, "optimization", "examples per forward pass, of all processes together")
-    accumulate: int = setting(None, "optimization", "forward passes per optimizer step")
+    accumulate: int = setting(1, "optimization", "forward passes per optimizer step")
     lr: float = setting(None, "optimization", "peak learning rate (AdamW)")
     weight_decay: float = setting(None, "optimization", "AdamW's decoupled weight decay")
     warmup: float = setting(None, "optimization", "warm-up: below 1 a share of all steps (0.06 = 6 %%), else steps")
@@ -185,7 +185,6 @@ def settle(s, config):
         is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
         if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
-    s.accumulate = 1 if s.accumulate is None else s.accumulate
     s.device = evaluation.auto_device() if s.device == "auto" else s.device
     if dist.is_initialized() and s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -402,8 +401,7 @@ class Budget:
 
     def __init__(self, allocator):
         self.allocator, self.steps = allocator, 0
-        self.total = torch.zeros((), dtype=torch.float64, device=allocator.device)
-        self.peak = torch.zeros((), dtype=torch.float64, device=allocator.device)
+        self.total, self.peak = (torch.zeros((), dtype=torch.float64, device=allocator.device) for _ in range(2))
 
     def add(self):
         """Count the allocation in force for one more step."""
@@ -541,7 +539,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
         came.append(number)
 
     with on_signal(stop_after_this_step), tqdm(
-            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", file=sys.stderr, dynamic_ncols=True,
+            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
         for step in range(done + 1, steps + 1):
             if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
@@ -582,7 +580,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 if world > 1:
                     compare(step, moving, allocator)
             if logged or step <= 10:  # warm-up phases are short
-                numbers = plain(allocator.log())
+                numbers = allocator.log()
                 log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
                     | {k: v for k, v in numbers.items() if isinstance(v, dict)})
             if logged:
@@ -675,13 +673,6 @@ def compile_blocks(model):
     torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
     for block in model.blocks:
         block.compile()
-
-
-def plain(value):
-    """Tensors and dicts of tensors as Python numbers, for JSON."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
