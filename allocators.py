@@ -26,8 +26,8 @@ class Allocator:
     """Uniform LoRA, and what every policy starts from: one adapter of the nominal rank per target matrix.
 
     `model` is a frozen model from model.py, `settings` the run's settings (train.Settings), `steps` the number of
-    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout. A
-    policy overrides the methods below where it differs.
+    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout.
+    `current` is the rank of every matrix in `names`, (n,) float64 on the device.
     """
 
     held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
@@ -55,8 +55,6 @@ class Allocator:
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
         cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
-        ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
-        self.current = torch.tensor(ranks, dtype=torch.float64, device=self.device)
         self.setup()
 
     def capacities(self):
@@ -81,6 +79,8 @@ class Allocator:
             layer.A.requires_grad_(not s.freeze_a)
             for p in (layer.B, layer.magnitude) if s.dora else (layer.B,):
                 p.lr_ratio = s.lora_plus_ratio
+        capacity = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
+        self.current = torch.tensor(capacity, dtype=torch.float64, device=self.device)
 
     def setup(self):
         """Prepare the policy's own state; the adapters are attached."""
@@ -101,13 +101,9 @@ class Allocator:
         """The optimizer has moved the weights; returns True when parameters were rebuilt and it must follow."""
         return False
 
-    def rank_tensor(self):
-        """Current rank of every matrix in `names`, (n,) float64 on the device (no synchronisation)."""
-        return self.current
-
     def ranks(self):
         """Current rank of every matrix: {name: int}."""
-        return {name: int(rank) for name, rank in zip(self.names, self.rank_tensor().tolist())}
+        return {name: int(rank) for name, rank in zip(self.names, self.current.tolist())}
 
     def budget(self):
         """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i).
@@ -115,7 +111,7 @@ class Allocator:
         A frozen A costs nothing: rank_i out_i. DoRA's lengths are counted: out_i for every adapter, whatever its rank.
         """
         lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
-        return (self.rank_tensor() * self.cost).sum() + lengths
+        return (self.current * self.cost).sum() + lengths
 
     def log(self):
         """The policy's own numbers for metrics.jsonl and ranks.jsonl: {name: number, tensor or {name: number}}."""
@@ -253,6 +249,7 @@ class AdaLora(Allocator):
             scores = self.scores()
             pruned = scores.numel() - self.triplets(step)
             self.kept.copy_(scores > scores.flatten().sort().values[pruned - 1] if pruned else self.kept)
+            self.current = self.kept.sum(1).double()
             self.last, self.allocations = step, self.allocations + 1
         if allocate or step >= self.end:
             torch._foreach_mul_(self.gates, self.kept.unbind())  # Eq. 6
@@ -285,16 +282,13 @@ class AdaLora(Allocator):
         left = 1 - (min(step, self.end) - self.t_init) / (self.end - self.t_init)
         return int((full - target) * left ** 3 + target)
 
-    def rank_tensor(self):
-        return self.kept.sum(1).double()
-
     def state_dict(self):
         averages = {f"average.{i}": t for i, t in enumerate(self.smooth + self.unsure)}
         return super().state_dict() | {"last": torch.tensor(self.last)} | averages
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.last = int(state["last"])
+        self.current, self.last = self.kept.sum(1).double(), int(state["last"])
         for i, average in enumerate(self.smooth + self.unsure):
             average.copy_(state[f"average.{i}"])
 
@@ -470,8 +464,6 @@ class WeightLora(Allocator):
             lora.detach(self.model, name)
         self.init = self.settings.init
         self.attach({name: self.final_rank for name in survivors})
-        self.current = torch.tensor([self.final_rank * (name in survivors) for name in self.names],
-                                    dtype=torch.float64, device=self.device)
         self.gates, self.gradient, self.allocations = [], None, 1
 
     def log(self):
