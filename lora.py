@@ -33,7 +33,6 @@ class LoraLinear(nn.Module):
     `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
     components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
-    `magnitude` is DoRA's (`DoraLinear`), else None.
     """
 
     weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
@@ -199,8 +198,7 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
     `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
-    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters
-    of the model stay as they are. The adapters are made on `device`, by default the weights'. Raises LoraError for a
+    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises LoraError for a
     rank below 0 or above the matrix's own.
     """
     if not 0 <= dropout < 1:

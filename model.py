@@ -742,7 +742,7 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
     `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
-    too: (B,) bool on the same device. The model's train or eval mode is kept.
+    too: (B,) bool on the same device.
     """
     (B, T), device = tokens.shape, tokens.device
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
@@ -755,20 +755,15 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     generated = torch.full((B, max_new_tokens), pad_id, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     ends = torch.arange(1, B + 1, device=device) * T - 1  # flat index of each row's last token
-    training = model.training
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            so_far = None if mask is None else mask[:, :T + step]
-            logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
-            generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
-            done = done | torch.isin(generated[:, step], eos)
-            if stop is not None:
-                done = done | stop(generated[:, :step + 1])
-            if done.all():
-                return generated[:, :step + 1]
-            tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)
-            position_ids = None if position_ids is None else position_ids[:, -1:] + 1
-    finally:
-        model.train(training)
+    for step in range(max_new_tokens):
+        so_far = None if mask is None else mask[:, :T + step]
+        logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
+        generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
+        done = done | torch.isin(generated[:, step], eos)
+        if stop is not None:
+            done = done | stop(generated[:, :step + 1])
+        if done.all():
+            return generated[:, :step + 1]
+        tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)
+        position_ids = None if position_ids is None else position_ids[:, -1:] + 1
     return generated

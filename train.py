@@ -191,7 +191,10 @@ def settle(s, config):
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         s.dtype = "bfloat16" if s.device.startswith("cuda") and s.method not in ("full", "bitfit") else "float32"
-    s.out = s.out or free_folder(f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}")
+    if not s.out:
+        stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}"
+        names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
+        s.out = next(name for name in names if not Path(name).exists())
     check(s)
     return task
 
@@ -238,12 +241,6 @@ def check(s):
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
     if taken and not s.resume and rank_and_world()[0] == 0:
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
-
-
-def free_folder(stem):
-    """`stem`, or the first of stem-2, stem-3 ... that does not exist."""
-    names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
-    return next(name for name in names if not Path(name).exists())
 
 
 # ---------------------------------------------------------------------------------------------- more than one device
@@ -394,10 +391,7 @@ def follow(optimizer, params):
 
 
 class Budget:
-    """Trainable adapter parameters, sum over matrices of rank_i (in_i + out_i): now, mean over steps, peak.
-
-    Kept on the device; reading `report` waits for it.
-    """
+    """Trainable adapter parameters now, mean over steps, peak; on the device, for which only `report` waits."""
 
     def __init__(self, allocator):
         self.allocator, self.steps = allocator, 0
