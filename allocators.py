@@ -141,25 +141,18 @@ class Static(Allocator):
     """
 
     def capacities(self):
-        s, L = self.settings, self.blocks
-        shape = {"linear-decay": linear_decay, "attention-heavy": attention_heavy, "empirical": empirical}[s.method]
-        return {name: min(max(int(shape(block, kind, L, s.rank, s.r_min)), s.r_min), s.r_max)
-                for name, block, kind in self.sites}
+        s = self.settings
+        return {name: min(max(int(self.shape(i, kind, self.blocks, s.rank)), s.r_min), s.r_max)
+                for name, i, kind in self.sites}
 
-
-def linear_decay(i, kind, L, r_base, r_min):
-    """Rank falls linearly with depth (Adaptive LoRA, section 3.1.1)."""
-    return r_base - (r_base - r_min) * i / (L - 1) if L > 1 else r_base
-
-
-def attention_heavy(i, kind, L, r_base, r_min):
-    """Feed-forward matrices get half of attention's rank (Adaptive LoRA, section 3.1.2)."""
-    return r_base if kind in ("query", "key", "value", "out") else r_base / 2
-
-
-def empirical(i, kind, L, r_base, r_min):
-    """Middle blocks get the most rank, early ones the least (Adaptive LoRA, section 3.1.3)."""
-    return r_base * 6 / 10 if 10 * i < 3 * L else r_base * 12 / 10 if 10 * i < 7 * L else r_base
+    def shape(self, i, kind, L, r_base):
+        """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
+        if self.settings.method == "linear-decay":  # falls linearly with depth (section 3.1.1)
+            return r_base - (r_base - self.settings.r_min) * i / (L - 1) if L > 1 else r_base
+        if self.settings.method == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
+            return r_base if kind in ("query", "key", "value", "out") else r_base / 2
+        # empirical: middle blocks get the most rank, early ones the least (section 3.1.3)
+        return r_base * 6 / 10 if 10 * i < 3 * L else r_base * 12 / 10 if 10 * i < 7 * L else r_base
 
 
 class Direct(Allocator):
