@@ -209,18 +209,14 @@ def check(s):
     def flag(name):
         return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
-    numbers = [f.name for f in dataclasses.fields(s) if f.type in (int, float) and getattr(s, f.name) is not None]
     may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every",
                 "save_every", "adalora_t_init", "adalora_t_final", "adalora_beta1", "adalora_beta2", "adalora_orth",
                 "lalora_gamma", "weightlora_keep", "weightlora_steps", "lelora_reward_alpha")
-    for name in numbers:
-        if not 0 <= getattr(s, name) < 2**63:  # not nan, not infinite
-            raise SettingError(f"{flag(name)}: must be a number from 0 up")
-        if getattr(s, name) == 0 and name not in may_be_0:
-            raise SettingError(f"{flag(name)}: must be above 0")
-    for name in ("dropout", "adalora_beta1", "adalora_beta2"):
-        if (getattr(s, name) or 0) >= 1:
-            raise SettingError(f"{flag(name)}: must be below 1")
+    for f in dataclasses.fields(s):
+        value, top = getattr(s, f.name), 1 if f.name in ("dropout", "adalora_beta1", "adalora_beta2") else 2**63
+        if f.type in (int, float) and value is not None and not (0 <= value < top and (value or f.name in may_be_0)):
+            least = "from 0 on" if f.name in may_be_0 else "above 0"
+            raise SettingError(f"{flag(f.name)}: must be a number {least} and below {top:g}")
     if not 0 < len(s.targets) == len(set(s.targets)):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
@@ -319,10 +315,9 @@ def compare(step, moving, allocator):
     """Raise RunError unless all processes hold the same parameters, gates and policy state, by their sums."""
     state = [*moving, *allocator.state_dict().values()]
     sums = torch.stack([t.detach().sum(dtype=torch.float64).to(allocator.device) for t in state])
-    lowest, highest = sums.clone(), sums.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if not torch.equal(lowest, highest):
+    extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if not torch.equal(extremes[0], -extremes[1]):
         raise RunError(f"step {step}: the processes no longer hold the same adapters and ranks")
 
 
