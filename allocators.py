@@ -26,8 +26,8 @@ class Allocator:
     """Uniform LoRA, and what every policy starts from: one adapter of the nominal rank per target matrix.
 
     `model` is a frozen model from model.py, `settings` the run's settings (train.Settings), `steps` the number of
-    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout. A
-    policy overrides the methods below where it differs.
+    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout.
+    `current` is the rank of every matrix in `names`, (n,) float64 on the device.
     """
 
     held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
@@ -36,6 +36,7 @@ class Allocator:
     validation_loss = None
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
+    saved = ()  # names of the attributes, tensors, that a restart needs
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
@@ -54,8 +55,6 @@ class Allocator:
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
         cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
-        ranks = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
-        self.current = torch.tensor(ranks, dtype=torch.float64, device=self.device)
         self.setup()
 
     def capacities(self):
@@ -80,6 +79,8 @@ class Allocator:
             layer.A.requires_grad_(not s.freeze_a)
             for p in (layer.B, layer.magnitude) if s.dora else (layer.B,):
                 p.lr_ratio = s.lora_plus_ratio
+        capacity = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
+        self.current = torch.tensor(capacity, dtype=torch.float64, device=self.device)
 
     def setup(self):
         """Prepare the policy's own state; the adapters are attached."""
@@ -100,13 +101,9 @@ class Allocator:
         """The optimizer has moved the weights; returns True when parameters were rebuilt and it must follow."""
         return False
 
-    def rank_tensor(self):
-        """Current rank of every matrix in `names`, (n,) float64 on the device (no synchronisation)."""
-        return self.current
-
     def ranks(self):
         """Current rank of every matrix: {name: int}."""
-        return {name: int(rank) for name, rank in zip(self.names, self.rank_tensor().tolist())}
+        return {name: int(rank) for name, rank in zip(self.names, self.current.tolist())}
 
     def budget(self):
         """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i).
@@ -114,7 +111,7 @@ class Allocator:
         A frozen A costs nothing: rank_i out_i. DoRA's lengths are counted: out_i for every adapter, whatever its rank.
         """
         lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
-        return (self.rank_tensor() * self.cost).sum() + lengths
+        return (self.current * self.cost).sum() + lengths
 
     def log(self):
         """The policy's own numbers for metrics.jsonl and ranks.jsonl: {name: number, tensor or {name: number}}."""
@@ -125,11 +122,13 @@ class Allocator:
 
     def state_dict(self):
         """What the policy needs to go on after a restart, besides adapters and gates: {name: tensor}."""
-        return {"allocations": torch.tensor(self.allocations)}
+        return {"allocations": torch.tensor(self.allocations)} | {key: getattr(self, key) for key in self.saved}
 
     def load_state_dict(self, state):
         """Take the state of `state_dict` back."""
         self.allocations = int(state["allocations"])
+        for key in self.saved:
+            setattr(self, key, state[key].to(self.device))
 
 
 # ---------------------------------------------------------------------------------------------- static shapes
@@ -142,25 +141,18 @@ class Static(Allocator):
     """
 
     def capacities(self):
-        s, L = self.settings, self.blocks
-        shape = {"linear-decay": linear_decay, "attention-heavy": attention_heavy, "empirical": empirical}[s.method]
-        return {name: min(max(int(shape(block, kind, L, s.rank, s.r_min)), s.r_min), s.r_max)
-                for name, block, kind in self.sites}
+        s = self.settings
+        return {name: min(max(int(self.shape(i, kind, self.blocks, s.rank)), s.r_min), s.r_max)
+                for name, i, kind in self.sites}
 
-
-def linear_decay(i, kind, L, r_base, r_min):
-    """Rank falls linearly with depth (Adaptive LoRA, section 3.1.1)."""
-    return r_base - (r_base - r_min) * i / (L - 1) if L > 1 else r_base
-
-
-def attention_heavy(i, kind, L, r_base, r_min):
-    """Feed-forward matrices get half of attention's rank (Adaptive LoRA, section 3.1.2)."""
-    return r_base if kind in ("query", "key", "value", "out") else r_base / 2
-
-
-def empirical(i, kind, L, r_base, r_min):
-    """Middle blocks get the most rank, early ones the least (Adaptive LoRA, section 3.1.3)."""
-    return r_base * 6 / 10 if 10 * i < 3 * L else r_base * 12 / 10 if 10 * i < 7 * L else r_base
+    def shape(self, i, kind, L, r_base):
+        """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
+        if self.settings.method == "linear-decay":  # falls linearly with depth (section 3.1.1)
+            return r_base - (r_base - self.settings.r_min) * i / (L - 1) if L > 1 else r_base
+        if self.settings.method == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
+            return r_base if kind in ("query", "key", "value", "out") else r_base / 2
+        # empirical: middle blocks get the most rank, early ones the least (section 3.1.3)
+        return r_base * 6 / 10 if 10 * i < 3 * L else r_base * 12 / 10 if 10 * i < 7 * L else r_base
 
 
 class Direct(Allocator):
@@ -177,12 +169,10 @@ class Direct(Allocator):
             raise lora.LoraError(f"--method {settings.method}: a {model.family} model has no biases to train")
         self.device = self.trained[0].device
         self.size = torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
+        self.current = torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def parameters(self):
         return self.trained
-
-    def rank_tensor(self):
-        return torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def budget(self):
         return self.size
@@ -202,7 +192,7 @@ class AdaLora(Allocator):
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
-    dynamic = True
+    dynamic, saved = True, ("kept",)
 
     def capacities(self):
         s = self.settings
@@ -252,6 +242,7 @@ class AdaLora(Allocator):
             scores = self.scores()
             pruned = scores.numel() - self.triplets(step)
             self.kept.copy_(scores > scores.flatten().sort().values[pruned - 1] if pruned else self.kept)
+            self.current = self.kept.sum(1).double()
             self.last, self.allocations = step, self.allocations + 1
         if allocate or step >= self.end:
             torch._foreach_mul_(self.gates, self.kept.unbind())  # Eq. 6
@@ -284,17 +275,13 @@ class AdaLora(Allocator):
         left = 1 - (min(step, self.end) - self.t_init) / (self.end - self.t_init)
         return int((full - target) * left ** 3 + target)
 
-    def rank_tensor(self):
-        return self.kept.sum(1).double()
-
     def state_dict(self):
         averages = {f"average.{i}": t for i, t in enumerate(self.smooth + self.unsure)}
-        return super().state_dict() | {"kept": self.kept, "last": torch.tensor(self.last)} | averages
+        return super().state_dict() | {"last": torch.tensor(self.last)} | averages
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.kept.copy_(state["kept"])
-        self.last = int(state["last"])
+        self.current, self.last = self.kept.sum(1).double(), int(state["last"])
         for i, average in enumerate(self.smooth + self.unsure):
             average.copy_(state[f"average.{i}"])
 
@@ -314,6 +301,7 @@ class LaLora(Allocator):
 
     refuses = ("init",)  # components gated off would be missing from W, and the norms it reads be W's
     dynamic = True
+    saved = ("block_ranks", "budget_rank", "energy", "fisher")
 
     def setup(self):
         L, r, full = self.blocks, self.settings.rank, self.settings.lalora_budget == "full"
@@ -372,14 +360,8 @@ class LaLora(Allocator):
     def log(self):
         return {"lalora_budget": self.budget_rank}
 
-    def state_dict(self):
-        return super().state_dict() | {"block_ranks": self.block_ranks, "budget_rank": self.budget_rank,
-                                       "energy": self.energy, "fisher": self.fisher}
-
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for key in ("block_ranks", "budget_rank", "energy", "fisher"):
-            getattr(self, key).copy_(state[key])
         self.truncate()
 
 
@@ -424,7 +406,7 @@ class WeightLora(Allocator):
     the model. Raises LoraError for a K or T that cannot work.
     """
 
-    dynamic = True
+    dynamic, saved = True, ("omega",)
 
     def capacities(self):
         s = self.settings
@@ -475,8 +457,6 @@ class WeightLora(Allocator):
             lora.detach(self.model, name)
         self.init = self.settings.init
         self.attach({name: self.final_rank for name in survivors})
-        self.current = torch.tensor([self.final_rank * (name in survivors) for name in self.names],
-                                    dtype=torch.float64, device=self.device)
         self.gates, self.gradient, self.allocations = [], None, 1
 
     def log(self):
@@ -485,11 +465,10 @@ class WeightLora(Allocator):
 
     def state_dict(self):
         selected = torch.tensor([not self.gates and name in self.layers for name in self.names])
-        return super().state_dict() | {"omega": self.omega, "selected": selected}
+        return super().state_dict() | {"selected": selected}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.omega.copy_(state["omega"])
         if self.allocations:
             self.rebuild([name for name, selected in zip(self.names, state["selected"].tolist()) if selected])
         else:
@@ -532,7 +511,7 @@ class LeLora(Allocator):
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
     dynamic, held_out = True, 32
-    kept = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")  # state besides the network's
+    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")
 
     def capacities(self):
         self.dims, self.locations = candidates(self.settings)
@@ -640,13 +619,10 @@ class LeLora(Allocator):
         moments = {f"moments.{i}.{key}": value for i, p in enumerate(self.policy.parameters())
                    for key, value in self.optimizer.state[p].items()}
         network = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
-        return (super().state_dict() | {key: getattr(self, key) for key in self.kept} | network | moments
-                | {"generator": self.generator.get_state()})
+        return super().state_dict() | network | moments | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for key in self.kept:
-            setattr(self, key, state[key].to(self.device))
         self.generator.set_state(state["generator"].cpu())
         self.policy.load_state_dict({key: state[f"policy.{key}"] for key in self.policy.state_dict()})
         for i, p in enumerate(self.policy.parameters()):
@@ -721,17 +697,6 @@ def singular_windows(weight, R):
     return stored["S"], stored["A"], stored["B"]
 
 
-METHODS = {
-    "lora": Allocator,
-    "linear-decay": Static,
-    "attention-heavy": Static,
-    "empirical": Static,
-    "lalora": LaLora,
-    "adalora": AdaLora,
-    "weightlora": WeightLora,
-    "weightlora+": WeightLora,
-    "random": RandomLora,
-    "lelora": LeLora,
-    "full": Direct,
-    "bitfit": Direct,
-}
+METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,
+           "adalora": AdaLora, "weightlora": WeightLora, "weightlora+": WeightLora, "random": RandomLora,
+           "lelora": LeLora, "full": Direct, "bitfit": Direct}

@@ -98,8 +98,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     order = data.batches(split, batch_size, seed=0, epoch=0, shuffle=False)
-    bar = tqdm(order, desc="evaluating", unit="batch", leave=False, file=sys.stderr, dynamic_ncols=True,
-               disable=not sys.stderr.isatty())
+    bar = tqdm(order, "evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=None)  # None: no terminal
     if task.kind == "lm":
         result = _perplexity(model, split, bar, device)
         if generate and score == "likelihood":
@@ -149,7 +148,7 @@ def _generated(model, task, split, batch_size, tokenizer, device, samples):
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
     scored = "target" in split.rows[0]
     order = sorted(range(len(split)), key=lambda i: -split.starts[i])
-    with tqdm(total=len(order), desc="generating", unit="row", leave=False, file=sys.stderr, dynamic_ncols=True,
+    with tqdm(total=len(order), desc="generating", unit="row", leave=False, dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start:start + batch_size]
@@ -183,8 +182,7 @@ def log_likelihoods(model, split, batch_size, tokenizer):
     That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
     order, device = sorted(range(len(split)), key=lambda i: -split.starts[i]), next(model.parameters()).device
-    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, file=sys.stderr,
-                      dynamic_ncols=True, disable=not sys.stderr.isatty()):
+    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, disable=None):
         chosen = order[start:start + batch_size]
         words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
         answers = [[ids.tolist() for ids in tokenizer.encode(row, special=False)[0]] for row in texts]
@@ -361,17 +359,15 @@ def load_run(folder, changes, shard=None):
 def read_run(folder, changes=None):
     """Settings (as attributes) and label names of a run folder."""
     file = Path(folder) / "run.json"
+    run = data.read_settings(file)
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
         settings = {key: run["settings"][key] for key in ("model", "task", "data", "method", "seed", "device", "dtype",
                                                           "init_weights", "limit_eval", "max_length", "batch_size")}
         if not all(isinstance(settings[key], int) for key in ("seed", "limit_eval", "max_length", "batch_size")):
             raise ValueError("a number is missing")
         return SimpleNamespace(**run["settings"] | (changes or {})), run["labels"]
-    except FileNotFoundError:
-        raise SettingError(f"{file}: not found; name the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{file}: not the settings of a run ({error!r}); run the training again") from None
+        raise SettingError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
 
 
 def save_model(model, encoder, folder):
@@ -379,18 +375,19 @@ def save_model(model, encoder, folder):
     raw = model.config.raw
     if model.head_kind == "classify" and encoder.tokenizer and raw.get("pad_token_id") is None:
         raw["pad_token_id"] = encoder.tokenizer.pad_id  # without it transformers' decoders classify one text at a time
-    models.save(model, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                 "preprocessor_config.json", "generation_config.json"):
-        if encoder.folder and (encoder.folder / name).is_file():
-            shutil.copy(encoder.folder / name, folder)
+    with lora.whole_folder(folder) as part:
+        models.save(model, part)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                     "preprocessor_config.json", "generation_config.json"):
+            if encoder.folder and (encoder.folder / name).is_file():
+                shutil.copy(encoder.folder / name, part)
 
 
 def merge(folder, out, changes):
     """Write a run's model, the adapter added into its weights, as the checkpoint folder `out`; returns its path.
 
     It has the run's dtype unless `changes` (see `load_run`) say otherwise. Matrices are merged in place and one at a
-    time, so memory holds the weights once. `out` appears whole or not at all.
+    time, so memory holds the weights once.
     """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -398,12 +395,7 @@ def merge(folder, out, changes):
     _, _, encoder, model = load_run(folder, {"device": "cpu"} | changes)
     for layer in lora.adapters(model).values():
         layer.merge()
-    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        save_model(model, encoder, beside)
-        lora.publish(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    save_model(model, encoder, out)
     return out
 
 
@@ -914,8 +906,9 @@ def command(main):
 
 
 def to_json(value, indent=None):
-    """JSON text; numbers that JSON has no word for become null."""
+    """JSON text, of tensors too; numbers that JSON has no word for become null."""
     def clean(v):
+        v = v.tolist() if isinstance(v, torch.Tensor) else v
         if isinstance(v, dict):
             return {k: clean(w) for k, w in v.items()}
         if isinstance(v, (list, tuple)):

@@ -4,6 +4,7 @@ A rank that changes during training is a *gate* that changes in place: shapes, g
 are, so nothing is recompiled or copied and the device is never waited for.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,7 +33,6 @@ class LoraLinear(nn.Module):
     `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
     components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
-    `magnitude` is DoRA's (`DoraLinear`), else None.
     """
 
     weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
@@ -187,25 +187,18 @@ def sites(model, targets):
 
     `targets` is a sequence of canonical names (`TARGETS`). Raises LoraError for a name that no block of the model has.
     """
-    unknown = [t for t in targets if t not in TARGETS]
-    if unknown or not targets:
-        raise LoraError(f"--targets {','.join(targets)}: no such projection: {unknown}; there are {','.join(TARGETS)}")
-    found = []
-    for index, block in enumerate(model.blocks):
-        kinds = [kind for kind in TARGETS if kind in targets and hasattr(block, kind)]
-        found += [(f"blocks.{index}.{kind}", index, kind) for kind in kinds]
-    missing = [t for t in targets if not any(kind == t for _, _, kind in found)]
-    if missing:
-        raise LoraError(f"--targets {','.join(missing)}: a {model.family} model has no such projection; leave it out")
-    return found
+    there = [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]
+    missing = [kind for kind in targets if kind not in there]
+    if missing or not targets:
+        raise LoraError(f"--targets {','.join(missing)}: a {model.family} model has {','.join(there)}")
+    return [(f"blocks.{i}.{kind}", i, kind) for i in range(len(model.blocks)) for kind in there if kind in targets]
 
 
 def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None, dora=False):
     """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
     `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
-    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). All other parameters
-    of the model stay as they are. The adapters are made on `device`, by default the weights'. Raises LoraError for a
+    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises LoraError for a
     rank below 0 or above the matrix's own.
     """
     if not 0 <= dropout < 1:
@@ -312,11 +305,10 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         if layer.magnitude is not None:
             tensors[f"base_model.model.{path}.lora_magnitude_vector"] = layer.magnitude.detach().cpu()
     heads = set()
-    if head:
-        for name in whole_parts(model):
-            path = model.hf_name(name, module=True)
-            heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
-            tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
+    for name in whole_parts(model) if head else []:
+        path = model.hf_name(name, module=True)
+        heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
+        tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
@@ -327,13 +319,29 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
     }
-    folder = Path(folder)
-    beside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-    (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    publish(beside, folder)
+    with whole_folder(Path(folder)) as part:
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(final):
+    """An empty folder to write to, which then takes the name `final`; after an error nothing of it is left."""
+    part = final.with_name(f"{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        publish(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def whole_file(final, text):
+    """Write a text file, which appears or changes whole or not at all."""
+    part = final.with_name(f"{final.name}.part")
+    part.write_text(text, encoding="utf-8")
+    publish(part, final)
 
 
 def publish(part, final):
@@ -369,7 +377,6 @@ def load_adapter(model, folder):
     LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    prefix = "base_model.model."
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
              for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
     whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
@@ -377,10 +384,10 @@ def load_adapter(model, folder):
     fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
     found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
-        path = key.removeprefix(prefix).replace(".default", "")
-        match = re.fullmatch(r"(.+)\.lora_([AB](?=\.weight)|magnitude_vector)(\.weight)?", path)
+        path = key.removeprefix("base_model.model.").replace(".default", "")
+        match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
         if match and match[1] in names:
-            found.setdefault(match[1], {})[match[2]] = tensor
+            found.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif path in heads and heads[path].shape == tensor.shape:
             heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
@@ -391,27 +398,19 @@ def load_adapter(model, folder):
         raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
                         "without its trained head")
     layers = {}
-    for path, pair in found.items():
-        lengths = pair.pop("magnitude_vector", None)
-        if set(pair) != {"A", "B"} or {t.dim() for t in pair.values()} != {2} or not (
-                0 < len(pair["A"]) == pair["B"].shape[1]):
-            raise LoraError(f"{file}: {path} needs lora_A (r, in) and lora_B (out, r) of one rank")
-        if getattr(lengths, "shape", None) != (pair["B"].shape[:1] if config["use_dora"] else None):
-            raise LoraError(f"{file}: {path} needs a lora_magnitude_vector (out) if use_dora is set, and only then")
-        rank = len(pair["A"])
+    for path, parts in found.items():
+        n_out, n_in = model.get_submodule(names[path]).weight.shape
+        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        rank = next(iter(shapes.get("A", ())), 0)
+        expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
+        if rank == 0 or shapes != expected:
+            raise LoraError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
+                            f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        linear = model.get_submodule(names[path])
-        if (pair["B"].shape[0], pair["A"].shape[1]) != tuple(linear.weight.shape):
-            raise LoraError(f"{file}: {path} is {pair['B'].shape[0]} x {pair['A'].shape[1]}, the model's "
-                            f"{linear.weight.shape[0]} x {linear.weight.shape[1]}; is it the adapter's base model?")
-        scaling = "rslora" if config["use_rslora"] else "own"
-        layer = attach(model, {names[path]: rank}, alpha, config["lora_dropout"], scaling=scaling,
-                       dora=config["use_dora"])[names[path]]
-        layer.A.data.copy_(pair["A"])
-        layer.B.data.copy_(pair["B"])
-        if lengths is not None:
-            layer.magnitude.data.copy_(lengths)
-        layers[names[path]] = layer
+        layers |= attach(model, {names[path]: rank}, alpha, config["lora_dropout"], dora=config["use_dora"],
+                         scaling="rslora" if config["use_rslora"] else "own")
+        for part, tensor in parts.items():
+            getattr(layers[names[path]], part).data.copy_(tensor)
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise LoraError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
@@ -419,17 +418,7 @@ def load_adapter(model, folder):
 
 def read_adapter(folder):
     """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
-    config, file = _adapter_config(Path(folder) / "adapter_config.json"), Path(folder) / "adapter_model.safetensors"
-    try:
-        return config, load_file(file)
-    except FileNotFoundError:
-        raise LoraError(f"{file}: not found; an adapter is this file and adapter_config.json") from None
-    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
-        raise LoraError(f"{file}: damaged ({error}); copy or train it again") from None
-
-
-def _adapter_config(file):
-    """Read and check adapter_config.json; missing keys get PEFT's defaults."""
+    file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -442,22 +431,25 @@ def _adapter_config(file):
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+    for key in ("bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
                 "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
-        if config.get(key):
+        if config.get(key) and config[key] != "none":
             raise LoraError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
         raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
                         "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
-    if config.get("bias", "none") != "none":
-        raise LoraError(f"{file}: bias {config['bias']!r} is not supported; only none is")
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
     if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
         raise LoraError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
-    return config
+    try:
+        return config, load_file(weights)
+    except FileNotFoundError:
+        raise LoraError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
+        raise LoraError(f"{weights}: damaged ({error}); copy or train it again") from None
 
 
 def _pattern(patterns, path, default):

@@ -5,7 +5,6 @@ In every block the projections that can be adapted are called  query key value o
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -703,11 +702,12 @@ def read_weights(model, folder, dtype, device, mapped=False):
 def save(model, folder, shard_bytes=5_000_000_000):
     """Write `model` as a checkpoint folder that transformers and `load` read, in shards above `shard_bytes`.
 
-    Only the plain model's parameters are written: merge adapters first. Every file is written beside, synced and then
-    renamed; earlier weights in the folder are removed.
+    Only the plain model's parameters are written: merge adapters first. Earlier weights in the folder are removed.
     """
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
     shards, used, total = [[]], 0, sum(model.get_parameter(name).nbytes for name in model.plain_names)
     for name in model.plain_names:
         used += model.get_parameter(name).nbytes
@@ -718,7 +718,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {model.hf_name(name): model.get_parameter(name).detach().cpu().contiguous() for name in names}
-        save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
 
     lm, raw = model.head_kind == "lm", dict(config.raw)
@@ -733,14 +733,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
     if len(shards) > 1:
         texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     for file, text in texts.items():
-        (folder / f"{file}.tmp").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    files = [*dict.fromkeys(weight_map.values()), *texts]
-    for file in files:
-        with open(folder / f"{file}.tmp", "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(folder / f"{file}.tmp", folder / file)
-    for stale in set(folder.glob("model*.safetensors*")) - {folder / file for file in files}:
-        stale.unlink()
+        (folder / file).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -749,7 +742,7 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
     `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
-    too: (B,) bool on the same device. The model's train or eval mode is kept.
+    too: (B,) bool on the same device.
     """
     (B, T), device = tokens.shape, tokens.device
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
@@ -762,20 +755,15 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     generated = torch.full((B, max_new_tokens), pad_id, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     ends = torch.arange(1, B + 1, device=device) * T - 1  # flat index of each row's last token
-    training = model.training
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            so_far = None if mask is None else mask[:, :T + step]
-            logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
-            generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
-            done = done | torch.isin(generated[:, step], eos)
-            if stop is not None:
-                done = done | stop(generated[:, :step + 1])
-            if done.all():
-                return generated[:, :step + 1]
-            tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)
-            position_ids = None if position_ids is None else position_ids[:, -1:] + 1
-    finally:
-        model.train(training)
+    for step in range(max_new_tokens):
+        so_far = None if mask is None else mask[:, :T + step]
+        logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
+        generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
+        done = done | torch.isin(generated[:, step], eos)
+        if stop is not None:
+            done = done | stop(generated[:, :step + 1])
+        if done.all():
+            return generated[:, :step + 1]
+        tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)
+        position_ids = None if position_ids is None else position_ids[:, -1:] + 1
     return generated

@@ -76,7 +76,7 @@ class Settings:
     epochs: float = setting(None, "optimization", "passes over the training set")
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
     batch_size: int = setting(None, "optimization", "examples per forward pass, of all processes together")
-    accumulate: int = setting(None, "optimization", "forward passes per optimizer step")
+    accumulate: int = setting(1, "optimization", "forward passes per optimizer step")
     lr: float = setting(None, "optimization", "peak learning rate (AdamW)")
     weight_decay: float = setting(None, "optimization", "AdamW's decoupled weight decay")
     warmup: float = setting(None, "optimization", "warm-up: below 1 a share of all steps (0.06 = 6 %%), else steps")
@@ -185,14 +185,16 @@ def settle(s, config):
         is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
         if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
-    s.accumulate = 1 if s.accumulate is None else s.accumulate
     s.device = evaluation.auto_device() if s.device == "auto" else s.device
     if dist.is_initialized() and s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         s.dtype = "bfloat16" if s.device.startswith("cuda") and s.method not in ("full", "bitfit") else "float32"
-    s.out = s.out or free_folder(f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}")
+    if not s.out:
+        stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}"
+        names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
+        s.out = next(name for name in names if not Path(name).exists())
     check(s)
     return task
 
@@ -207,18 +209,14 @@ def check(s):
     def flag(name):
         return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
-    numbers = [f.name for f in dataclasses.fields(s) if f.type in (int, float) and getattr(s, f.name) is not None]
     may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every",
                 "save_every", "adalora_t_init", "adalora_t_final", "adalora_beta1", "adalora_beta2", "adalora_orth",
                 "lalora_gamma", "weightlora_keep", "weightlora_steps", "lelora_reward_alpha")
-    for name in numbers:
-        if not 0 <= getattr(s, name) < 2**63:  # not nan, not infinite
-            raise SettingError(f"{flag(name)}: must be a number from 0 up")
-        if getattr(s, name) == 0 and name not in may_be_0:
-            raise SettingError(f"{flag(name)}: must be above 0")
-    for name in ("dropout", "adalora_beta1", "adalora_beta2"):
-        if (getattr(s, name) or 0) >= 1:
-            raise SettingError(f"{flag(name)}: must be below 1")
+    for f in dataclasses.fields(s):
+        value, top = getattr(s, f.name), 1 if f.name in ("dropout", "adalora_beta1", "adalora_beta2") else 2**63
+        if f.type in (int, float) and value is not None and not (0 <= value < top and (value or f.name in may_be_0)):
+            least = "from 0 on" if f.name in may_be_0 else "above 0"
+            raise SettingError(f"{flag(f.name)}: must be a number {least} and below {top:g}")
     if not 0 < len(s.targets) == len(set(s.targets)):
         raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
@@ -239,12 +237,6 @@ def check(s):
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
     if taken and not s.resume and rank_and_world()[0] == 0:
         raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
-
-
-def free_folder(stem):
-    """`stem`, or the first of stem-2, stem-3 ... that does not exist."""
-    names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
-    return next(name for name in names if not Path(name).exists())
 
 
 # ---------------------------------------------------------------------------------------------- more than one device
@@ -323,10 +315,9 @@ def compare(step, moving, allocator):
     """Raise RunError unless all processes hold the same parameters, gates and policy state, by their sums."""
     state = [*moving, *allocator.state_dict().values()]
     sums = torch.stack([t.detach().sum(dtype=torch.float64).to(allocator.device) for t in state])
-    lowest, highest = sums.clone(), sums.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if not torch.equal(lowest, highest):
+    extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if not torch.equal(extremes[0], -extremes[1]):
         raise RunError(f"step {step}: the processes no longer hold the same adapters and ranks")
 
 
@@ -395,15 +386,11 @@ def follow(optimizer, params):
 
 
 class Budget:
-    """Trainable adapter parameters, sum over matrices of rank_i (in_i + out_i): now, mean over steps, peak.
-
-    Kept on the device; reading `report` waits for it.
-    """
+    """Trainable adapter parameters now, mean over steps, peak; on the device, for which only `report` waits."""
 
     def __init__(self, allocator):
         self.allocator, self.steps = allocator, 0
-        self.total = torch.zeros((), dtype=torch.float64, device=allocator.device)
-        self.peak = torch.zeros((), dtype=torch.float64, device=allocator.device)
+        self.total, self.peak = (torch.zeros((), dtype=torch.float64, device=allocator.device) for _ in range(2))
 
     def add(self):
         """Count the allocation in force for one more step."""
@@ -541,7 +528,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
         came.append(number)
 
     with on_signal(stop_after_this_step), tqdm(
-            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", file=sys.stderr, dynamic_ncols=True,
+            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
         for step in range(done + 1, steps + 1):
             if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
@@ -582,7 +569,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
                 if world > 1:
                     compare(step, moving, allocator)
             if logged or step <= 10:  # warm-up phases are short
-                numbers = plain(allocator.log())
+                numbers = allocator.log()
                 log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
                     | {k: v for k, v in numbers.items() if isinstance(v, dict)})
             if logged:
@@ -677,13 +664,6 @@ def compile_blocks(model):
         block.compile()
 
 
-def plain(value):
-    """Tensors and dicts of tensors as Python numbers, for JSON."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -703,7 +683,6 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
     Raises RunError when it cannot be written; those that are there stay.
     """
     folder = Path(s.out) / "checkpoints" / f"step-{step}"
-    part = folder.with_name(folder.name + ".part")
     state = run_state(model, task, allocator, optimizer, budget, running, bad)
     state |= {f"allocator.{name}": value for name, value in allocator.state_dict().items()}
     state["random.cpu"] = torch.get_rng_state()
@@ -714,16 +693,14 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
     try:
         for old in folder.parent.glob("*.part"):  # left by a run that was killed here
             shutil.rmtree(old)
-        part.mkdir(parents=True)
-        save_file(state, part / "state.safetensors")
-        about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
-        (part / "state.json").write_text(json.dumps(about))
-        lora.publish(part, folder)
+        with lora.whole_folder(folder) as part:
+            save_file(state, part / "state.safetensors")
+            about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
+            (part / "state.json").write_text(json.dumps(about))
         lora.sync(s.out)  # the name checkpoints/ itself
         for old in checkpoints(s.out)[s.keep:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise RunError(f"{folder}: cannot be written ({error}): make room") from None
 
 
@@ -785,10 +762,7 @@ def cut_logs(out, step):
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
-        part = file.with_name(file.name + ".part")
-        part.write_text("".join(line for about, line in logged if about["step"] < step + ("eval" not in about)),
-                        encoding="utf-8")
-        lora.publish(part, file)
+        lora.whole_file(file, "".join(line for about, line in logged if about["step"] < step + ("eval" not in about)))
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -902,7 +876,7 @@ def fine_tune(s, held):
         result["warning"] = warning
         say("warning: " + warning)
     evaluation.write_cards(out)
-    write_json(out / "result.json", result)  # the last: a run that has it is finished
+    lora.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: the run is finished
     return result
 
 
@@ -929,13 +903,6 @@ def claim(s, held):
     if s.resume and (out / "result.json").exists():
         raise SettingError(f"--resume {out}: this run has finished; see its result.json")
     return file
-
-
-def write_json(path, value):
-    """Write a JSON file: beside, synced, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(evaluation.to_json(value, indent=2) + "\n", encoding="utf-8")
-    lora.publish(part, path)
 
 
 def versions():

@@ -120,7 +120,7 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
             assert torch.equal(allocator.layers[name].gate == 0, zero), (step, name)
             pruned += int(zero.sum())
     assert allocations == allocator.allocations >= 2 and pruned > 0
-    assert allocator.rank_tensor().sum() == s.rank * len(allocator.names)
+    assert allocator.current.sum() == s.rank * len(allocator.names)
     for name, layer in pairs.items():
         mine = allocator.layers[name]
         torch.testing.assert_close(mine.delta().to(dtype), layer.get_delta_weight("default"), rtol=1e-2, atol=1e-4)
@@ -186,7 +186,7 @@ def test_an_allocation_that_a_skipped_step_missed_is_made_up_for():
     optimizer = go(batches(29))
     go(batches(10, seed=1), first=31, optimizer=optimizer)
     assert allocator.end == 30 and allocator.last == 31
-    assert allocator.rank_tensor().sum() == 4 * len(allocator.names)
+    assert allocator.current.sum() == 4 * len(allocator.names)
 
 
 @pytest.mark.parametrize("stop", [3, 17, 24, 33])
@@ -226,7 +226,7 @@ def test_a_schedule_without_room_is_refused(steps, changes):
 def test_very_short_runs_still_allocate(steps):
     _, allocator, go = run(flags(), steps)
     go(batches(steps))
-    assert allocator.allocations == 1 and allocator.rank_tensor().sum() == 4 * len(allocator.names)
+    assert allocator.allocations == 1 and allocator.current.sum() == 4 * len(allocator.names)
 
 
 def test_no_triplets_to_prune_keeps_all():

@@ -227,3 +227,7 @@ def test_adapter_tensors(tensors, adapted):
 def test_settings_of_a_run(run, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run))
     loads_or_says_why(lambda: evaluation.evaluate_run(tmp_path), evaluation.SettingError, data.DataError, models.ModelError)
+
+
+def test_settings_of_a_run_that_are_none(tmp_path):
+    refuses_nonsense(tmp_path / "run.json", lambda: evaluation.evaluate_run(tmp_path), (evaluation.SettingError, data.DataError))

@@ -178,7 +178,7 @@ def test_an_interrupted_merge_leaves_nothing(short, tmp_path, monkeypatch):
 
     (tmp_path / "empty").mkdir()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(models.os, "fsync", fail)
+        patch.setattr(evaluation.os, "fsync", fail)
         evaluation.merge(short, tmp_path / "empty", {})
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
     evaluation.merge(short, tmp_path / "empty", {})  # an empty folder is as good as none

@@ -77,8 +77,8 @@ def last_line(path):
 
 
 def outcome(out):
-    """Everything a run leaves that does not depend on the clock: adapter, metrics, ranks, result."""
-    clock = ("examples_per_second", "seconds", "out")
+    """Everything a run leaves that does not depend on clock or memory: adapter, metrics, ranks, result."""
+    clock = ("examples_per_second", "seconds", "peak_memory_mb", "out")
     (file,) = out.glob("adapter/*.safetensors")
     return (load_file(file), [{k: v for k, v in line.items() if k not in clock} for line in lines(out / "metrics.jsonl")],
             lines(out / "ranks.jsonl"), {k: v for k, v in json.loads((out / "result.json").read_text()).items() if k not in clock})
