@@ -697,6 +697,17 @@ def singular_windows(weight, R):
     return stored["S"], stored["A"], stored["B"]
 
 
-METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,
-           "adalora": AdaLora, "weightlora": WeightLora, "weightlora+": WeightLora, "random": RandomLora,
-           "lelora": LeLora, "full": Direct, "bitfit": Direct}
+METHODS = {
+    "lora": Allocator,
+    "linear-decay": Static,
+    "attention-heavy": Static,
+    "empirical": Static,
+    "lalora": LaLora,
+    "adalora": AdaLora,
+    "weightlora": WeightLora,
+    "weightlora+": WeightLora,
+    "random": RandomLora,
+    "lelora": LeLora,
+    "full": Direct,
+    "bitfit": Direct,
+}
