@@ -485,7 +485,7 @@ def measure_alone(b, name, **changes):
 def one(b, name):
     """Measure one contender in this process: step time, policy time, peak memory of the steps after the warm-up."""
     if name.startswith("peft/"):
-        import peft, transformers  # noqa: their code is no part of a step's memory
+        import peft, transformers  # noqa: F401 - their code is no part of a step's memory
     start = train.resident()[0]
     with folder_for(b) as folder:
         base, kind = base_model(b, folder)
