@@ -827,11 +827,11 @@ def check_shared(flags):
 
 
 def finished(results):
-    """The lines of a results file, by their settings as JSON; what a killed process left half written is skipped."""
+    """The lines of a results file, by their settings as JSON; what is no such line, or half of one, is skipped."""
     lines = {}
     if Path(results).exists():
         for line in Path(results).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 about = json.loads(line)
                 lines[json.dumps(about["settings"], sort_keys=True)] = about
     return lines
