@@ -477,9 +477,13 @@ def measure_alone(b, name, **changes):
     settings = json.dumps(dataclasses.asdict(b) | changes)
     done = subprocess.run([sys.executable, __file__, "one", name, settings], capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1]
-        raise evaluation.SettingError(f"{name}: its own process failed: {last}")
+        raise evaluation.SettingError(f"{name}: its own process failed: {last_line(done.stderr)}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def last_line(text):
+    """The last line that a process printed: what went wrong, if it is on stderr."""
+    return (text.strip().splitlines() or ["?"])[-1]
 
 
 def one(b, name):
@@ -516,7 +520,7 @@ def nbytes(tensors):
 
 def peak_bytes(device, start):
     """Most memory in use since `reset_peak`: of a GPU, or resident beyond the `start` that the imports took."""
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else train.resident()[1] - start
+    return train.peak_memory(device) - (0 if device.startswith("cuda") else start)
 
 
 def reset_peak(device):
@@ -858,7 +862,7 @@ def make(runs, q):
             command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
             process = subprocess.run(command, env=env | gpus, capture_output=True, text=True, errors="replace")
             if process.returncode:
-                failed[run.out.name] = (process.stderr.strip().splitlines() or ["?"])[-1]
+                failed[run.out.name] = last_line(process.stderr)
                 say(f"{run.out.name}: {failed[run.out.name]}")
             return process.stdout if process.returncode == 0 else None
 
@@ -1026,6 +1030,8 @@ def matched(runs, q):
             best = min(by_rank, key=lambda rank: abs(by_rank[rank]))
             next_one = max(1, round(best / (1 + by_rank[best])))
             ranks[place] = best if abs(by_rank[best]) <= 0.05 or (place, next_one) in asked else next_one
+        if asked.issuperset(ranks.items()):
+            break
     for place, by_rank in off.items():
         rank, by = min(by_rank.items(), key=lambda item: abs(item[1]))
         say(f"{', '.join(place)}: rank {rank}, mean budget {100 * by:+.1f} % from uniform LoRA's"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_lora import PEFT_TARGETS, TARGETS, batch, losses, models, pair, peft, peft_layers
 from test_train import lines, load_file
-from tiny import Tiny, batches, optimizer_for, settings, train
+from tiny import Tiny, batches, interrupted_after, optimizer_for, settings, train
 
 import allocators
 import eval as evaluation
@@ -388,19 +388,11 @@ def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", ["--init pissa", "--init milora --method weightlora", "--dora --method lalora",
                                    "--lora-plus-ratio 4 --method weightlora+", "--freeze-a --method weightlora"])
-def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path):
     flags = [*flags.split(), "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6",
              "--rank", "4", "--dropout", "0.1", "--save-every", "3", "--log-every", "4", "--eval-every", "20"]
     program.main([*flags, "--out", str(tmp_path / "whole")])
-    add = program.Budget.add
-
-    def interrupted(budget):
-        add(budget)
-        if budget.steps == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(program.Budget, "add", interrupted)
+    with interrupted_after(8):
         program.main([*flags, "--out", str(tmp_path / "parts")])
     program.main(["--resume", str(tmp_path / "parts")])
     files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "parts")]

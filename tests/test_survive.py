@@ -25,6 +25,7 @@ import data
 import eval as evaluation
 import lora
 import train
+from tiny import interrupted_after
 
 METHODS = ["lora", "adalora", "lalora", "weightlora+", "lelora"]
 SHORT = ["--limit-train", "160", "--limit-eval", "20", "--steps", "40", "--batch-size", "8", "--log-every", "3",
@@ -289,17 +290,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(size, expected, w
     assert_same(outcome(out), whole("lora"))
 
 
-def test_data_that_vanished_are_named_and_a_resumed_run_waits_for_them(tmp_path, capsys, monkeypatch):
+def test_data_that_vanished_are_named_and_a_resumed_run_waits_for_them(tmp_path, capsys):
     shutil.copy(ROOT / "assets" / "digits.npz", tmp_path / "mine.npz")
-    add = train.Budget.add
-
-    def interrupted(budget):
-        add(budget)
-        if budget.steps == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Budget, "add", interrupted)
+    with interrupted_after(6):
         train.main([*SHORT, "--task", "npz", "--data", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "run")])
     (tmp_path / "mine.npz").rename(tmp_path / "elsewhere")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

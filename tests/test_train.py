@@ -20,6 +20,7 @@ import data
 import eval as evaluation
 import lora
 import train
+from tiny import interrupted_after
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -475,15 +476,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(method, stop, damaged, tmp_
     flags = ["--method", method, "--limit-train", 150, "--limit-eval", 60, "--steps", 26, "--batch-size", 8, "--rank", 4,
              "--dropout", 0.1, "--save-every", 2, "--eval-every", 9, "--log-every", 4, "--accumulate", 2]
     main(*flags, "--out", tmp_path / "whole")
-    add = train.Budget.add
-
-    def interrupted(budget):
-        add(budget)
-        if budget.steps == stop:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Budget, "add", interrupted)
+    with interrupted_after(stop):
         main(*flags, "--out", tmp_path / "parts")
     if damaged:
         newest = train.checkpoints(tmp_path / "parts")[0] / "state.safetensors"

@@ -1,7 +1,9 @@
 """A tiny stand-in for a model, settings and the training loop, so that tests of the policies take no time."""
 
+import contextlib
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -85,3 +87,18 @@ def train(model, allocator, s, data, first=1, optimizer=None, watch=None, clip=N
         if watch:
             watch(step, loss.detach())
     return optimizer
+
+
+@contextlib.contextmanager
+def interrupted_after(step):
+    """A place for a run that Ctrl-C stops at once in its optimizer step `step`; fails if it gets by."""
+    add = program.Budget.add
+
+    def interrupted(budget):
+        add(budget)
+        if budget.steps == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(program.Budget, "add", interrupted)
+        yield
