@@ -11,7 +11,6 @@ drives every policy in the same way and does not know which one it is:
 import hashlib
 import math
 import os
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lora
+from model import UserError, cache_folder
 
 
 class Allocator:
@@ -42,7 +42,7 @@ class Allocator:
         self.model, self.settings, self.steps = model, settings, steps
         started = lora.load_adapter(model, settings.adapter) if settings.adapter else {}  # method lora only
         if settings.adapter and not started:
-            raise lora.LoraError(f"--adapter {settings.adapter}: there is no matrix with an adapter in it to train")
+            raise UserError(f"--adapter {settings.adapter}: there is no matrix with an adapter in it to train")
         if started:
             settings.targets = sorted({name.split(".")[-1] for name in started}, key=lora.TARGETS.index)
             settings.dora = any(layer.magnitude is not None for layer in started.values())
@@ -166,7 +166,7 @@ class Direct(Allocator):
         self.trained = [p for name, p in model.named_parameters() if not (head and name.startswith("head."))
                         and (settings.method == "full" or name.endswith("bias"))]
         if not self.trained:
-            raise lora.LoraError(f"--method {settings.method}: a {model.family} model has no biases to train")
+            raise UserError(f"--method {settings.method}: a {model.family} model has no biases to train")
         self.device = self.trained[0].device
         self.size = torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
         self.current = torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -188,7 +188,7 @@ class AdaLora(Allocator):
     triplet may return at a later allocation; after the last one it is held at zero. Equation numbers are that paper's;
     where PEFT's AdaLoraModel differs (norms in `penalty` not squared, sensitivity taken after the optimizer's step),
     this is PEFT's way. t_init and t_final default to 10 % and 50 % of the run, about what the paper takes for GLUE.
-    Raises LoraError for a schedule that cannot work.
+    Raises UserError for a schedule that cannot work.
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
@@ -199,10 +199,10 @@ class AdaLora(Allocator):
         self.t_init = s.adalora_t_init or round(0.1 * self.steps)
         self.end = self.steps - (s.adalora_t_final or min(round(0.5 * self.steps), max(0, self.steps - 2)))
         if not 0 <= self.t_init < self.end <= self.steps or self.end < 2:
-            raise lora.LoraError(f"--adalora-t-init {self.t_init} and --adalora-t-final {self.steps - self.end} leave "
+            raise UserError(f"--adalora-t-init {self.t_init} and --adalora-t-final {self.steps - self.end} leave "
                                  f"no time to allocate in a run of {self.steps} steps; lower them or train longer")
         if min(s.adalora_init_ratio, s.adalora_delta_t) < 1:
-            raise lora.LoraError("--adalora-init-ratio and --adalora-delta-t must not be below 1")
+            raise UserError("--adalora-init-ratio and --adalora-delta-t must not be below 1")
         return dict.fromkeys(self.names, round(s.adalora_init_ratio * s.rank))
 
     def setup(self):
@@ -403,7 +403,7 @@ class WeightLora(Allocator):
     largest |omega| stay, those tied with the K-th included; `--weightlora-threshold end` does the second only after
     step T. Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and
     every other matrix is its plain frozen layer again. Ties that step T leaves go to the matrix that comes first in
-    the model. Raises LoraError for a K or T that cannot work.
+    the model. Raises UserError for a K or T that cannot work.
     """
 
     dynamic, saved = True, ("omega",)
@@ -413,13 +413,13 @@ class WeightLora(Allocator):
         self.keep = matrices_to_keep(s, len(self.names))
         self.warmup = s.weightlora_steps or min(max(5, round(0.005 * self.steps)), self.steps - 1)
         if not 2 <= self.warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
-            raise lora.LoraError(f"--weightlora-steps {self.warmup}: the warm-up takes at least 2 steps and has to end "
+            raise UserError(f"--weightlora-steps {self.warmup}: the warm-up takes at least 2 steps and has to end "
                                  f"before the run does, which has {self.steps}")
         self.init = "lora"  # of the warm-up: omega must not scale components of W
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
         small = [name for name in self.names if min(self.model.get_submodule(name).weight.shape) < self.final_rank]
         if small:
-            raise lora.LoraError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
+            raise UserError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
                                  "it has; choose a lower rank")
         return super().capacities()
 
@@ -488,10 +488,10 @@ class RandomLora(Allocator):
 
 
 def matrices_to_keep(settings, n):
-    """WeightLoRA's K, by default half of the n matrices (section 2); raises LoraError if there are not so many."""
+    """WeightLoRA's K, by default half of the n matrices (section 2); raises UserError if there are not so many."""
     keep = settings.weightlora_keep or max(1, n // 2)
     if not 1 <= keep <= n:
-        raise lora.LoraError(f"--weightlora-keep {keep}: there are {n} target matrices; choose 1 to {n} (0 = half)")
+        raise UserError(f"--weightlora-keep {keep}: there are {n} target matrices; choose 1 to {n} (0 = half)")
     return keep
 
 
@@ -519,7 +519,7 @@ class LeLora(Allocator):
         for name in self.names:
             m = min(self.model.get_submodule(name).weight.shape)
             if m // 2 + R > m - R:
-                raise lora.LoraError(f"--lelora-dims (or --rank) {R}: the three windows of {name} overlap, as it has "
+                raise UserError(f"--lelora-dims (or --rank) {R}: the three windows of {name} overlap, as it has "
                                      f"{m} singular components; use at most {(m - m // 2) // 2}")
         return {name: 3 * R for name in self.names}
 
@@ -661,10 +661,10 @@ def candidates(s):
     except ValueError:
         dims = []
     if not dims or dims[0] < 0 or dims[-1] == 0:
-        raise lora.LoraError(f"--lelora-dims {s.lelora_dims}: expected numbers from 0 up, one above 0, such as 0,2,4,8")
+        raise UserError(f"--lelora-dims {s.lelora_dims}: expected numbers from 0 up, one above 0, such as 0,2,4,8")
     named = s.lelora_locations or WINDOWS
     if set(named) - set(WINDOWS):
-        raise lora.LoraError(f"--lelora-locations {','.join(named)}: choose from {','.join(WINDOWS)}")
+        raise UserError(f"--lelora-locations {','.join(named)}: choose from {','.join(WINDOWS)}")
     locations = [w for w in WINDOWS if w in named]
     return dims[-1:] if s.lelora_ablate == "location" else dims, ["first"] if s.lelora_ablate == "rank" else locations
 
@@ -681,7 +681,7 @@ def singular_windows(weight, R):
     """
     key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
     key.update(f"{tuple(weight.shape)} {weight.dtype} {R}".encode())
-    folder = Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora") / "svd"
+    folder = cache_folder() / "svd"
     file = folder / f"{key.hexdigest()}.safetensors"
     try:
         stored = load_file(file, device=str(weight.device))

@@ -49,6 +49,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from model import UserError
 from train import say, setting
 
 PEFT = ("lora", "adalora", "dora")  # methods that PEFT has, too
@@ -114,7 +115,7 @@ def folder_for(b):
 
 def base_model(b, folder):
     """The frozen model that all contenders share, and its task's kind; settles --targets."""
-    decoder = models.find_config(folder, b.init_weights)[0].family not in ("bert", "roberta", "vit")
+    decoder = models.find_config(folder, b.init_weights)[0].kind == "decoder"
     head, labels = ("lm", None) if decoder else ("classify", 2)
     base = models.load(folder, head, labels, getattr(torch, b.dtype), b.device, b.init_weights, b.seed)
     b.targets = b.targets or train.default_targets(decoder)
@@ -477,7 +478,7 @@ def measure_alone(b, name, **changes):
     settings = json.dumps(dataclasses.asdict(b) | changes)
     done = subprocess.run([sys.executable, __file__, "one", name, settings], capture_output=True, text=True)
     if done.returncode:
-        raise evaluation.SettingError(f"{name}: its own process failed: {last_line(done.stderr)}")
+        raise UserError(f"{name}: its own process failed: {last_line(done.stderr)}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -584,7 +585,7 @@ def inference(b):
 def variant(b, base, kind, name):
     """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging does something."""
     if kind != "lm":
-        raise evaluation.SettingError(f"--model {b.model}: inference generates text: choose a decoder, as llama2-7b")
+        raise UserError(f"--model {b.model}: inference generates text: choose a decoder, as llama2-7b")
     model = own_copy(base).eval()
     if name == "base":
         return model
@@ -658,7 +659,7 @@ def predict(b, config, head, method="lora", shards=1, checkpointing=False):
 def memory(b):
     """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
     if b.dropout:
-        raise evaluation.SettingError("--dropout: the memory model is without dropout")
+        raise UserError("--dropout: the memory model is without dropout")
     points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 8, 256),
               ("llama2-7b", 1, 2, 128)]
     rows = []
@@ -707,8 +708,8 @@ def epoch(b):
                 (Path(folder) / file.name).symlink_to(file.resolve())
         s = settings_for(b, "lora", model=folder, task=b.task, data=b.data, epochs=1.0, out=out)
         task = train.settle(s, models.read_config(folder))
-        encoder = evaluation.Encoder(s, task)
-        split = encoder.training(data.read(task, b.data, "train", b.limit_train))
+        processor = evaluation.processor_for(s, task)
+        split = processor.training(data.read(task, b.data, "train", b.limit_train), s.max_length)
         base = evaluation.load_model(s, task)
         b.targets, model = s.targets, own_copy(base)
         allocator = allocators.METHODS["lora"](model, s, train.total_steps(s, split))
@@ -719,7 +720,7 @@ def epoch(b):
         if b.peft and contender_names(b, ["lora"])[-1] == "peft/lora":
             import transformers
             tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token=next(
-                t for t in ("<pad>", "[PAD]") if encoder.tokenizer.backend.token_to_id(t) is not None))
+                t for t in ("<pad>", "[PAD]") if processor.tokenizer.backend.token_to_id(t) is not None))
             args = transformers.TrainingArguments(out, num_train_epochs=1, per_device_train_batch_size=b.batch_size,
                                                   learning_rate=s.lr, save_strategy="no", report_to=[], seed=s.seed,
                                                   use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16",
@@ -771,7 +772,7 @@ class Run:
         self.flags = [*flags, "--task", task, "--seed", str(seed)]
         self.s = settings_of(self.flags)
         if self.s.out or self.s.resume:
-            raise evaluation.SettingError("--out and --resume are the comparison's own; leave them out")
+            raise UserError("--out and --resume are the comparison's own; leave them out")
         self.settings = {k: v for k, v in vars(self.s).items() if v != getattr(train.Settings, k)}
         self.plain = self.s.method == "lora" and not self.settings.keys() & VARIED
         self.key = json.dumps(self.settings, sort_keys=True)
@@ -824,10 +825,10 @@ def settings_of(flags):
 
 
 def check_shared(flags):
-    """Raises SettingError for flags that differ between the runs of a comparison."""
+    """Raises UserError for flags that differ between the runs of a comparison."""
     for flag, instead in {"--method": "--methods", "--task": "--tasks", "--seed": "--seeds"}.items():
         if flag in flags:
-            raise evaluation.SettingError(f"{flag} differs between the runs that are compared: use {instead}")
+            raise UserError(f"{flag} differs between the runs that are compared: use {instead}")
 
 
 def finished(results):
@@ -906,7 +907,7 @@ def numbers_of(line, column):
 def scores(runs, done, metric=None):
     """({task: metric}, {(row, column): {seed: number}}) of the runs that are done; columns are the tasks, and average.
 
-    `metric` None takes each task's headline. Raises SettingError for one that a run does not have.
+    `metric` None takes each task's headline. Raises UserError for one that a run does not have.
     """
     tasks = list(dict.fromkeys(column for run in runs for column in run.columns))
     found = {(run.row, column, run.seed): numbers_of(done[run.key], column) or {}
@@ -919,7 +920,7 @@ def scores(runs, done, metric=None):
             value = numbers[metrics[task]]
             values[row, task][seed] = math.nan if value is None else value  # JSON has no nan
         elif metric:
-            raise evaluation.SettingError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
+            raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
     for row, column in values:
         if column == "average":
             seeds = sorted(set.intersection(*(set(values[row, task]) for task in tasks)))
@@ -996,10 +997,10 @@ def matched(runs, q):
 
     A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. full and
-    bitfit have no rank. Raises SettingError without the row `lora`.
+    bitfit have no rank. Raises UserError without the row `lora`.
     """
     if not any(run.row == "lora" for run in runs):
-        raise evaluation.SettingError("--match-budget compares with uniform LoRA: add lora to --methods")
+        raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
     told, tried = {}, {}
     for run in runs:
         if (run.row, run.task) not in told:
@@ -1023,7 +1024,7 @@ def matched(runs, q):
                 tried.setdefault(place, {})[ranks[place]] = done[trial.key]["trainable_params"]["mean"]
         lost = [task for _, task in told if ("lora", task) not in tried]
         if lost:
-            raise evaluation.SettingError(f"--match-budget: uniform LoRA's run on {lost[0]} failed; see above")
+            raise UserError(f"--match-budget: uniform LoRA's run on {lost[0]} failed; see above")
         off = {place: {rank: size / next(iter(tried["lora", place[1]].values())) - 1 for rank, size in sizes.items()}
                for place, sizes in tried.items()}
         for place, by_rank in off.items():
@@ -1068,10 +1069,10 @@ def published(argv):
                        + f"; lacks {t.get('lacks')}" * ("lacks" in t) + "\n" for key, t in tables.items())
         return text, {"tables": list(tables)}
     if name not in tables:
-        raise evaluation.SettingError(f"table {name}: there is no such one; there are {', '.join(tables)}")
+        raise UserError(f"table {name}: there is no such one; there are {', '.join(tables)}")
     t = tables[name] | (tables[name].get("small", {}) | {"task_flags": {}} if q.small else {})
     if q.small and "small" not in t:
-        raise evaluation.SettingError(f"table {name} has no small version; leave out --small")
+        raise UserError(f"table {name} has no small version; leave out --small")
     text = f"{t['paper']}: {t['title']}\n" + "".join(f"{t[key]}\n" for key in ("note", "lacks", "command") if key in t)
     paper = {row["row"]: row.get("paper", {}) for row in t["rows"]}
     runs, seeds = [], q.seeds or t.get("seeds", 5)
@@ -1117,7 +1118,7 @@ COMMANDS = {"speed": speed, "scaling": scaling, "inference": inference, "memory"
 
 
 def settle(b, command):
-    """Fill what depends on the machine; raises SettingError for what cannot work."""
+    """Fill what depends on the machine; raises UserError for what cannot work."""
     b.device = evaluation.auto_device() if b.device == "auto" else b.device
     evaluation.check_device(b.device)
     cuda = b.device.startswith("cuda")
@@ -1131,10 +1132,10 @@ def settle(b, command):
         wrong = [value for value in getattr(b, name) or () if value not in known]
         if wrong:
             choices = ", ".join([*known, *["all"] * (name == "methods")])
-            raise evaluation.SettingError(f"--{name} {wrong[0]}: choose from {choices}")
+            raise UserError(f"--{name} {wrong[0]}: choose from {choices}")
     evaluation.check_least(vars(b), batch_size=1, length=4, rank=1, rounds=1, warmup=3, shards=1, layers=0)
     if not 0 <= b.dropout < 1 or not 0.5 <= b.fill <= 1:
-        raise evaluation.SettingError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
+        raise UserError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
 
 
 def main(argv=None):

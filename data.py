@@ -34,9 +34,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
-class DataError(ValueError):
-    """Something about the data that its user can mend; the message is one line: file, line, what is wrong, remedy."""
+from model import UserError, cache_folder
 
 
 note = functools.cache(logging.getLogger("data").warning)  # to stderr, each distinct message once per process
@@ -45,19 +43,19 @@ note = functools.cache(logging.getLogger("data").warning)  # to stderr, each dis
 # -------------------------------------------------------------------------------------------------- text, tables, JSON
 
 def read_text(path):
-    """Return a file's text without byte-order mark, a .gz file's unpacked. DataError: missing, empty, not UTF-8."""
+    """Return a file's text without byte-order mark, a .gz file's unpacked. UserError: missing, empty, not UTF-8."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             text = file.read().decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file: check --data") from None
+        raise UserError(f"{path}: no such file: check --data") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: a broken archive ({error}): fetch it again") from None
+        raise UserError(f"{path}: a broken archive ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: byte {error.start} is not UTF-8: convert the file") from None
+        raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8: convert the file") from None
     if not text.strip():
-        raise DataError(f"{path}: the file is empty: fetch or write it again")
+        raise UserError(f"{path}: the file is empty: fetch or write it again")
     return text
 
 
@@ -80,9 +78,9 @@ def read_table(path, header=None, skip_short=False):
             elif len(cells) < len(header) and skip_short:
                 skipped += 1
             else:
-                raise DataError(f"{path} line {number}: {len(cells)} columns, expected {len(header)}: mend the row")
+                raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(header)}: mend the row")
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
+        raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
     if skipped:
         note(f"{path}: skipped {skipped} short row{'s' * (skipped > 1)}")
 
@@ -96,11 +94,11 @@ def read_json(path):
             value = json.loads(part) if part.strip() else []
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             line = number + getattr(error, "lineno", 1) - 1
-            raise DataError(f"{path} line {line}: not JSON ({error}): mend the file") from None
+            raise UserError(f"{path} line {line}: not JSON ({error}): mend the file") from None
         for row, item in enumerate(value if isinstance(value, list) else [value], 1):
             where = f"{path} {f'row {row}' if isinstance(value, list) else f'line {number}'}"
             if not isinstance(item, dict):
-                raise DataError(f"{where}: {type(item).__name__}, expected an object with named values: mend the file")
+                raise UserError(f"{where}: {type(item).__name__}, expected an object with named values: mend the file")
             yield where, item
 
 
@@ -110,20 +108,15 @@ def read_settings(path):
 
 
 def get(row, key, where, kinds=str):
-    """Return row[key]. DataError: missing, of another type, half a surrogate pair (which no tokenizer takes)."""
+    """Return row[key]. UserError: missing, of another type, half a surrogate pair (which no tokenizer takes)."""
     if key not in row:
-        raise DataError(f"{where}: no column {key!r} (there are {str([*row])[:200]}): add or rename it")
+        raise UserError(f"{where}: no column {key!r} (there are {str([*row])[:200]}): add or rename it")
     if not isinstance(row[key], kinds) or isinstance(row[key], str) and re.search("[\ud800-\udfff]", row[key]):
-        raise DataError(f"{where}: {key!r} is {type(row[key]).__name__} {str(row[key])[:40]!a}, no valid text: mend it")
+        raise UserError(f"{where}: {key!r} is {type(row[key]).__name__} {str(row[key])[:40]!a}, no valid text: mend it")
     return row[key]
 
 
 # -------------------------------------------------------------------------------------------- where files are, fetching
-
-def cache():
-    """Return the folder that fetched data is kept in: $RANKS_CACHE, else ~/.cache/adaptive-lora."""
-    return Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora")
-
 
 def find_files(task, data, split):
     """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits."""
@@ -138,15 +131,15 @@ def find_files(task, data, split):
 def locate(task, data, split):
     """Return the paths of a split's files, fetched into the cache where data is None and they are not there."""
     if data is None and not task.sources:
-        raise DataError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
+        raise UserError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
     if data is None:
         fetch(task, split)
-    paths = find_files(task, data or cache(), split)
+    paths = find_files(task, data or cache_folder(), split)
     if not paths:
         known = any(wanted in ("", split) for wanted, _, _ in task.sources)
         remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
-        path = Path(data or cache(), task.folder, task.files[split][0])
-        raise DataError(f"{path}: no such file: correct --data{remedy}")
+        path = Path(data or cache_folder(), task.folder, task.files[split][0])
+        raise UserError(f"{path}: no such file: correct --data{remedy}")
     return paths
 
 
@@ -155,7 +148,7 @@ def held_out(task, data, split, rows):
 
     These are the last rows of instructions, otherwise evenly spread ones: files are often sorted by label.
     """
-    if find_files(task, data or cache(), "train") != find_files(task, data or cache(), "dev"):
+    if find_files(task, data or cache_folder(), "train") != find_files(task, data or cache_folder(), "dev"):
         return rows
     rows, last = list(rows), task.kind == "lm"
     count = min(math.ceil(len(rows) / 10), 1000)
@@ -168,15 +161,15 @@ def held_out(task, data, split, rows):
 def fetch(task, split):
     """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place."""
     for wanted, address, sha256 in task.sources:
-        path = cache() / task.folder / address.rpartition("/")[2]
+        path = cache_folder() / task.folder / address.rpartition("/")[2]
         verb = "unpack" if path.name.endswith((".zip", ".tar.gz")) else "put"
-        there = find_files(task, cache(), split) if verb == "unpack" else path.is_file()
+        there = find_files(task, cache_folder(), split) if verb == "unpack" else path.is_file()
         if wanted not in ("", split) or there:
             continue
         try:
             download(address, path, sha256)
         except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
+            raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
                             f"{verb} it into {path.parent}, or name a folder with its files by --data") from None
         if verb == "unpack":
             unpack(path, {f"{task.folder}/{file}": path.with_name(file) for file in sum(task.files.values(), ())})
@@ -191,7 +184,8 @@ def download(address, path, sha256=None):
     mirror = os.environ.get("RANKS_MIRROR")
     url = mirror.rstrip("/") + "/" + address.removeprefix("https://") if mirror else address
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, book, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), cache() / "checksums.json", hashlib.sha256()
+    part, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()
+    book = cache_folder() / "checksums.json"
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
@@ -200,12 +194,12 @@ def download(address, path, sha256=None):
                     file.write(block)
                     digest.update(block)
         if size and part.stat().st_size != size:
-            raise DataError(f"{url}: the connection ended at {part.stat().st_size} of {size} bytes: run this again")
+            raise UserError(f"{url}: the connection ended at {part.stat().st_size} of {size} bytes: run this again")
         known, found = read_settings(book), digest.hexdigest()
         expected = sha256 or known.get(address, found)
         if found != expected:
             remedy = "fetch it again" if sha256 else f"if you trust it, remove its line from {book}"
-            raise DataError(f"{url}: SHA-256 is {found}, not {expected}: the file is damaged or has changed: {remedy}")
+            raise UserError(f"{url}: SHA-256 is {found}, not {expected}: the file is damaged or has changed: {remedy}")
         os.replace(part, path)
         if not sha256:
             part.write_text(json.dumps({**known, address: found}, indent=1))
@@ -227,18 +221,18 @@ def unpack(archive, wanted, limit=4 << 30):
                 name = (member.name if tar else member.filename).replace("\\", "/")
                 plain = member.isfile() if tar else stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
                 if name.startswith("/") or ".." in name.split("/") or ":" in name or (name in wanted and not plain):
-                    raise DataError(f"{archive}: refused: member {name[:80]!r} is a link or leaves its folder")
+                    raise UserError(f"{archive}: refused: member {name[:80]!r} is a link or leaves its folder")
                 if name in wanted:
                     found[name] = member
             if sum(member.size if tar else member.file_size for member in found.values()) > limit:
-                raise DataError(f"{archive}: refused: it unpacks to more than {limit} bytes")
+                raise UserError(f"{archive}: refused: it unpacks to more than {limit} bytes")
             for name, member in found.items():
                 part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
                 with (file.extractfile if tar else file.open)(member) as source, open(part, "wb") as target:
                     shutil.copyfileobj(source, target)
                 os.replace(part, wanted[name])
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{archive}: a broken archive ({error}): run the command again") from None
+        raise UserError(f"{archive}: a broken archive ({error}): run the command again") from None
     finally:
         archive.unlink()
 
@@ -275,7 +269,7 @@ def read_instructions(task, data, split):
             if row["answer"].strip():
                 yield where, row
             elif not task.sources:
-                raise DataError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
+                raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
             else:
                 skipped += 1    # Alpaca and UltraFeedback were published with some
         if skipped:
@@ -312,7 +306,7 @@ def read_arrays(task, data, split):
     if path.suffix == ".bin":
         raw = np.fromfile(path, np.uint8)
         if raw.size == 0 or raw.size % 3074:
-            raise DataError(f"{path}: {raw.size} bytes, no multiple of 3074: fetch the binary version again")
+            raise UserError(f"{path}: {raw.size} bytes, no multiple of 3074: fetch the binary version again")
         raw = raw.reshape(-1, 3074)  # coarse label, fine label (which we use), 3 x 32 x 32 pixels
         arrays = {"images": raw[:, 2:].reshape(-1, 3, 32, 32), "labels": raw[:, 1]}
     else:
@@ -320,17 +314,17 @@ def read_arrays(task, data, split):
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
         except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
+            raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
         if "x_train" in arrays:
             keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
     images, labels = (get(arrays, key, path, np.ndarray) for key in keys)
     if images.ndim not in (3, 4) or len(images) != labels.size or labels.dtype.kind not in "iuU":
-        raise DataError(f"{path}: {keys[0]} {images.shape} and {keys[1]} {labels.shape} {labels.dtype}: expected "
+        raise UserError(f"{path}: {keys[0]} {images.shape} and {keys[1]} {labels.shape} {labels.dtype}: expected "
                         "(N, H, W) or (N, H, W, C), and N whole numbers or names: write the file again")
     chosen = range(len(images))
     if keys[0] == "images" and "split" in arrays:
         if arrays["split"].shape != labels.shape:
-            raise DataError(f"{path}: split has shape {arrays['split'].shape}, expected {labels.shape}: write it again")
+            raise UserError(f"{path}: split has shape {arrays['split'].shape}, expected {labels.shape}: write it again")
         chosen = np.flatnonzero((arrays["split"] != 0) == (split != "train"))
     elif keys[0] == "images":
         chosen = held_out(task, data, split, chosen)
@@ -346,7 +340,7 @@ def read_image_folder(task, data, split):
     names = ("train",) if split == "train" else ("dev", "val", "valid", "test")
     root = next((Path(data, name) for name in names if data and Path(data, name).is_dir()), None)
     if root is None:
-        raise DataError(f"{data}: no folder {' or '.join(names)}: --data must name one with train/<class>/<images>, "
+        raise UserError(f"{data}: no folder {' or '.join(names)}: --data must name one with train/<class>/<images>, "
                         "dev/<class>/<images>")
     for path in sorted(path for path in root.glob("*/*") if not path.name.startswith(".")):
         try:
@@ -357,9 +351,9 @@ def read_image_folder(task, data, split):
                 with Image.open(path) as image:
                     pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
         except ImportError:
-            raise DataError(f"{path}: reading images needs Pillow: pip install pillow, or store .npy arrays") from None
+            raise UserError(f"{path}: reading images needs Pillow: pip install pillow, or store .npy arrays") from None
         except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise DataError(f"{path}: not an image ({error}): remove or convert it") from None
+            raise UserError(f"{path}: not an image ({error}): remove or convert it") from None
         yield str(path), {"pixels": channels_first(pixels, path), "label": path.parent.name}
 
 
@@ -369,7 +363,7 @@ def channels_first(pixels, where):
         return pixels[None]
     if pixels.dtype == np.uint8 and pixels.ndim == 3 and {1, 3} & {pixels.shape[0], pixels.shape[2]}:
         return pixels.transpose(2, 0, 1) if pixels.shape[2] in (1, 3) else pixels
-    raise DataError(f"{where}: {pixels.dtype} {pixels.shape}, expected uint8 (H, W) or (H, W, C) with 1 or 3 channels")
+    raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected uint8 (H, W) or (H, W, C) with 1 or 3 channels")
 
 
 # -------------------------------------------------------------------------------------------------- prompts and answers
@@ -402,7 +396,7 @@ def instruction(task, where, row):
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
     if asks is None:
         expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
-        raise DataError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
+        raise UserError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
     extra = row.get("input") and get(row, "input", where)
     if "test_list" in row:
         extra = get(dict(enumerate(get(row, "test_list", where, list))), 0, where)
@@ -417,7 +411,7 @@ def instruction(task, where, row):
     if not target or not callable(words) and target not in words:
         expected = ("a number after ####" if words is last_number else "one in \\boxed{}" if words is final_answer else
                     " or ".join(words))
-        raise DataError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
+        raise UserError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
     return {**result, "target": target, "answers": words}
 
 
@@ -654,11 +648,11 @@ def find_task(name, data=None, labels=None):
     """Return the task with what depends on its files filled in.
 
     labels: an earlier run's Task.labels; without them a task of the user's own gets its training rows' labels, sorted.
-    `commonsense` gets the tests that are there as eval_splits. DataError: unknown name, unreadable training file.
+    `commonsense` gets the tests that are there as eval_splits. UserError: unknown name, unreadable training file.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
-        raise DataError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}")
+        raise UserError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}")
     task = TASKS[name]
     if name == "commonsense":
         there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
@@ -679,17 +673,17 @@ def read(task, data=None, split="train", limit=0):
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     if limit < 0:
-        raise DataError(f"limit {limit}: a number of rows cannot be negative: use 0 for all of them")
+        raise UserError(f"limit {limit}: a number of rows cannot be negative: use 0 for all of them")
     if split == "train" and "train" not in (task.files or ["train"]):
-        raise DataError(f"{task.name} has no training set: train on another task, then eval.py RUN --task {task.name}")
+        raise UserError(f"{task.name} has no training set: train on another task, then eval.py RUN --task {task.name}")
     if split not in ("train", "dev", *task.eval_splits):
-        raise DataError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
+        raise UserError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
     index, (low, high), rows = {label: i for i, label in enumerate(task.labels)}, task.span, []
     for where, row in task.reader(task, data, split):
         if task.kind in ("classify", "image"):
             if row["label"] not in index:
                 known = str([*task.labels])[:200]
-                raise DataError(f"{where}: label {row['label'][:40]!r} is none of {known}: mend or remove the row")
+                raise UserError(f"{where}: label {row['label'][:40]!r} is none of {known}: mend or remove the row")
             row["label"] = index[row["label"]]
         elif task.kind == "regress":
             try:
@@ -697,15 +691,15 @@ def read(task, data=None, split="train", limit=0):
             except ValueError:
                 score = math.nan
             if not (low <= score <= high and math.isfinite(score)):
-                raise DataError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
+                raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
             row["label"] = score
         if task.kind == "image" and rows and row["pixels"].shape != rows[0]["pixels"].shape:
-            raise DataError(f"{where}: shape {row['pixels'].shape} after {rows[0]['pixels'].shape}: make all alike")
+            raise UserError(f"{where}: shape {row['pixels'].shape} after {rows[0]['pixels'].shape}: make all alike")
         rows.append(row)
     if not rows:
-        raise DataError(f"{data or task.name}: no {split} rows: check the files")
+        raise UserError(f"{data or task.name}: no {split} rows: check the files")
     if split == "train" and task.kind in ("classify", "image") and len({row["label"] for row in rows}) < 2:
-        raise DataError(f"{data or task.name}: all labels are {task.labels[rows[0]['label']]!r}: add another class")
+        raise UserError(f"{data or task.name}: all labels are {task.labels[rows[0]['label']]!r}: add another class")
     return rows[:limit or None]
 
 
@@ -719,15 +713,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder):
-        """Read tokenizer.json and the JSON files that name special tokens. DataError: missing or broken."""
+        """Read tokenizer.json and the JSON files that name special tokens. UserError: missing or broken."""
         self, path = cls(), Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise DataError(f"{path}: no such file: make it with transformers: AutoTokenizer.from_pretrained"
+            raise UserError(f"{path}: no such file: make it with transformers: AutoTokenizer.from_pretrained"
                             f"({str(folder)!r}).save_pretrained({str(folder)!r})")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific
-            raise DataError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
+            raise UserError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
         self.backend.no_padding()
         self.backend.no_truncation()
         names, config, generation = (read_settings(path.with_name(name)) for name in (
@@ -761,7 +755,7 @@ class Tokenizer:
         """
         if max_length is not None:
             if max_length <= self.backend.num_special_tokens_to_add(pairs is not None):
-                raise DataError(f"max length {max_length} leaves no room for text: use at least 8")
+                raise UserError(f"max length {max_length} leaves no room for text: use at least 8")
             self.backend.enable_truncation(max_length)
         ids, types = [], []
         for start in tqdm(range(0, len(texts), 4096), "tokenizing", leave=False, disable=len(texts) < 10_000):
@@ -801,6 +795,34 @@ class Split:
         return len(self.lengths)
 
 
+class Processor:
+    """Turns rows into Splits with a model's own preprocessing: its tokenizer, or its image settings.
+
+    `folder` holds the model's files; None, for images only, is a model without any, of `image_size` (channels, height,
+    width).
+    """
+
+    def __init__(self, task, folder, image_size):
+        self.task, self.folder, self.tokenizer, self.image = task, folder, None, None
+        if task.kind != "image":
+            self.tokenizer = Tokenizer.from_folder(folder)
+        elif folder:
+            self.image = image_settings(folder)
+        else:
+            channels, *size = image_size
+            self.image = {"size": tuple(size), "channels": channels, "mean": 0.5, "std": 0.5}
+
+    def training(self, rows, max_length):
+        """Split of training rows, cut to `max_length`."""
+        return encode(self.task, rows, self.tokenizer, max_length, self.image)
+
+    def evaluation(self, s):
+        """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
+        length = None if self.task.new_tokens else s.max_length
+        return {name: encode(self.task, read(self.task, s.data, name, s.limit_eval), self.tokenizer, length, self.image)
+                for name in self.task.eval_splits}
+
+
 def image_settings(folder):
     """Return a ViT checkpoint's size, channels (config.json), mean and std (preprocessor_config.json, default 0.5)."""
     config, processor = (read_settings(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
@@ -809,7 +831,7 @@ def image_settings(folder):
     mean, std = (values if isinstance(values, list) else [values] for values in (mean, std))
     numbers = all(type(n) in (int, float) and abs(n) < 1e6 for n in mean + std)
     if not numbers or not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
-        raise DataError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
+        raise UserError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
     mean, std = (torch.tensor(values).float().view(-1, 1, 1) for values in (mean, std))
     return dict(size=tuple(size) if isinstance(size, list) else (size, size), channels=channels, mean=mean, std=std)
 
@@ -833,12 +855,12 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
         return Split(task.kind, rows, [len(ids) for ids in tokens], labels, tokens, types if tokenizer.types else None,
                      pad_id=tokenizer.pad_id)
     if tokenizer.eos_id is None:
-        raise DataError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
+        raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
     asked, answers = (tokenizer.encode([row[key] for row in rows], special=False)[0] for key in ("prompt", "answer"))
     starts = [len(tokenizer.prefix) + len(ids) for ids in asked]
     keep = [i for i, start in enumerate(starts) if max_length is None or start < max_length]
     if not keep:
-        raise DataError(f"{task.name}: no row has its answer within max length {max_length}: raise it")
+        raise UserError(f"{task.name}: no row has its answer within max length {max_length}: raise it")
     if len(keep) < len(rows):
         note(f"{task.name}: dropped {len(rows) - len(keep)} of {len(rows)} rows, no answer within length {max_length}")
     tokens = [np.concatenate((tokenizer.prefix, asked[i], answers[i], [tokenizer.eos_id])).astype(np.int32)[:max_length]

@@ -29,10 +29,7 @@ from tqdm import tqdm
 import data
 import lora
 import model as models
-
-
-class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message is one line for the user."""
+from model import UserError
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -263,58 +260,40 @@ def auto_device():
 
 
 def check_least(settings, **least):
-    """Raises SettingError for a number in the dict `settings` that is below its least."""
+    """Raises UserError for a number in the dict `settings` that is below its least."""
     for name, low in least.items():
         if settings.get(name, low) < low:
-            raise SettingError(f"--{name.replace('_', '-')} {settings[name]}: must be at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]}: must be at least {low}")
 
 
 def check_device(device):
-    """Raises SettingError unless `device` is a CPU or a GPU that is there."""
+    """Raises UserError unless `device` is a CPU or a GPU that is there."""
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
 
 
-class Encoder:
-    """Turns rows into Splits with the tokenizer or the image settings of the run's model.
+def scoring(s, task):
+    """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
+    score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
+    if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
+        raise UserError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
+    if task.sample and samples is None:
+        raise UserError(f"{task.name} is scored by another program; name the file for its input by --samples")
+    if samples is not None and (score == "likelihood" or not task.new_tokens):
+        raise UserError(f"--samples: --task {task.name} --score {score} generates no text; leave it out")
+    return {"score": score, "samples": samples}
 
-    `scoring` is how the settings have answers scored, keyword arguments of `evaluate`; SettingError if that cannot be.
-    """
 
-    def __init__(self, s, task):
-        self.s, self.task = s, task
-        score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
-        if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
-            raise SettingError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
-        if task.sample and samples is None:
-            raise SettingError(f"{task.name} is scored by another program; name the file for its input by --samples")
-        if samples is not None and (score == "likelihood" or not task.new_tokens):
-            raise SettingError(f"--samples: --task {task.name} --score {score} generates no text; leave it out")
-        self.scoring = {"score": score, "samples": samples}
-        config, self.folder = models.find_config(s.model, s.init_weights)
-        self.tokenizer = self.image = None
-        if task.kind != "image":
-            self.folder = self.folder or models.resolve(s.model, weights=False)
-            self.tokenizer = data.Tokenizer.from_folder(self.folder)
-        elif self.folder:
-            self.image = data.image_settings(self.folder)
-        else:  # a named architecture without files
-            channels, *size = config.image_size
-            self.image = {"size": tuple(size), "channels": channels, "mean": 0.5, "std": 0.5}
-
-    def training(self, rows):
-        """Split of training rows, cut to --max-length."""
-        return data.encode(self.task, rows, self.tokenizer, self.s.max_length, self.image)
-
-    def evaluation(self):
-        """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
-        length = None if self.task.new_tokens else self.s.max_length
-        return {name: data.encode(self.task, data.read(self.task, self.s.data, name, self.s.limit_eval), self.tokenizer,
-                                  length, self.image) for name in self.task.eval_splits}
+def processor_for(s, task):
+    """The data.Processor of the run's model: its tokenizer, or its image settings."""
+    config, folder = models.find_config(s.model, s.init_weights)
+    if task.kind != "image":
+        folder = folder or models.resolve(s.model, weights=False)
+    return data.Processor(task, folder, config.image_size)
 
 
 def evaluate_run(folder, splits=None, shard=None, **changes):
@@ -323,15 +302,15 @@ def evaluate_run(folder, splits=None, shard=None, **changes):
     `splits` spares reading the data again; `shard(model, device)` spreads a model over the processes of a run, all of
     which then call this; the rest is as in `load_run`.
     """
-    s, task, encoder, model = load_run(folder, changes, shard)
-    return evaluate_splits(model, task, splits or encoder.evaluation(), s.batch_size, encoder.tokenizer,
-                           **encoder.scoring)
+    s, task, processor, model = load_run(folder, changes, shard)
+    return evaluate_splits(model, task, splits or processor.evaluation(s), s.batch_size, processor.tokenizer,
+                           **scoring(s, task))
 
 
 def load_run(folder, changes, shard=None):
-    """A run folder's (settings, task, Encoder, model): a freshly loaded base with the run's adapter, or its own model.
+    """A run folder's (settings, task, Processor, model): a fresh base with the run's adapter, or the run's own model.
 
-    `changes` replace settings of the run, such as device, batch_size or data. Raises SettingError when the folder is
+    `changes` replace settings of the run, such as device, batch_size or data. Raises UserError when the folder is
     not a finished run.
     """
     folder = Path(folder)
@@ -342,7 +321,8 @@ def load_run(folder, changes, shard=None):
         print(f"note: the run's device {s.device} is not here: evaluating on the CPU", file=sys.stderr)
         s.device = "cpu"
     check_device(s.device)
-    encoder = Encoder(s, task)
+    scoring(s, task)  # complain before the model is loaded
+    processor = processor_for(s, task)
     if (folder / "model").is_dir():
         where = {"model": str(folder / "model"), "init_weights": "checkpoint"}
         model = load_model(SimpleNamespace(**vars(s) | where), task)
@@ -352,8 +332,8 @@ def load_run(folder, changes, shard=None):
         if shard:
             shard(model, s.device)
     else:
-        raise SettingError(f"{folder}: neither adapter/ nor model/ in it; did the run finish?")
-    return s, task, encoder, model
+        raise UserError(f"{folder}: neither adapter/ nor model/ in it; did the run finish?")
+    return s, task, processor, model
 
 
 def read_run(folder, changes=None):
@@ -367,20 +347,20 @@ def read_run(folder, changes=None):
             raise ValueError("a number is missing")
         return SimpleNamespace(**run["settings"] | (changes or {})), run["labels"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
+        raise UserError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
 
 
-def save_model(model, encoder, folder):
+def save_model(model, processor, folder):
     """Write the plain model as a whole checkpoint folder, with its base's tokenizer or image processor."""
     raw = model.config.raw
-    if model.head_kind == "classify" and encoder.tokenizer and raw.get("pad_token_id") is None:
-        raw["pad_token_id"] = encoder.tokenizer.pad_id  # without it transformers' decoders classify one text at a time
-    with lora.whole_folder(folder) as part:
+    if model.head_kind == "classify" and processor.tokenizer and raw.get("pad_token_id") is None:
+        raw["pad_token_id"] = processor.tokenizer.pad_id  # else transformers' decoders classify one text at a time
+    with models.whole_folder(folder) as part:
         models.save(model, part)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                      "preprocessor_config.json", "generation_config.json"):
-            if encoder.folder and (encoder.folder / name).is_file():
-                shutil.copy(encoder.folder / name, part)
+            if processor.folder and (processor.folder / name).is_file():
+                shutil.copy(processor.folder / name, part)
 
 
 def merge(folder, out, changes):
@@ -391,11 +371,11 @@ def merge(folder, out, changes):
     """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out}: exists and is not empty; choose another folder or remove it")
-    _, _, encoder, model = load_run(folder, {"device": "cpu"} | changes)
+        raise UserError(f"{out}: exists and is not empty; choose another folder or remove it")
+    _, _, processor, model = load_run(folder, {"device": "cpu"} | changes)
     for layer in lora.adapters(model).values():
         layer.merge()
-    save_model(model, encoder, out)
+    save_model(model, processor, out)
     return out
 
 
@@ -497,12 +477,12 @@ def plot(*folders):
     what is no finished run is left out): quality.png has the headline metric over trainable parameters; ranks.png the
     final ranks; sparsity.png La-LoRA's ranks and sparsity (its Fig. 4); selection.png how alike the seeds' choices of
     matrices are (WeightLoRA's Fig. 5); memory.png memory and time over adapters kept (its Figs. 6-8); choices.png
-    LeLoRA's windows and dimensions (its Fig. 3) and reward. Raises SettingError without matplotlib or without a run.
+    LeLoRA's windows and dimensions (its Fig. 3) and reward. Raises UserError without matplotlib or without a run.
     """
     try:
         import matplotlib
     except ImportError:
-        raise SettingError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
+        raise UserError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -532,9 +512,9 @@ def _read_log(file):
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (FileNotFoundError, ValueError) as error:
-        raise SettingError(f"{file}: no readable log ({error}); name the folder of a finished run") from None
+        raise UserError(f"{file}: no readable log ({error}); name the folder of a finished run") from None
     if not lines:
-        raise SettingError(f"{file}: empty; the run has not logged a step yet")
+        raise UserError(f"{file}: empty; the run has not logged a step yet")
     return lines
 
 
@@ -674,7 +654,7 @@ def _plot_set(plt, *folders):
     if others:
         print(f"note: left out, not a finished run: {', '.join(others)}", file=sys.stderr)
     if not runs:
-        raise SettingError(f"--plot: no finished run among {len(folders)} paths; name run folders with a result.json")
+        raise UserError(f"--plot: no finished run among {len(folders)} paths; name run folders with a result.json")
 
     def of(*methods):
         return [run for run in runs if run.s.method in methods]
@@ -901,7 +881,7 @@ def command(main):
     """Run a program's main(); what is wrong with the user's input becomes one line and exit status 2."""
     try:
         main()
-    except (models.ModelError, data.DataError, lora.LoraError, SettingError, OSError) as error:
+    except (UserError, OSError) as error:
         refuse(error)
 
 
@@ -954,7 +934,7 @@ def main(argv=None):
     if args.samples:
         given["samples"] = []
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
-            raise SettingError(f"--samples {args.samples}: no file can be there; name another place")
+            raise UserError(f"--samples {args.samples}: no file can be there; name another place")
     check_least(given, limit_eval=0, batch_size=1, max_length=1)
     if args.plot and args.what != "merge":
         print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
@@ -969,28 +949,29 @@ def main(argv=None):
     if (Path(args.what) / "run.json").exists():
         s, _ = read_run(args.what)
         if args.seed is not None:
-            raise SettingError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
+            raise UserError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
         if args.adapter is not None:
-            raise SettingError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
+            raise UserError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
         if args.task not in (None, s.task):
             if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
-                raise SettingError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+                raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
             s.task, given = args.task, {"task": args.task, "data": None} | given
         metrics = evaluate_run(args.what, **given)
         report(s, metrics, args.samples, given.get("samples"), Path(args.what).resolve().name)
         return
     if args.task is None:
-        raise SettingError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
+        raise UserError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
     task = data.find_task(args.task, args.data)
     s = SimpleNamespace(**{
         "model": args.what, "task": args.task, "data": None, "limit_eval": 0, "batch_size": 32, "seed": 0,
         "max_length": task.max_length, "device": auto_device(), "dtype": "float32",
         "init_weights": "checkpoint"} | given)
     check_device(s.device)
-    encoder, model = Encoder(s, task), load_model(s, task, adapted=args.adapter is not None)
+    scored, processor = scoring(s, task), processor_for(s, task)
+    model = load_model(s, task, adapted=args.adapter is not None)
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
-    metrics = evaluate_splits(model, task, encoder.evaluation(), s.batch_size, encoder.tokenizer, **encoder.scoring)
+    metrics = evaluate_splits(model, task, processor.evaluation(s), s.batch_size, processor.tokenizer, **scored)
     report(s, metrics, args.samples, given.get("samples"), Path(args.what).name)
 
 

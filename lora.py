@@ -4,12 +4,9 @@ A rank that changes during training is a *gate* that changes in place: shapes, g
 are, so nothing is recompiled or copied and the device is never waited for.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,11 +15,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model import UserError, whole_folder
+
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
-
-
-class LoraError(ValueError):
-    """An adapter setting or an adapter file that cannot be used; the message is one line for the user."""
 
 
 class LoraLinear(nn.Module):
@@ -185,12 +180,12 @@ class DoraLinear(LoraLinear):
 def sites(model, targets):
     """The projections of `model` that `targets` names: a list of (name, block index, kind), in model order.
 
-    `targets` is a sequence of canonical names (`TARGETS`). Raises LoraError for a name that no block of the model has.
+    `targets` is a sequence of canonical names (`TARGETS`). Raises UserError for a name that no block of the model has.
     """
     there = [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]
     missing = [kind for kind in targets if kind not in there]
     if missing or not targets:
-        raise LoraError(f"--targets {','.join(missing)}: a {model.family} model has {','.join(there)}")
+        raise UserError(f"--targets {','.join(missing)}: a {model.family} model has {','.join(there)}")
     return [(f"blocks.{i}.{kind}", i, kind) for i in range(len(model.blocks)) for kind in there if kind in targets]
 
 
@@ -198,17 +193,17 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
     `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
-    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises LoraError for a
+    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises UserError for a
     rank below 0 or above the matrix's own.
     """
     if not 0 <= dropout < 1:
-        raise LoraError(f"LoRA dropout {dropout}: must be from 0 to below 1")
+        raise UserError(f"LoRA dropout {dropout}: must be from 0 to below 1")
     layers = {}
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
         if not 0 <= rank <= min(linear.weight.shape):
             most = min(linear.weight.shape)
-            raise LoraError(f"--rank: {rank} components for {name}, which has {most}; lower the rank")
+            raise UserError(f"--rank: {rank} components for {name}, which has {most}; lower the rank")
         if rank == 0:
             continue
         scale = {"nominal": alpha / (nominal or rank), "own": alpha / rank,
@@ -324,45 +319,6 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def whole_folder(final):
-    """An empty folder to write to, which then takes the name `final`; after an error nothing of it is left."""
-    part = final.with_name(f"{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        publish(part, final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def whole_file(final, text):
-    """Write a text file, which appears or changes whole or not at all."""
-    part = final.with_name(f"{final.name}.part")
-    part.write_text(text, encoding="utf-8")
-    publish(part, final)
-
-
-def publish(part, final):
-    """Give the finished file or folder `part` its final name, on the disk for good; what had that name is replaced."""
-    for path in [*part.glob("*"), part]:  # contents before the name
-        sync(path)
-    if final.is_dir():
-        shutil.rmtree(final)
-    part.replace(final)
-    sync(final.parent)
-
-
-def sync(path):
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def whole_parts(model):
     """Names of the parameters that an adapter file holds whole: the head's, and a pooler's that the base lacks."""
     head = [name for name, _ in model.head.named_parameters(prefix="head")]
@@ -374,7 +330,7 @@ def load_adapter(model, folder):
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
     rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a classification head in modules_to_save are read. Raises
-    LoraError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
+    UserError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
     names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
@@ -392,10 +348,10 @@ def load_adapter(model, folder):
             heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
             untrained.discard(path)
         else:
-            raise LoraError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
+            raise UserError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
                             "is it the adapter's base model, with the same number of labels?")
     if untrained:
-        raise LoraError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
+        raise UserError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
                         "without its trained head")
     layers = {}
     for path, parts in found.items():
@@ -404,7 +360,7 @@ def load_adapter(model, folder):
         rank = next(iter(shapes.get("A", ())), 0)
         expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
         if rank == 0 or shapes != expected:
-            raise LoraError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
+            raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
                             f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
         layers |= attach(model, {names[path]: rank}, alpha, config["lora_dropout"], dora=config["use_dora"],
@@ -412,7 +368,7 @@ def load_adapter(model, folder):
         for part, tensor in parts.items():
             getattr(layers[names[path]], part).data.copy_(tensor)
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
-        raise LoraError(f"{file}: holds no LoRA tensors for this {model.family} model")
+        raise UserError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
 
 
@@ -422,34 +378,34 @@ def read_adapter(folder):
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LoraError(f"{file}: not found; name a folder with a PEFT adapter") from None
+        raise UserError(f"{file}: not found; name a folder with a PEFT adapter") from None
     except (ValueError, RecursionError) as error:
-        raise LoraError(f"{file}: not valid JSON ({error})") from None
+        raise UserError(f"{file}: not valid JSON ({error})") from None
     defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
     if not isinstance(config, dict):
-        raise LoraError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: expected a JSON object")
     config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
-        raise LoraError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
+        raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
     for key in ("bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
                 "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
         if config.get(key) and config[key] != "none":
-            raise LoraError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
+            raise UserError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
-        raise LoraError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
+        raise UserError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
                         "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
     if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
-        raise LoraError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
+        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
     try:
         return config, load_file(weights)
     except FileNotFoundError:
-        raise LoraError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
+        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
     except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
-        raise LoraError(f"{weights}: damaged ({error}); copy or train it again") from None
+        raise UserError(f"{weights}: damaged ({error}); copy or train it again") from None
 
 
 def _pattern(patterns, path, default):
@@ -459,5 +415,5 @@ def _pattern(patterns, path, default):
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
-            raise LoraError(f"adapter_config.json: alpha_pattern {pattern!r}: no regex ({error})") from None
+            raise UserError(f"adapter_config.json: alpha_pattern {pattern!r}: no regex ({error})") from None
     return default

@@ -3,9 +3,12 @@
 In every block the projections that can be adapted are called  query key value out [gate] up down.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +18,54 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+
+
+class UserError(ValueError):
+    """Something that the user can mend, anywhere in the program; the message is one line with the remedy."""
+
+
+def cache_folder():
+    """The folder for what is fetched or computed once: $RANKS_CACHE, else ~/.cache/adaptive-lora."""
+    return Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora")
+
+
+@contextlib.contextmanager
+def whole_folder(final):
+    """An empty folder to write to, which then takes the name `final`; after an error nothing of it is left."""
+    part = final.with_name(f"{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        publish(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def whole_file(final, text):
+    """Write a text file, which appears or changes whole or not at all."""
+    part = final.with_name(f"{final.name}.part")
+    part.write_text(text, encoding="utf-8")
+    publish(part, final)
+
+
+def publish(part, final):
+    """Give the finished file or folder `part` its final name, on the disk for good; what had that name is replaced."""
+    for path in [*part.glob("*"), part]:  # contents before the name
+        sync(path)
+    if final.is_dir():
+        shutil.rmtree(final)
+    part.replace(final)
+    sync(final.parent)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sizes(*values, **other):
@@ -51,21 +102,18 @@ CONFIGS = {name: raw for name, (_, raw) in NAMED.items()}
 # model_type -> what its classes are called in transformers
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
            "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT"}
+KINDS = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}  # of model_types; all others are decoders
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 ROPE = {"default": [], "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
 
 
-class ModelError(ValueError):
-    """A model name, a checkpoint or an input that cannot be used; the message is one line with the remedy."""
-
-
 def resolve(name, weights=True):
     """Return the checkpoint folder of a local path, `vit-digits`, a short name of `HUB` or a Hub id `org/name`.
 
     An existing folder wins. Hub files go to huggingface_hub's cache (resumable; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE
-    and HF_TOKEN apply). Pickled weights are never fetched, with `weights=False` none at all. Raises ModelError when the
+    and HF_TOKEN apply). Pickled weights are never fetched, with `weights=False` none at all. Raises UserError when the
     name is unknown or the files cannot be had.
     """
     if Path(name).expanduser().is_dir():
@@ -74,7 +122,7 @@ def resolve(name, weights=True):
         return Path(__file__).resolve().parent / "assets" / "vit-digits"
     repo = HUB.get(str(name), str(name))
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        raise ModelError(f"model '{name}': no such folder, nor a Hub id 'org/name', nor vit-digits, {', '.join(HUB)}")
+        raise UserError(f"model '{name}': no such folder, nor a Hub id 'org/name', nor vit-digits, {', '.join(HUB)}")
     import huggingface_hub  # here, not above: half a second that a run on local files need not wait for
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
     wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
@@ -84,11 +132,11 @@ def resolve(name, weights=True):
                                                         ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, HFValidationError, HfHubHTTPError.__mro__[1]) as error:  # the last: its HTTP client's HTTPError
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelError(f"model '{name}': cannot get {repo} from the Hub ({reason}); put config.json, *.safetensors "
+        raise UserError(f"model '{name}': cannot get {repo} from the Hub ({reason}); put config.json, *.safetensors "
                          f"and tokenizer*.json of https://huggingface.co/{repo} into a folder and give its path, or "
                          "set HF_TOKEN if the model is gated") from error
     if weights and not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model '{name}': {repo} has no *.safetensors weights on the Hub; convert it with "
+        raise UserError(f"model '{name}': {repo} has no *.safetensors weights on the Hub; convert it with "
                          "https://huggingface.co/spaces/safetensors/convert")
     return folder
 
@@ -96,8 +144,9 @@ def resolve(name, weights=True):
 class Config(SimpleNamespace):
     """What the forward passes need to know, the same for every family; see `normalise`.
 
-    family, vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads, head_dim, activation, norm_eps,
-    initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout, classifier_dropout, type_vocab_size;
+    family, kind ("encoder", "decoder" or "vit"), vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads,
+    head_dim, activation, norm_eps, initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout,
+    classifier_dropout, type_vocab_size;
     max_positions: rows of an encoder's position table; qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
     windows: per layer how many tokens a query sees, itself included, or None for all; rope: rope_theta, rope_type and
     that type's own settings; image_size (channels, height, width); patch_size (height, width); raw: config.json.
@@ -113,23 +162,23 @@ def find_config(name, weights="checkpoint"):
 
 
 def read_config(folder):
-    """Read `folder/config.json` into a Config; raises ModelError for anything missing, malformed or unsupported."""
+    """Read `folder/config.json` into a Config; raises UserError for anything missing, malformed or unsupported."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
+        raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
     except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
-        raise ModelError(f"{path}: not a JSON object ({error}); download it again") from None
+        raise UserError(f"{path}: not a JSON object ({error}); download it again") from None
     return normalise(raw, path)
 
 
 def normalise(raw, path):
     """Turn the dict of a config.json into a Config, with transformers' defaults; `path` is for error messages."""
     def refuse(key, expected):
-        raise ModelError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
+        raise UserError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
 
     def get(key, default=None, low=1, high=2**20, kind=int):
         value = default if raw.get(key) is None else raw[key]
@@ -140,11 +189,11 @@ def normalise(raw, path):
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in CLASSES:
         refuse("model_type", f"one of {', '.join(CLASSES)}")
-    for key, kind in {"architectures": list, "id2label": dict}.items():
-        if not isinstance(raw.get(key) or kind(), kind):
-            refuse(key, f"a {kind.__name__}")
-    text, vit, qwen = family in ("bert", "roberta"), family == "vit", family in ("qwen2", "qwen3")
-    decoder = not (text or vit)
+    for key, expected in {"architectures": list, "id2label": dict}.items():
+        if not isinstance(raw.get(key) or expected(), expected):
+            refuse(key, f"a {expected.__name__}")
+    kind, qwen = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3")
+    text, vit, decoder = (kind == name for name in ("encoder", "vit", "decoder"))
     for key, only in {"position_embedding_type": "absolute", "is_decoder": False, "partial_rotary_factor": 1.0,
                       "use_bidirectional_attention": False, "quantization_config": None}.items():
         if raw.get(key) not in (None, only):
@@ -155,7 +204,7 @@ def normalise(raw, path):
     head_dim = {"qwen3": 128, "gemma": 256}.get(family, hidden // heads)
     head_dim = get("head_dim", head_dim) if decoder else head_dim
     if heads % kv_heads or hidden % heads and head_dim == hidden // heads or decoder and head_dim % 2:
-        raise ModelError(f"{path}: num_attention_heads {heads} must divide hidden_size {hidden} and be a multiple of "
+        raise UserError(f"{path}: num_attention_heads {heads} must divide hidden_size {hidden} and be a multiple of "
                          f"num_key_value_heads {kv_heads}, head_dim {head_dim} must be even")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("silu" if decoder else "gelu")
     if family == "gemma" and activation in ("gelu", "silu"):  # its first releases say "gelu" and mean the tanh form
@@ -170,7 +219,7 @@ def normalise(raw, path):
     numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
     if decoder and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
                         and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
-        raise ModelError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
+        raise UserError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
                          + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
 
     window = None
@@ -189,8 +238,8 @@ def normalise(raw, path):
     bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
     dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
     return Config(
-        family=family, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden, layers=layers,
-        heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
+        family=family, kind=kind, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden,
+        layers=layers, heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
         max_positions=get("max_position_embeddings", low=3) if text else 0,
         type_vocab_size=get("type_vocab_size", 2) if text else 0,
         pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
@@ -385,11 +434,11 @@ class Encoder(Transformer):
     def forward(self, tokens, mask=None, types=None):
         """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> logits (B, num_labels).
 
-        Raises ModelError when T exceeds the position table.
+        Raises UserError when T exceeds the position table.
         """
         T, pad = tokens.shape[1], self.config.pad_id
         if T > self.max_length:
-            raise ModelError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
+            raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
         if self.family == "roberta":  # padding has position pad
             real = tokens != pad
             positions = self.positions(real.cumsum(1) * real + pad)
@@ -564,9 +613,9 @@ class ViT(Transformer):
         self.head = Linear(D, config.num_labels)
 
     def forward(self, pixels):
-        """pixels (B, C, H, W) float, normalised -> (B, num_labels); raises ModelError for another image size."""
+        """pixels (B, C, H, W) float, normalised -> (B, num_labels); raises UserError for another image size."""
         if pixels.shape[1:] != self.config.image_size:
-            raise ModelError(f"images of shape {tuple(pixels.shape[1:])}, but the model takes {self.config.image_size}")
+            raise UserError(f"images of shape {tuple(pixels.shape[1:])}, but the model takes {self.config.image_size}")
         x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.positions
         return self.classify(self.norm(self.run_blocks(self.dropout(x))[:, 0]))
@@ -580,19 +629,19 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor from the files to `device`
     and `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
     that were initialised from `seed`. `mapped` leaves on the CPU what already has the `dtype` in the file: pages that
-    all processes of a machine share and that are read when they are used. Raises ModelError for anything wrong with
+    all processes of a machine share and that are read when they are used. Raises UserError for anything wrong with
     the name or the checkpoint.
     """
     config, folder = find_config(name, weights)
-    kind = {"bert": Encoder, "roberta": Encoder, "vit": ViT}.get(config.family, Decoder)
+    kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
     saved_as = str((config.raw.get("architectures") or [""])[0])
     head = head or ("lm" if kind is Decoder and not saved_as.endswith("Classification") else "classify")
     if head not in (["classify", "lm"] if kind is Decoder else ["classify"]):
-        raise ModelError(f"model '{name}': a {config.family} model has no head '{head}', only classify"
+        raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only classify"
                          + " or lm" * (kind is Decoder))
     config.num_labels = config.num_labels if num_labels is None else num_labels
     if config.num_labels < 1:
-        raise ModelError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
+        raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
     with torch.device("meta"):
         model = kind(config, head)
     tied, random = head == "lm" and config.tied, weights == "random"
@@ -633,23 +682,23 @@ def initialise(parameter, name, config, generator):
 
 
 def weight_files(folder, config):
-    """Paths of the checkpoint's safetensors files; raises ModelError if there are none or one is missing."""
+    """Paths of the checkpoint's safetensors files; raises UserError if there are none or one is missing."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
             kind = (config.raw.get("architectures") or ["AutoModel"])[0]
-            raise ModelError(f"{path}: refused, since unpickling runs code; convert it where you trust it: python -c \""
+            raise UserError(f"{path}: refused, since unpickling runs code; convert it where you trust it: python -c \""
                              f"from transformers import {kind} as M; M.from_pretrained('.').save_pretrained('.')\"")
-        raise ModelError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
+        raise UserError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index}: not a checkpoint index ({type(error).__name__}); download it again") from None
+        raise UserError(f"{index}: not a checkpoint index ({type(error).__name__}); download it again") from None
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or not (folder / name).is_file():
-            raise ModelError(f"{index}: names {name!r}, which is no file inside the folder; download it")
+            raise UserError(f"{index}: names {name!r}, which is no file inside the folder; download it")
     return [folder / name for name in names]
 
 
@@ -676,7 +725,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
                             and shape != expected and shape[1:] == expected[1:]:
                         continue  # a head for another number of labels: starts afresh
                     if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
-                        raise ModelError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
+                        raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                          + (f"one of floats {expected}" if expected else "none, or it is here twice"))
                     parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a view of the file
                     if mapped and parameter.dtype == tensor.dtype:
@@ -686,15 +735,15 @@ def read_weights(model, folder, dtype, device, mapped=False):
                     del tensor  # before the next one is read
                     missing.remove(name)
         except SafetensorError as error:
-            raise ModelError(f"{path}: damaged or truncated ({error}); download it again") from None
+            raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            raise ModelError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
+            raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (classify and name.startswith(("head.", "pooler."))):
-            raise ModelError(f"{files[0] if len(files) == 1 else folder}: tensor '{model.hf_name(name)}' is missing; "
+            raise UserError(f"{files[0] if len(files) == 1 else folder}: tensor '{model.hf_name(name)}' is missing; "
                              "download it again")
     return fresh
 

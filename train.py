@@ -40,7 +40,7 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from eval import SettingError
+from model import UserError
 
 
 def setting(default, group, help, choices=None):
@@ -166,11 +166,11 @@ def parser_of(settings_class, description):
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
-    kind = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}.get(config.family, "decoder")
+    kind = config.kind
     own = [name for name in ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora")
            if getattr(s, name) != getattr(Settings, name)]
     if s.adapter and own and not s.resume:
-        raise SettingError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
+        raise UserError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
                            f"of its own: leave out --{own[0]}")
     if s.targets is None:
         s.targets = default_targets(kind == "decoder")
@@ -178,7 +178,7 @@ def settle(s, config):
     task = data.find_task(s.task, s.data)
     takes = {"encoder": ("classify", "regress"), "decoder": ("lm", "classify", "regress"), "vit": ("image",)}[kind]
     if task.kind not in takes:
-        raise SettingError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
+        raise UserError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
                            f"{', '.join(takes)}: choose another model or task")
     for name, value in data.hyperparameters(task, config.family, config.hidden_size, s.method).items():
         is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
@@ -205,7 +205,7 @@ def default_targets(decoder):
 
 
 def check(s):
-    """Refuse settings that cannot work; raises SettingError with one line that names the flag."""
+    """Refuse settings that cannot work; raises UserError with one line that names the flag."""
     def flag(name):
         return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
@@ -216,27 +216,27 @@ def check(s):
         value, top = getattr(s, f.name), 1 if f.name in ("dropout", "adalora_beta1", "adalora_beta2") else 2**63
         if f.type in (int, float) and value is not None and not (0 <= value < top and (value or f.name in may_be_0)):
             least = "from 0 on" if f.name in may_be_0 else "above 0"
-            raise SettingError(f"{flag(f.name)}: must be a number {least} and below {top:g}")
+            raise UserError(f"{flag(f.name)}: must be a number {least} and below {top:g}")
     if not 0 < len(s.targets) == len(set(s.targets)):
-        raise SettingError(f"--targets {','.join(s.targets)}: name each projection once")
+        raise UserError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
-        raise SettingError(f"{flag('r_min')} is above {flag('r_max')}")
+        raise UserError(f"{flag('r_min')} is above {flag('r_max')}")
     for name in allocators.METHODS[s.method].refuses:
         if getattr(s, name) != getattr(Settings, name):
-            raise SettingError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
+            raise UserError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
     if s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"):
-        raise SettingError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
+        raise UserError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
     evaluation.check_device(s.device)
     if s.shard and not dist.is_initialized():
-        raise SettingError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
+        raise UserError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
     if s.shard and s.method in ("full", "bitfit"):
-        raise SettingError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
+        raise UserError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
     if s.shard and s.method.startswith("weightlora") and (s.dora or s.init != "lora"):
-        raise SettingError(f"{flag('method')} --shard: survivors would start at weights that are spread by then: leave "
+        raise UserError(f"{flag('method')} --shard: survivors would start at weights that are spread by then: leave "
                            "out --init and --dora")
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
     if taken and not s.resume and rank_and_world()[0] == 0:
-        raise SettingError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
+        raise UserError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
 
 
 # ---------------------------------------------------------------------------------------------- more than one device
@@ -590,7 +590,7 @@ def train(s, task, model, allocator, split, held_out, log, evaluate):
         raise Interrupted(came[0])
     model.eval()
     if allocator.dynamic and not allocator.allocations:
-        raise SettingError(f"{s.method} never allocated in {steps} steps, so this was plain LoRA: train longer")
+        raise UserError(f"{s.method} never allocated in {steps} steps, so this was plain LoRA: train longer")
     spent = time.time() - started
     return {"steps": steps, "seconds": round(spent, 2), "trainable_params": budget.report(),
             "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": bad.check(s, task, split),
@@ -693,11 +693,11 @@ def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, 
     try:
         for old in folder.parent.glob("*.part"):  # left by a run that was killed here
             shutil.rmtree(old)
-        with lora.whole_folder(folder) as part:
+        with models.whole_folder(folder) as part:
             save_file(state, part / "state.safetensors")
             about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
             (part / "state.json").write_text(json.dumps(about))
-        lora.sync(s.out)  # the name checkpoints/ itself
+        models.sync(s.out)  # the name checkpoints/ itself
         for old in checkpoints(s.out)[s.keep:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -718,7 +718,7 @@ def checkpoints(out):
 def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
     """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds), (0, 0) without any.
 
-    A damaged checkpoint is reported and the one before it is taken. Raises SettingError when all are damaged.
+    A damaged checkpoint is reported and the one before it is taken. Raises UserError when all are damaged.
     """
     if not checkpoints(s.out):
         say(f"{s.out} has no checkpoint yet: starting from the beginning")
@@ -735,7 +735,7 @@ def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
         except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
     else:
-        raise SettingError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
+        raise UserError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
     allocator.load_state_dict({name[10:]: value for name, value in state.items() if name.startswith("allocator.")})
     params = allocator.parameters() + trained_head(model, task)
     follow(optimizer, params)  # the policy may have rebuilt them
@@ -762,7 +762,7 @@ def cut_logs(out, step):
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
-        lora.whole_file(file, "".join(line for about, line in logged if about["step"] < step + ("eval" not in about)))
+        models.whole_file(file, "".join(line for about, line in logged if about["step"] < step + ("eval" not in about)))
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -795,16 +795,18 @@ def fine_tune(s, held):
     if held_rows:  # taken out of the training set for good
         order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
         if len(rows) <= held_rows:
-            raise SettingError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are "
+            raise UserError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are "
                                f"only {len(rows)}: use more rows")
         kept, rest = sorted(order[held_rows:]), sorted(order[:held_rows])
         rows, held_out = [rows[i] for i in kept], [rows[i] for i in rest]
-    encoder = evaluation.Encoder(s, task)
+    evaluation.scoring(s, task)
+    processor = evaluation.processor_for(s, task)
     model = evaluation.load_model(s, task, adapted=s.adapter is not None)
-    split, held_out = encoder.training(rows), encoder.training(held_out) if held_rows else None
+    split = processor.training(rows, s.max_length)
+    held_out = processor.training(held_out, s.max_length) if held_rows else None
     if held_rows:
         split.numbers = [kept[i] for i in split.numbers or range(len(split))]
-    splits = encoder.evaluation()
+    splits = processor.evaluation(s)
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
         s.warmup = min(s.warmup, math.ceil(0.1 * total_steps(s, split)))
     if task.kind == "regress":
@@ -828,8 +830,8 @@ def fine_tune(s, held):
                  "device": device_name(s.device)}
         file.write(evaluation.to_json(about, indent=2) + "\n")
         file.flush()
-        lora.sync(out / "run.json")
-        lora.sync(out)
+        models.sync(out / "run.json")
+        models.sync(out)
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {total_steps(s, split):,} steps, "
         f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{s.dtype} on {device_name(s.device)}; run folder {out}")
@@ -846,7 +848,7 @@ def fine_tune(s, held):
     def evaluate(step, size):  # generating the answers takes long: only at the end
         if rank and not s.shard:
             return
-        metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, encoder.tokenizer, generate=False)
+        metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, processor.tokenizer, generate=False)
         log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": size})
         if step == 0:
             say("before training: " + evaluation.summary(metrics))
@@ -855,7 +857,7 @@ def fine_tune(s, held):
     if rank and not s.shard:
         return None
     if s.method in ("full", "bitfit"):
-        evaluation.save_model(model, encoder, out / "model")
+        evaluation.save_model(model, processor, out / "model")
     elif rank == 0:
         task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
         lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, head=task.kind != "lm")
@@ -876,32 +878,32 @@ def fine_tune(s, held):
         result["warning"] = warning
         say("warning: " + warning)
     evaluation.write_cards(out)
-    lora.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: the run is finished
+    models.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: the run is finished
     return result
 
 
 def claim(s, held):
     """Make the run folder this run's until `held` closes; returns its run.json, open for writing at the end.
 
-    The lock is the system's on that file: it goes with the process, however that ends. Raises SettingError when the
+    The lock is the system's on that file: it goes with the process, however that ends. Raises UserError when the
     folder cannot be made, another run is at work in it, or this one has finished.
     """
     out = Path(s.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
     file = held.enter_context(open(out / "run.json", "a", encoding="utf-8"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SettingError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
+        raise UserError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
     except OSError as error:
         say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
     if not s.resume and file.tell():
-        raise SettingError(f"{out}: another run has begun in this folder; choose another --out")
+        raise UserError(f"{out}: another run has begun in this folder; choose another --out")
     if s.resume and (out / "result.json").exists():
-        raise SettingError(f"--resume {out}: this run has finished; see its result.json")
+        raise UserError(f"--resume {out}: this run has finished; see its result.json")
     return file
 
 
@@ -947,7 +949,7 @@ def main(argv=None):
         try:
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
-            raise SettingError(f"{s.resume}/run.json: of another version ({error}); start again") from None
+            raise UserError(f"{s.resume}/run.json: of another version ({error}); start again") from None
     for name in ("data", "adapter"):
         if getattr(s, name) is not None:  # the run folder must find it from anywhere
             setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 import lora
 from tiny import Tiny, batches, optimizer_for, settings, train
+from model import UserError
 
 
 def flags(**changes):
@@ -217,7 +218,7 @@ def test_resumed_run_is_the_same_to_the_bit(stop):
                                            (20, dict(adalora_t_final=25)), (30, dict(adalora_t_init=-1)),
                                            (30, dict(adalora_init_ratio=0.5)), (30, dict(adalora_delta_t=0))])
 def test_a_schedule_without_room_is_refused(steps, changes):
-    with pytest.raises(lora.LoraError, match="--adalora") as caught:
+    with pytest.raises(UserError, match="--adalora") as caught:
         allocators.METHODS["adalora"](Tiny(), flags(**changes), steps)
     assert "\n" not in str(caught.value)
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from data import DataError, TASKS  # noqa: E402
+from data import TASKS  # noqa: E402
+from model import UserError  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -445,7 +446,7 @@ def test_published_sets(tmp_path, name):
     else:
         scored = [row for row in rows if row["task_id"] not in (1, 10, 511, 974)] if "task_id" in rows[0] else rows
         assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
-        with pytest.raises(DataError, match=f"{name} has no training set: train on another task"):
+        with pytest.raises(UserError, match=f"{name} has no training set: train on another task"):
             data.read(task, tmp_path, "train")
 
 
@@ -461,7 +462,7 @@ def test_gzipped_lines(tmp_path):
     assert [row["prompt"] for row in data.read(TASKS["humaneval"], tmp_path, "dev")] == prompts
     for bad in (b"no gzip", path.read_bytes()[:40], path.read_bytes()[:-9] + b"123456789"):
         path.write_bytes(bad)
-        with pytest.raises(DataError, match="HumanEval.jsonl.gz: a broken archive .*: fetch it again"):
+        with pytest.raises(UserError, match="HumanEval.jsonl.gz: a broken archive .*: fetch it again"):
             data.read(TASKS["humaneval"], tmp_path, "dev")
 
 
@@ -475,7 +476,7 @@ def test_math_as_it_is_in_the_official_archive(tmp_path):
         )
     for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
         assert [row["target"] for row in data.read(TASKS["math"], tmp_path, split)] == targets
-    with pytest.raises(DataError, match="MATH/train.jsonl: no such file: correct --data to name a file"):
+    with pytest.raises(UserError, match="MATH/train.jsonl: no such file: correct --data to name a file"):
         data.read(TASKS["math"], tmp_path / "MATH" / "test", "train")
 
 
@@ -917,7 +918,7 @@ def test_instruction_batches(tmp_path, caplog):
     assert short.rows == [rows[i] for i in kept] and max(short.lengths) <= cut
     assert all(list(a) == list(split.tokens[i][:cut]) for a, i in zip(short.tokens, kept))
     assert f"dropped {12 - len(kept)} of 12 rows" in caplog.text
-    with pytest.raises(DataError, match="no row has its answer within max length 9"):
+    with pytest.raises(UserError, match="no row has its answer within max length 9"):
         data.encode(TASKS["boolq"], rows, tokenizer, max_length=9)
 
 
@@ -1311,18 +1312,18 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(tmp_path, name):
-    """Each malformed input raises DataError with one line that names the place and a remedy."""
+    """Each malformed input raises UserError with one line that names the place and a remedy."""
     make, pattern = BAD[name]
     folder = tmp_path / "bad"
     folder.mkdir()
-    with pytest.raises(DataError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as caught:
         make(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_pillow_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DataError, match="1.png: reading images needs Pillow: pip install pillow"):
+    with pytest.raises(UserError, match="1.png: reading images needs Pillow: pip install pillow"):
         image_files({"train/a/1.png": "junk"})(tmp_path)
 
 
@@ -1404,7 +1405,7 @@ def test_every_glue_task_names_its_archive():
 
 def test_fetch_refuses_another_checksum(tmp_path, mirror, monkeypatch):
     task = serve_cola(mirror, monkeypatch, make_zip({"CoLA/train.tsv": COLA}), sha256="0" * 64)
-    with pytest.raises(DataError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not 0{64}: the file is damaged"):
+    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not 0{64}: the file is damaged"):
         data.read(task)
     assert not leftovers(tmp_path) and not (tmp_path / "cache" / "CoLA" / "train.tsv").exists()
 
@@ -1415,7 +1416,7 @@ def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
     )
     task = serve_cola(mirror, monkeypatch, body)
     mirror.cut.add("/dl.fbaipublicfiles.com/glue/data/CoLA.zip")
-    with pytest.raises(DataError, match="the connection ended at .* run this again|cannot fetch"):
+    with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
         data.read(task)
     assert not leftovers(tmp_path)
     mirror.cut.clear()
@@ -1435,21 +1436,21 @@ def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
 )
 def test_fetch_refuses_archives_that_escape(tmp_path, mirror, monkeypatch, members):
     task = serve_cola(mirror, monkeypatch, make_zip(members))
-    with pytest.raises(DataError, match="refused: member .* is a link or leaves its folder"):
+    with pytest.raises(UserError, match="refused: member .* is a link or leaves its folder"):
         data.read(task)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not Path("/tmp/evil.txt").exists()
 
 
 def test_unpack_has_a_size_limit(tmp_path):
     archive = write(tmp_path / "a.zip", make_zip({"x/a": bytes(5000), "x/b": bytes(5000), "x/c": bytes(10**6)}))
-    with pytest.raises(DataError, match="refused: it unpacks to more than 9999 bytes"):
+    with pytest.raises(UserError, match="refused: it unpacks to more than 9999 bytes"):
         data.unpack(archive, {"x/a": tmp_path / "a", "x/b": tmp_path / "b"}, limit=9999)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_broken_archive(tmp_path, mirror, monkeypatch):
     task = serve_cola(mirror, monkeypatch, b"not a zip")
-    with pytest.raises(DataError, match="CoLA.zip: a broken archive"):
+    with pytest.raises(UserError, match="CoLA.zip: a broken archive"):
         data.read(task)
     assert not leftovers(tmp_path)
 
@@ -1473,7 +1474,7 @@ def test_fetch_cifar(tmp_path, mirror):
     address = "/www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
     for bad in ({"cifar-100-binary/train.bin": "/etc/passwd"}, {"../x": b"1"}):
         mirror.files[address] = make_tar(bad)
-        with pytest.raises(DataError, match="refused: member"):
+        with pytest.raises(UserError, match="refused: member"):
             data.read(TASKS["cifar100"])
         (tmp_path / "cache" / "checksums.json").unlink()
     mirror.files[address] = make_tar({"cifar-100-binary/train.bin": rows, "cifar-100-binary/test.bin": rows[:3074]})
@@ -1493,7 +1494,7 @@ def test_first_seen_checksum_is_remembered(tmp_path, mirror):
     assert len(data.read(TASKS["boolq"], None, "dev")) == 1  # the same again
     file.unlink()
     mirror.files[address] = json.dumps([GOOD, GOOD]).encode()
-    with pytest.raises(DataError, match="has changed: if you trust it, remove its line from .*checksums.json"):
+    with pytest.raises(UserError, match="has changed: if you trust it, remove its line from .*checksums.json"):
         data.read(TASKS["boolq"], None, "dev")
     assert not file.exists()
 
@@ -1513,7 +1514,7 @@ def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
     )
     task = replace(TASKS["mrpc"], sources=sources)
     assert [row["text"] for row in data.read(task, None, "dev")] == ["c"]
-    with pytest.raises(DataError, match="all labels are '1'"):
+    with pytest.raises(UserError, match="all labels are '1'"):
         data.read(task)
 
 
@@ -1524,7 +1525,7 @@ def test_fetch_a_set_in_several_files(tmp_path, mirror):
     assert len(addresses) == 6
     mirror.files.update(dict.fromkeys(addresses[:4], jsonl(rows).encode()))
     for _ in range(2):
-        with pytest.raises(DataError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
+        with pytest.raises(UserError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
             data.read(TASKS["ultrafeedback"])
     mirror.files.update(dict.fromkeys(addresses, jsonl(rows).encode()))
     assert len(data.read(TASKS["ultrafeedback"])) + len(data.read(TASKS["ultrafeedback"], None, "dev")) == 6 * len(
@@ -1545,7 +1546,7 @@ def test_no_network_is_one_line(tmp_path):
     """RANKS_MIRROR points at a closed port."""
     for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put"), (TASKS["cifar100"], "unpack")):
         with pytest.raises(
-            DataError,
+            UserError,
             match=f"cannot fetch https://.*: download it elsewhere and {verb} it into "
             f"{tmp_path}/cache/.*, or name a folder with its files by --data",
         ) as caught:
@@ -1555,7 +1556,7 @@ def test_no_network_is_one_line(tmp_path):
 
 
 def test_missing_on_the_server(mirror):
-    with pytest.raises(DataError, match="cannot fetch https://raw.*HTTP Error 404"):
+    with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
         data.read(TASKS["piqa"])
 
 

@@ -20,6 +20,7 @@ import allocators
 import eval as evaluation
 import train
 from test_train import checkpoints, texts  # noqa: F401: fixtures
+from model import UserError
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.device_mesh"])
@@ -257,7 +258,7 @@ def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
     for flags in (["--init", "pissa"], ["--dora"]):
         s = train.Settings(**vars(train.parser_of(train.Settings, "").parse_args(
             ["--method", "weightlora+", "--shard", "--targets", "query", "--device", "cpu", "--out", str(tmp_path / "run"), *flags])))
-        with pytest.raises(evaluation.SettingError, match="leave out --init and --dora"):
+        with pytest.raises(UserError, match="leave out --init and --dora"):
             train.check(s)
 
 

@@ -18,6 +18,7 @@ import eval as evaluation
 import lora
 import tiny
 import train
+from model import UserError
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -180,5 +181,5 @@ def test_a_set_of_runs_gets_the_pictures_it_has_the_data_for(methods, expected, 
     assert json.loads(printed.out) == {"plots": list(map(str, pictures))} and all(path.exists() for path in pictures)
     evaluation.main(["--plot", str(tmp_path / "full-0")])
     assert json.loads(capsys.readouterr().out) == {"plots": [str(tmp_path / "full-0" / "training.png")]}
-    with pytest.raises(evaluation.SettingError, match="no finished run among 2"):
+    with pytest.raises(UserError, match="no finished run among 2"):
         evaluation.plot(tmp_path / "unfinished", tmp_path / "notes.txt")

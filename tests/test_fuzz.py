@@ -18,6 +18,7 @@ import model as models
 hypothesis = pytest.importorskip("hypothesis")
 tokenizers = pytest.importorskip("tokenizers")
 from hypothesis import HealthCheck, given, settings, strategies as st
+from model import UserError
 
 few = settings(max_examples=100, deadline=None, derandomize=True, database=None,
                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -72,7 +73,7 @@ def test_tables(name, file, content, tmp_path, quiet):
         rows = data.read(data.find_task(name, str(tmp_path)), str(tmp_path), "train")
         assert rows and all(isinstance(row["text"], str) for row in rows)
 
-    loads_or_says_why(call, data.DataError)
+    loads_or_says_why(call, UserError)
 
 
 keys = st.sampled_from(["instruction", "input", "output", "answer", "question", "text", "sentence", "label", "score", "pair"])
@@ -88,13 +89,13 @@ lines = st.one_of(st.lists(st.one_of(rows, values), max_size=5).map(lambda items
 @given(content=lines)
 def test_json_lines(name, file, content, tmp_path, quiet):
     (tmp_path / file).write_bytes(content)
-    loads_or_says_why(lambda: data.read(data.find_task(name, str(tmp_path)), str(tmp_path), "train"), data.DataError)
+    loads_or_says_why(lambda: data.read(data.find_task(name, str(tmp_path)), str(tmp_path), "train"), UserError)
 
 
 @pytest.mark.parametrize("name", ["instructions", "text-classification"])
 def test_deep_and_broken_json_lines(name, tmp_path):
     path = tmp_path / "train.json"
-    refuses_nonsense(path, lambda: data.read(data.find_task(name, str(tmp_path)), str(tmp_path)), data.DataError)
+    refuses_nonsense(path, lambda: data.read(data.find_task(name, str(tmp_path)), str(tmp_path)), UserError)
 
 
 # ---------------------------------------------------------------------------------------------- config.json
@@ -134,12 +135,12 @@ def changed(config, changes, removed):
 def test_configs(family, changes, removed, folders):
     folder = folders / family
     (folder / "config.json").write_text(json.dumps(changed(CONFIGS[family], changes, removed)))
-    if loads_or_says_why(lambda: models.load(folder), models.ModelError) and family == "vit":
+    if loads_or_says_why(lambda: models.load(folder), UserError) and family == "vit":
         data.image_settings(folder)
 
 
 def test_configs_that_are_none(folders):
-    refuses_nonsense(folders / "llama" / "config.json", lambda: models.load(folders / "llama"), models.ModelError)
+    refuses_nonsense(folders / "llama" / "config.json", lambda: models.load(folders / "llama"), UserError)
 
 
 @few
@@ -151,14 +152,14 @@ def test_special_tokens(config, names, generation, tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     for file, value in (("config.json", config), ("tokenizer_config.json", names), ("generation_config.json", generation)):
         (tmp_path / file).write_text(json.dumps(value))
-    loads_or_says_why(lambda: data.Tokenizer.from_folder(tmp_path).encode(["a a"]), data.DataError)
+    loads_or_says_why(lambda: data.Tokenizer.from_folder(tmp_path).encode(["a a"]), UserError)
 
 
 @few
 @given(settings=st.dictionaries(st.sampled_from(["image_mean", "image_std"]), st.one_of(values, st.lists(numbers, max_size=4))))
 def test_image_settings(settings, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    loads_or_says_why(lambda: data.image_settings(tmp_path), data.DataError)
+    loads_or_says_why(lambda: data.image_settings(tmp_path), UserError)
 
 
 # ---------------------------------------------------------------------------------------------- adapters, runs
@@ -193,14 +194,14 @@ def test_adapter_configs(changes, removed, adapted):
         lora.load_adapter(model, folder)
         assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
 
-    loads_or_says_why(call, lora.LoraError)
+    loads_or_says_why(call, UserError)
     for name in list(lora.adapters(model)):
         lora.detach(model, name)
 
 
 def test_adapter_configs_that_are_none(adapted):
     model, folder = adapted
-    refuses_nonsense(folder / "adapter_config.json", lambda: lora.load_adapter(model, folder), lora.LoraError)
+    refuses_nonsense(folder / "adapter_config.json", lambda: lora.load_adapter(model, folder), UserError)
 
 
 NAMES = ["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight", "lora_A.weight", "", "classifier.weight",
@@ -215,7 +216,7 @@ def test_adapter_tensors(tensors, adapted):
     model, folder = adapted
     save_file({name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    loads_or_says_why(lambda: lora.load_adapter(model, folder), lora.LoraError)
+    loads_or_says_why(lambda: lora.load_adapter(model, folder), UserError)
     for name in list(lora.adapters(model)):
         lora.detach(model, name)
 
@@ -226,8 +227,8 @@ def test_adapter_tensors(tensors, adapted):
     min_size=8), "labels": values})))
 def test_settings_of_a_run(run, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run))
-    loads_or_says_why(lambda: evaluation.evaluate_run(tmp_path), evaluation.SettingError, data.DataError, models.ModelError)
+    loads_or_says_why(lambda: evaluation.evaluate_run(tmp_path), UserError)
 
 
 def test_settings_of_a_run_that_are_none(tmp_path):
-    refuses_nonsense(tmp_path / "run.json", lambda: evaluation.evaluate_run(tmp_path), (evaluation.SettingError, data.DataError))
+    refuses_nonsense(tmp_path / "run.json", lambda: evaluation.evaluate_run(tmp_path), UserError)

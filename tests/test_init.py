@@ -13,6 +13,7 @@ import allocators
 import eval as evaluation
 import lora
 import train as program
+from model import UserError
 
 loraplus = pytest.importorskip("peft.optimizers")
 
@@ -228,7 +229,7 @@ def test_dora_adapters_made_by_peft_load_here(tmp_path):
     wrong = {key: value[:-1] if "magnitude" in key else value for key, value in tensors.items()}
     for damaged in (without, wrong):
         lora.save_file(damaged, tmp_path / "adapter" / "adapter_model.safetensors")
-        with pytest.raises(lora.LoraError, match="needs a lora_magnitude_vector"):
+        with pytest.raises(UserError, match="needs a lora_magnitude_vector"):
             lora.load_adapter(pair("llama", tmp_path / "base")[1], tmp_path / "adapter")
 
 

@@ -12,6 +12,7 @@ from tiny import Tiny, batches, optimizer_for, settings, train
 
 import allocators
 import lora
+from model import UserError
 
 DIM = 32  # three windows of 8 need 32 singular components
 FLAGS = dict(method="lelora", rank=8, alpha=3.0, dropout=0.3, lelora_dims=None, lelora_locations=None,
@@ -212,7 +213,7 @@ def test_candidate_sets(changes, dims, locations):
     (dict(lelora_dims=["-2", "4"]), "--lelora-dims"), (dict(lelora_locations=["front"]), "--lelora-locations front"),
 ])
 def test_unusable_flags_are_one_line(changes, message):
-    with pytest.raises(lora.LoraError) as error:
+    with pytest.raises(UserError) as error:
         build(**changes)
     assert message in str(error.value) and "\n" not in str(error.value)
 

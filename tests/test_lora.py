@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora
 import model as models
+from model import UserError
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -275,11 +276,11 @@ def test_adapters_made_by_peft_load_here(rslora, tmp_path):
 
 def test_unusable_settings_and_files_are_one_line(tmp_path):
     _, model = pair("vit", tmp_path / "base")
-    with pytest.raises(lora.LoraError, match="--targets gate"):
+    with pytest.raises(UserError, match="--targets gate"):
         lora.sites(model, ["query", "gate"])
-    with pytest.raises(lora.LoraError, match="wquery"):
+    with pytest.raises(UserError, match="wquery"):
         lora.sites(model, ["wquery"])
-    with pytest.raises(lora.LoraError, match="33 components for blocks.0.query"):
+    with pytest.raises(UserError, match="33 components for blocks.0.query"):
         lora.attach(model, {"blocks.0.query": 33}, alpha=1)
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -290,9 +291,9 @@ def test_unusable_settings_and_files_are_one_line(tmp_path):
                           (json.dumps(good), "adapter_model.safetensors")]:
         if text is not None:
             (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(lora.LoraError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             lora.load_adapter(model, folder)
         assert "\n" not in str(error.value)
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(lora.LoraError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         lora.load_adapter(model, folder)

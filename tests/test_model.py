@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as models  # noqa: E402
-from model import ModelError, generate, load, read_config, resolve, save  # noqa: E402
+from model import UserError, generate, load, read_config, resolve, save  # noqa: E402
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
@@ -698,7 +698,7 @@ def llama(tmp_path):
 
 
 def refused(*parts, call=load, args=(), **keywords):
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(UserError) as caught:
         call(*args, **keywords)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600
@@ -910,7 +910,7 @@ def run_resolve(calls, environment, **other):
     code = (f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import model\n"
             f"for name, weights in {calls!r}:\n"
             "    try: print(json.dumps([str(model.resolve(name, weights)), '']))\n"
-            "    except model.ModelError as error: print(json.dumps(['', str(error)]))")
+            "    except model.UserError as error: print(json.dumps(['', str(error)]))")
     done = subprocess.run([sys.executable, "-c", code], env={**environment, **other}, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr

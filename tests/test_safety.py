@@ -23,6 +23,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from model import UserError
 
 SOURCES = sorted(ROOT.glob("*.py"))
 
@@ -208,7 +209,7 @@ PICKLED = {
     "a table": data_from("text-classification", "train.tsv", "pickle"), "JSON lines": data_from("instructions", "train.jsonl", "pickle"),
     "config.json": settings_from("config.json"), "tokenizer.json": settings_from("tokenizer.json"),
     "preprocessor_config.json": settings_from("preprocessor_config.json")}
-ERRORS = (models.ModelError, data.DataError, lora.LoraError, evaluation.SettingError)
+ERRORS = UserError
 
 
 @pytest.mark.parametrize("name", PICKLED)
@@ -294,7 +295,7 @@ def test_lying_headers_cost_neither_memory_nor_time(kind, digits, run, tmp_path)
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    expected = {"model": "ModelError", "adapter": "LoraError", "checkpoint": "SettingError"}[kind]
+    expected = {"model": "UserError", "adapter": "UserError", "checkpoint": "UserError"}[kind]
     for case, (error, message, memory, seconds) in results.items():
         assert error == expected and "\n" not in message, (case, error, message)
         assert "safetensors" in message or "checkpoint" in message, message
@@ -306,11 +307,11 @@ def test_a_tensor_as_large_as_the_disk_is_not_read(digits, run, tmp_path):
     text = json.dumps({"vit.encoder.layer.0.attention.attention.query.weight": tensor(0, 64 << 30, (1 << 17, 1 << 17))}).encode()
     (digits / "model.safetensors").write_bytes(header(text, 0))
     os.truncate(digits / "model.safetensors", 8 + len(text) + (64 << 30))
-    with pytest.raises(models.ModelError, match="131072|cannot be mapped"):
+    with pytest.raises(UserError, match="131072|cannot be mapped"):
         models.load(digits)
     shutil.copytree(run / "adapter", tmp_path / "adapter")
     os.replace(digits / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(lora.LoraError, match="fits nothing|mmap"):
+    with pytest.raises(UserError, match="fits nothing|mmap"):
         lora.load_adapter(models.load(ROOT / "assets" / "vit-digits"), tmp_path / "adapter")
 
 
@@ -334,7 +335,7 @@ def test_tar_members_stay_in_their_folder(name, kind, target, tmp_path):
     with tarfile.open(archive, "w:gz") as file:
         file.addfile(*entry("in/other"))
         file.addfile(*entry(name, kind, target))
-    with pytest.raises(data.DataError, match="refused"):
+    with pytest.raises(UserError, match="refused"):
         data.unpack(archive, {"in/file": tmp_path / "cache" / "file"})
     assert list(tmp_path.rglob("*")) == [tmp_path / "cache"] and not Path("/tmp/evil-of-a-test").exists()
 

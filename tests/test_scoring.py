@@ -13,7 +13,7 @@ from test_train import WORDS, checkpoints, lines, main, parse, texts  # noqa: F4
 import data
 import eval as evaluation
 import train
-from eval import SettingError
+from model import UserError
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,8 +24,9 @@ def loaded(checkpoints, task, folder, **changes):
     for name, value in changes.items():
         setattr(s, name, value)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    encoder = evaluation.Encoder(s, task)
-    return task, evaluation.load_model(s, task), encoder.tokenizer, encoder.evaluation()
+    evaluation.scoring(s, task)
+    processor = evaluation.processor_for(s, task)
+    return task, evaluation.load_model(s, task), processor.tokenizer, processor.evaluation(s)
 
 
 def instructions(root, name, rows):
@@ -172,7 +173,7 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path):
 ])
 def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, changes, message):
     """Found before the model is loaded, and in training before the run folder exists."""
-    with pytest.raises(SettingError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         loaded(checkpoints, task, texts / folder, **changes)
     assert "\n" not in str(caught.value)
 

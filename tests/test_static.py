@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 import lora
 from tiny import Tiny, settings
+from model import UserError
 
 ALL = ["query", "key", "value", "out", "up", "down"]
 SHAPES = ["linear-decay", "attention-heavy", "empirical"]
@@ -104,7 +105,7 @@ def test_one_block_gets_the_base_rank():
 
 
 def test_unusable_targets_and_ranks_are_refused():
-    with pytest.raises(lora.LoraError, match="gate"):
+    with pytest.raises(UserError, match="gate"):
         allocators.METHODS["empirical"](Tiny(), settings(method="empirical", targets=["query", "gate"]), 10)
-    with pytest.raises(lora.LoraError, match="13 components for blocks.0.query"):
+    with pytest.raises(UserError, match="13 components for blocks.0.query"):
         allocators.METHODS["lora"](Tiny(dim=12), settings(rank=13), 10)

@@ -26,6 +26,7 @@ import eval as evaluation
 import lora
 import train
 from tiny import interrupted_after
+from model import UserError
 
 METHODS = ["lora", "adalora", "lalora", "weightlora+", "lelora"]
 SHORT = ["--limit-train", "160", "--limit-eval", "20", "--steps", "40", "--batch-size", "8", "--log-every", "3",
@@ -115,8 +116,8 @@ def whole(tmp_path_factory):
 
 def slow_disk(train):
     """A checkpoint takes long enough to be killed in the middle."""
-    sync = train.lora.sync
-    train.lora.sync = lambda path: (time.sleep(0.03), sync(path))
+    sync = train.models.sync
+    train.models.sync = lambda path: (time.sleep(0.03), sync(path))
 
 
 def kill_until_done(method, out, kills):
@@ -252,9 +253,9 @@ def test_of_two_runs_that_start_together_one_gives_way(tmp_path):
     s = train.Settings(out=str(tmp_path / "run"))
     with contextlib.ExitStack() as held:
         train.claim(s, held).write("{}")
-        with pytest.raises(evaluation.SettingError, match="another run is at work"):
+        with pytest.raises(UserError, match="another run is at work"):
             train.claim(s, held)
-    with contextlib.ExitStack() as held, pytest.raises(evaluation.SettingError, match="another run has begun"):
+    with contextlib.ExitStack() as held, pytest.raises(UserError, match="another run has begun"):
         train.claim(s, held)
 
 

@@ -176,7 +176,7 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
 
     def measure_and_save(model, *args, **options):
         loaded = data.read(data.find_task(task, s.data), s.data, data.find_task(task, s.data).eval_splits[0], s.limit_eval)
-        encoder = evaluation.Encoder(s, data.find_task(task, s.data))
+        encoder = evaluation.processor_for(s, data.find_task(task, s.data))
         split = data.encode(encoder.task, loaded, encoder.tokenizer, None, encoder.image)
         inputs, _ = data.collate(split, list(range(16)))
         with torch.no_grad():
@@ -270,10 +270,10 @@ def test_a_policy_that_never_allocates_is_an_error(tmp_path, monkeypatch, capsys
 
 def test_lelora_never_trains_on_its_validation_rows(checkpoints, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
-    splits, trained, collate, encode = [], set(), data.collate, evaluation.Encoder.training
+    splits, trained, collate, encode = [], set(), data.collate, data.Processor.training
 
-    def remember(self, rows):
-        splits.append(encode(self, rows))
+    def remember(self, rows, max_length):
+        splits.append(encode(self, rows, max_length))
         return splits[-1]
 
     def watch(split, indices, *rest):
@@ -281,7 +281,7 @@ def test_lelora_never_trains_on_its_validation_rows(checkpoints, texts, tmp_path
             trained.update(indices)
         return collate(split, indices, *rest)
 
-    monkeypatch.setattr(evaluation.Encoder, "training", remember)
+    monkeypatch.setattr(data.Processor, "training", remember)
     monkeypatch.setattr(data, "collate", watch)
     main("--model", checkpoints / "bert", "--task", "text-classification", "--data", texts / "classes", "--method", "lelora",
          "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 8, "--rank", 4, "--max-length", 32, "--no-eval-before")
@@ -350,7 +350,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
     task = train.settle(s, train.models.find_config(s.model)[0])
     torch.manual_seed(s.seed)
     model = evaluation.load_model(s, task).train()
-    split = evaluation.Encoder(s, task).training(data.read(task, s.data))
+    split = evaluation.processor_for(s, task).training(data.read(task, s.data), s.max_length)
     model.head.bias.data.fill_(split.labels.mean())  # a new regression head starts at the mean label
     allocator = train.allocators.METHODS[method](model, s, s.steps)
     params = allocator.parameters() + list(model.head.requires_grad_().parameters())
@@ -381,7 +381,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
 def test_validation_loss_is_without_dropout_and_leaves_the_mode(checkpoints, texts):
     s = parse("--model", checkpoints / "bert", "--task", "text-classification", "--data", texts / "classes", "--max-length", 32)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    model, split = evaluation.load_model(s, task), evaluation.Encoder(s, task).training(data.read(task, s.data, limit=32))
+    model, split = evaluation.load_model(s, task), evaluation.processor_for(s, task).training(data.read(task, s.data, limit=32), s.max_length)
     inputs, labels = data.collate(split, list(range(32)))
     expected = torch.nn.functional.cross_entropy(model(**inputs), labels)
     loss = train.validation(model.train(), task, split, torch.device("cpu"))
@@ -393,8 +393,8 @@ def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch
     """The share of right answers, whatever order the rows are generated in; every third is answered wrongly."""
     s = parse("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--max-length", 64)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    model, encoder = evaluation.load_model(s, task), evaluation.Encoder(s, task)
-    (split,) = encoder.evaluation().values()
+    model, encoder = evaluation.load_model(s, task), evaluation.processor_for(s, task)
+    (split,) = encoder.evaluation(s).values()
     prompts = {tuple(ids[:start].tolist()): i for i, (ids, start) in enumerate(zip(split.tokens, split.starts))}
 
     def answer(model, tokens, mask, new_tokens, eos_ids, pad_id, stop):

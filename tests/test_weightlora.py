@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 import lora
 from tiny import Tiny, batches, optimizer_for, settings, train
+from model import UserError
 
 ALL = ["query", "key", "value", "out", "up", "down"]
 
@@ -216,7 +217,7 @@ def test_warm_up_is_half_a_percent_but_at_least_five_steps(steps, expected):
     ("weightlora", dict(steps=1), "--weightlora-steps"),
     ("weightlora+", dict(rank=7), "--rank 7")])
 def test_what_cannot_work_is_refused(method, changes, flag):
-    with pytest.raises(lora.LoraError, match=flag) as caught:
+    with pytest.raises(UserError, match=flag) as caught:
         build(method, **changes)
     assert "\n" not in str(caught.value)
 
