@@ -1,15 +1,12 @@
 """Speed and memory of every method, side by side with PEFT and with the least that any adapter must do.
 
     python bench.py speed --model roberta-base --init-weights random --methods all   # one table, needs no checkpoint
-    python bench.py scaling       # step time, policy time and memory over rank, batch, length and depth
     python bench.py inference     # latency with and without adapters, unmerged and merged
-    python bench.py memory        # a memory model against measurements, and a 70B shape under FSDP
-    python bench.py epoch --model FOLDER --data glue/   # an epoch of CoLA beside transformers' Trainer and PEFT
+    python bench.py memory        # peak memory per method and shape, each in a process of its own
     python bench.py quality --model roberta-base --tasks cola,stsb --methods all  # metrics, paired over seeds
-    python bench.py table lalora-table5 --small --run   # a table of a paper: its commands, its numbers and ours
 
 The table goes to stdout, whose last line is one JSON object, the same rows as JSON lines to --out, progress to stderr.
-quality and table start train.py for each run, take its flags, too, and skip the runs that --results holds.
+quality starts train.py for each run, takes its flags, too, and skips the runs that --results holds.
 """
 
 import contextlib
@@ -54,14 +51,13 @@ from train import say, setting
 
 PEFT = ("lora", "adalora", "dora")  # methods that PEFT has, too
 ADAPTIVE = ("lora", "lalora", "adalora", "weightlora", "lelora")
-TABLES = Path(__file__).parent / "assets" / "tables.json"  # what the papers' tables compare, and their numbers
 
 
 @dataclass
 class Bench:
     """What to measure; a field is a flag of every command."""
 
-    methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for scaling")
+    methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for memory")
     model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
                                        "on a CPU its first 2 blocks")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
@@ -85,11 +81,6 @@ class Bench:
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
                          ("auto", "float32", "bfloat16"))
     out: str = setting(None, "machine", "JSON lines; default runs/bench-COMMAND.jsonl")
-    shards: int = setting(8, "memory", "devices that FSDP shards the large model over")
-    tokenizer: str = setting(None, "epoch", "folder with tokenizer.json; default: the model's")
-    task: str = setting("cola", "epoch", "task of the epoch")
-    data: str = setting(None, "epoch", "its folder")
-    limit_train: int = setting(0, "epoch", "training rows; 0 = all")
 
 
 # ---------------------------------------------------------------------------------------------- models and data
@@ -535,26 +526,6 @@ def reset_peak(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-# ---------------------------------------------------------------------------------------------- scaling
-
-
-def scaling(b):
-    """Step time, policy time and memory as rank, batch, length and depth grow; each point in a process of its own."""
-    methods, layers = b.methods or list(ADAPTIVE), b.layers or models.find_config(b.model, b.init_weights)[0].layers
-    axes = {"rank": [b.rank, 2 * b.rank, 4 * b.rank],
-            "batch_size": [b.batch_size // 4, b.batch_size // 2, b.batch_size],
-            "length": [b.length // 4, b.length // 2, b.length], "layers": [layers // 4, layers // 2, layers]}
-    small, seen, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), {}, []
-    points = [(axis, max(1, value), method) for axis, values in axes.items() for value in dict.fromkeys(values)
-              for method in methods]
-    for axis, value, method in tqdm(points, "scaling", file=sys.stderr):
-        point = (method, *({"rank": b.rank, "batch_size": b.batch_size, "length": b.length, "layers": layers}
-                           | {axis: value}).values())
-        seen[point] = seen.get(point) or measure_alone(small, method, **{axis: value})
-        rows.append({"axis": axis, "value": value, **seen[point]})
-    return rows, ["axis", "value", "contender", "step_ms", "policy_ms", "peak_mb"], {}
-
-
 # ---------------------------------------------------------------------------------------------- inference
 
 
@@ -619,122 +590,15 @@ def generate(b, model):
 # ---------------------------------------------------------------------------------------------- memory
 
 
-LLAMA2_70B = models.sizes("llama", 32000, 4096, 8192, 28672, 80, 64, 8, rms_norm_eps=1e-5)
-
-
-def predict(b, config, head, method="lora", shards=1, checkpointing=False):
-    """Bytes per device that training needs, by what takes them, and their total.
-
-    FSDP shards all that is stored, block by block; one block is whole at a time and the next on its way. Activations
-    are what autograd keeps (no dropout), passing what comes and goes in the widest place, the MLP or the loss.
-    LeLoRA's validation forward is not in it.
-    """
-    with torch.device("meta"):
-        model = (models.Decoder if head == "lm" else models.Encoder)(config, head)
-    e, n, L = getattr(torch, b.dtype).itemsize, b.batch_size * b.length, config.layers
-    D, I = config.hidden_size, config.intermediate_size
-    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    kinds = b.targets or train.default_targets(head == "lm")
-    shapes = [model.get_submodule(site).weight.shape for site, _, _ in lora.sites(model, kinds)]
-    R = b.rank * {"adalora": 1.5, "lelora": 3, "weightlora": 0.5, "random": 0.5}.get(method, 1)
-    trained = R * sum(map(sum, shapes)) + (0 if head == "lm" else sum(p.numel() for p in model.head.parameters()))
-    weights, one = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
-    if head == "lm":  # norms keep float32; silu's input and output, up's output; the inputs of adapted projections
-        inputs = D * bool({"query", "key", "value"} & {*kinds}) + D * bool({"gate", "up"} & {*kinds})
-        inputs += I * ("down" in kinds) + heads * ("out" in kinds)
-        block = last = 8 * D + e * (inputs + 2 * heads + 2 * kv + 3 * I) + 4 * config.heads
-        answers = n // 2 * config.vocab_size  # log-probabilities are kept; their and the logits' gradients pass
-        ends, passing = 4 * answers - 4 * n * D, max(8 * answers, 3 * e * n * I)
-    else:  # x, query, key, value, attention's output, both norms' inputs, gelu's input; the last block: key, value
-        block, last = e * (3 * D + 2 * heads + 2 * kv + I) + 4 * config.heads, e * (D + 2 * kv)
-        ends, passing = 0, 2 * e * n * (I + D)
-    kept = n * (L * D * e + block if checkpointing else (L - 1) * block + last) + ends
-    kept += e * R * (n * len(shapes) + sum(out for out, _ in shapes))  # x A^T, and B^T as it is multiplied
-    parts = {"weights": e * weights / shards + (2 * e * one if shards > 1 else 0), "adapters": 4 * trained / shards,
-             "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards,
-             "policy": 8 * trained / shards if method == "adalora" else 0, "activations": kept, "passing": passing}
-    return parts | {"total": sum(parts.values())}
-
-
 def memory(b):
-    """The memory model against measured sizes, and what it says about a 70B LLaMA shape under FSDP."""
-    if b.dropout:
-        raise UserError("--dropout: the memory model is without dropout")
-    points = [("roberta-base", 4, 8, 64), ("roberta-base", 12, 8, 128), ("roberta-base", 12, 8, 256),
-              ("llama2-7b", 1, 2, 128)]
-    rows = []
-    with tempfile.TemporaryDirectory() as tiny:  # what a process takes for a model of next to no size: kernels, threads
-        (Path(tiny) / "config.json").write_text(json.dumps(models.sizes("roberta", 99, 99, 8, 8, 1, 2)))
-        few = dict(layers=0, batch_size=1, length=8, rank=2, targets=None, rounds=1, methods=None)
-        runtime = measure_alone(b, "lora", model=tiny, init_weights="random", **few)["peak_mb"]
-    for name, layers, batch, length in tqdm(points, "memory", file=sys.stderr):
-        for method in b.methods or ["lora"]:
-            point = dataclasses.replace(b, model=name, layers=layers, batch_size=batch, length=length, targets=None,
-                                        rounds=2)
-            with folder_for(point) as folder:
-                config = models.read_config(folder)
-            parts = predict(point, config, "classify" if name.startswith(("roberta", "bert")) else "lm", method)
-            measured, predicted = measure_alone(point, method)["peak_mb"], parts.pop("total") / 2**20 + runtime
-            rows.append({"model": name, "layers": layers, "batch": batch, "length": length, "method": method,
-                         "measured_mb": measured, **{k + "_mb": v / 2**20 for k, v in parts.items()},
-                         "runtime_mb": runtime, "total_mb": predicted, "off_percent": 100 * (predicted / measured - 1)})
-    big, config = dataclasses.replace(b, dtype="bfloat16", rank=32, batch_size=1, length=4096, targets=None), \
-        models.normalise(dict(LLAMA2_70B), "LLaMA2 70B")
-    for shards in dict.fromkeys((1, b.shards, 2 * b.shards)):
-        parts = predict(big, config, "lm", "lora", shards, checkpointing=True)
-        rows.append({"model": f"70B / {shards}", "layers": 80, "batch": 1, "length": 4096, "method": "lora",
-                     **{k + "_mb": v / 2**20 for k, v in parts.items()}})
-    with torch.device("meta"):
-        model = models.Decoder(config, "lm")
-    weights = nbytes(model.parameters()) / 2  # bfloat16, on the meta device float32
-    sites = lora.sites(model, train.default_targets(True))
-    adapters = sum(32 * sum(model.get_submodule(site).weight.shape) for site, _, _ in sites)
-    about = {"large": {"model": "LLaMA2 70B, bfloat16, rank 32 on five projections, batch 1 x 4096, checkpointing",
-                       "weights_gb": weights / 1e9, "adapter_gb": 4 * adapters / 1e9,
-                       "checkpoint_gb": 12 * adapters / 1e9, "devices_of_80_gb": next(
-                           k for k in range(1, 513)
-                           if predict(big, config, "lm", "lora", k, True)["total"] < 0.9 * 80e9)}}
-    return rows, list(dict.fromkeys(key for row in rows for key in row)), about
-
-
-# ---------------------------------------------------------------------------------------------- an epoch
-
-
-def epoch(b):
-    """Seconds of one epoch of uniform LoRA by train.train and by transformers' Trainer with PEFT at their defaults."""
-    with folder_for(b) as folder, tempfile.TemporaryDirectory() as out:
-        for file in Path(b.tokenizer or folder).glob("*token*.json"):
-            if not (Path(folder) / file.name).exists():
-                (Path(folder) / file.name).symlink_to(file.resolve())
-        s = settings_for(b, "lora", model=folder, task=b.task, data=b.data, epochs=1.0, out=out)
-        task = train.settle(s, models.read_config(folder))
-        processor = evaluation.processor_for(s, task)
-        split = processor.training(data.read(task, b.data, "train", b.limit_train), s.max_length)
-        base = evaluation.load_model(s, task)
-        b.targets, model = s.targets, own_copy(base)
-        allocator = allocators.METHODS["lora"](model, s, train.total_steps(s, split))
-        for p in allocator.parameters() + train.trained_head(model, task):
-            p.requires_grad_(True)
-        ours = train.train(s, task, model, allocator, split, None, lambda *line: None, lambda *line: None)["seconds"]
-        rows = [{"contender": "train.py", "seconds": ours, "ratio": 1.0}]
-        if b.peft and contender_names(b, ["lora"])[-1] == "peft/lora":
-            import transformers
-            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token=next(
-                t for t in ("<pad>", "[PAD]") if processor.tokenizer.backend.token_to_id(t) is not None))
-            args = transformers.TrainingArguments(out, num_train_epochs=1, per_device_train_batch_size=b.batch_size,
-                                                  learning_rate=s.lr, save_strategy="no", report_to=[], seed=s.seed,
-                                                  use_cpu=b.device == "cpu", bf16=b.dtype == "bfloat16",
-                                                  disable_tqdm=True)
-            rows_of = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": label.item()}
-                       for ids, label in zip(split.tokens, split.labels)]
-            theirs = transformers.Trainer(peft_model(b, base, "classify", "lora"), args, train_dataset=rows_of,
-                                          data_collator=transformers.DataCollatorWithPadding(tokenizer))
-            began = clock(b.device)
-            theirs.train()
-            rows.append({"contender": "Trainer + PEFT", "seconds": clock(b.device) - began})
-            rows[0]["ratio"] = ours / rows[1]["seconds"]
-    about = {"rows_in_epoch": len(split), "mean_length": statistics.mean(split.lengths)}
-    return rows, ["contender", "seconds", "ratio"], about
+    """Peak memory and step time of every method, the floor and PEFT at three shapes, each in a process of its own."""
+    shapes = [(b.batch_size, b.length), (max(1, b.batch_size // 2), b.length), (b.batch_size, max(4, b.length // 2))]
+    few, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), []
+    points = [(shape, name) for shape in dict.fromkeys(shapes) for name in contender_names(b, b.methods or ADAPTIVE)]
+    for (batch, length), name in tqdm(points, "memory", file=sys.stderr):
+        measured = measure_alone(few, name, batch_size=batch, length=length)
+        rows.append({"batch": batch, "length": length, **measured})
+    return rows, ["batch", "length", "contender", "peak_mb", "weights_mb", "step_ms", "policy_ms"], {}
 
 
 # ---------------------------------------------------------------------------------------------- quality
@@ -1041,65 +905,6 @@ def matched(runs, q):
     return [at((run.row, run.task), ranks[run.row, run.task], run.seed) for run in runs]
 
 
-# ---------------------------------------------------------------------------------------------- the papers' tables
-
-
-@dataclass
-class Published:
-    """What to do about a table of a paper; all flags besides are train.py's, for every run."""
-
-    run: bool = setting(False, "table", "make the runs that are not made yet")
-    small: bool = setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
-    seeds: int = setting(0, "table", "0 = the paper's number")
-    jobs: int = setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores")
-    results: str = setting("runs/tables.jsonl", "table", "finished runs, a line each; their folders lie beside")
-
-
-def published(argv):
-    """Print a paper's table: its commands, its numbers and ours; without a name, all there are."""
-    parser = train.parser_of(Published, "A table or figure of the papers; without NAME, all that there are.")
-    parser.usage = "%(prog)s table [NAME] [flags] [train.py's flags]"
-    name = argv[0] if argv and not argv[0].startswith("-") else None
-    own, flags = parser.parse_known_args(argv[name is not None:])
-    q, tables = Published(**vars(own)), json.loads(TABLES.read_text(encoding="utf-8"), parse_float=str)  # as printed
-    check_shared(flags)
-    evaluation.check_least(vars(q), seeds=0, jobs=1)
-    if name is None:
-        text = "".join(f"{key:19}{t['title']}" + " [--small]" * ("small" in t)
-                       + f"; lacks {t.get('lacks')}" * ("lacks" in t) + "\n" for key, t in tables.items())
-        return text, {"tables": list(tables)}
-    if name not in tables:
-        raise UserError(f"table {name}: there is no such one; there are {', '.join(tables)}")
-    t = tables[name] | (tables[name].get("small", {}) | {"task_flags": {}} if q.small else {})
-    if q.small and "small" not in t:
-        raise UserError(f"table {name} has no small version; leave out --small")
-    text = f"{t['paper']}: {t['title']}\n" + "".join(f"{t[key]}\n" for key in ("note", "lacks", "command") if key in t)
-    paper = {row["row"]: row.get("paper", {}) for row in t["rows"]}
-    runs, seeds = [], q.seeds or t.get("seeds", 5)
-    for row in t["rows"]:
-        own = row.get("small", row.get("flags")) if q.small else row.get("flags")
-        if row.get("method") is None or own is False or "command" in t:
-            continue
-        for task in t["tasks"]:
-            model = t["model"] if isinstance(t["model"], str) else row["model"]
-            words = ["--model", model, *shlex.split(f"{t['flags']} {t['task_flags'].get(task, '')}"), "--method",
-                     row["method"], *shlex.split(own), *flags]
-            runs += [Run(row["row"], task, seed, words, q.results, None if q.small else t.get("evaluate"))
-                     for seed in range(seeds)]
-            text += (f"for seed in {' '.join(map(str, range(seeds)))}; do python train.py "
-                     f"{shlex.join(runs[-1].flags[:-1])} $seed; done\n")
-            text += "".join(f"python {shlex.join(runs[-1].evaluate_on(column))}\n" for column in runs[-1].columns
-                            if task not in (column, "commonsense"))  # which has its parts' numbers in its own result
-    if not runs:
-        rows = [{"method": row} | numbers for row, numbers in paper.items()]
-        return text + "\n" + table(rows, list(dict.fromkeys(key for row in rows for key in row))), {"table": name}
-    failed = make(runs, q) if q.run else {}
-    told, about = summarise(runs, finished(q.results), t.get("metric"), failed, paper)
-    left = [[row, *numbers.values()] for row, numbers in paper.items() if all(run.row != row for run in runs)]
-    text += "\n" + told + "".join(f"not here: {' '.join(map(str, row))}\n" for row in left)
-    return text, about | {"table": name}
-
-
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -1114,7 +919,7 @@ def table(rows, columns):
                      for line in cells)
 
 
-COMMANDS = {"speed": speed, "scaling": scaling, "inference": inference, "memory": memory, "epoch": epoch}
+COMMANDS = {"speed": speed, "inference": inference, "memory": memory}
 
 
 def settle(b, command):
@@ -1133,9 +938,17 @@ def settle(b, command):
         if wrong:
             choices = ", ".join([*known, *["all"] * (name == "methods")])
             raise UserError(f"--{name} {wrong[0]}: choose from {choices}")
-    evaluation.check_least(vars(b), batch_size=1, length=4, rank=1, rounds=1, warmup=3, shards=1, layers=0)
+    evaluation.check_least(vars(b), batch_size=1, length=4, rank=1, rounds=1, warmup=3, layers=0)
     if not 0 <= b.dropout < 1 or not 0.5 <= b.fill <= 1:
         raise UserError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
+
+
+def answer(command, text, about):
+    """Print a table of runs and one line of JSON; exit status 1 if a run failed."""
+    print(text)
+    print(evaluation.to_json({"command": command} | about))
+    if about.get("failed"):
+        raise SystemExit(1)
 
 
 def main(argv=None):
@@ -1144,15 +957,11 @@ def main(argv=None):
     if argv[:1] == ["one"]:  # a process that `measure_alone` started
         print(evaluation.to_json(one(Bench(**json.loads(argv[2])), argv[1])))
         return
-    if argv[:1] in (["quality"], ["table"]):
-        text, about = (quality if argv[0] == "quality" else published)(argv[1:])
-        print(text)
-        print(evaluation.to_json({"command": argv[0]} | about))
-        if about.get("failed"):
-            raise SystemExit(1)
+    if argv[:1] == ["quality"]:
+        answer("quality", *quality(argv[1:]))
         return
     parser = train.parser_of(Bench, __doc__.split("\n\n")[0])
-    parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s {{quality,table}} [--help]"
+    parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s quality [--help]"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     given = vars(parser.parse_args(argv))
     command = given.pop("command")

@@ -15,6 +15,7 @@ import bench  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
+from papers import tables  # noqa: E402
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
              initializer_range=0.2)  # so that the loss depends on everything
@@ -103,32 +104,13 @@ def test_inference(tmp_path, capsys):
     assert (base.eval()(tokens) - merged(tokens)).abs().max() > 1e-3  # the base model's weights were left alone
 
 
-@pytest.mark.parametrize("name, length, batch", [("roberta", 24, 8), ("roberta", 60, 2), ("llama", 24, 8), ("llama", 60, 2)])
-def test_memory_model_counts_what_autograd_keeps(name, length, batch, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | dict(hidden_size=64, intermediate_size=160)))
-    b, runner, batches = make(tmp_path, batch_size=batch, length=length)
-    frozen, kept = {p.untyped_storage().data_ptr() for p in runner.model.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = runner.loss(*batches[0])
-    parts = bench.predict(b, runner.model.config, runner.model.head_kind, "lora")
-    assert parts["activations"] == pytest.approx(sum(kept.values()), rel=0.1)
-    assert parts["weights"] == bench.nbytes(p for n, p in runner.model.named_parameters() if n[-2:] not in (".A", ".B"))
-    assert parts["gradients"] == 4 * runner.trainable and parts["optimizer"] == 8 * runner.trainable and loss.isfinite()
-
-
-def test_memory_model_with_shards(tmp_path):
-    config = models.normalise(dict(bench.LLAMA2_70B), "70B")
-    b = bench.Bench(dtype="bfloat16", rank=32, batch_size=1, length=512)
-    one, eight = (bench.predict(b, config, "lm", shards=n) for n in (1, 8))
-    assert one["weights"] == pytest.approx(2 * 69e9, rel=0.01)  # LLaMA2 70B has 69 billion parameters
-    assert eight["optimizer"] == one["optimizer"] / 8 and eight["activations"] == one["activations"]
+def test_memory(roberta, tmp_path, capsys):
+    """A row per shape and method; more tokens take more."""
+    result = bench_run(capsys, tmp_path, "memory", "--model", roberta, "--methods", "lora", "--no-peft", "--rounds", 1,
+                       "--batch-size", 8)
+    peaks = {(row["contender"], row["batch"], row["length"]): row["peak_mb"] for row in result["rows"]}
+    assert {*peaks} == {(name, *shape) for name in ("floor", "lora") for shape in ((8, 12), (4, 12), (8, 6))}
+    assert all(peak > 0.1 for peak in peaks.values())
 
 
 @pytest.mark.parametrize("flags", [["speed", "--methods", "nothing"], ["speed", "--batch-size", "0"], ["quick"],
@@ -278,10 +260,12 @@ def test_a_failed_run_is_named(tmp_path, capsys):
     (["quality", "--task", "cola"], "use --tasks"), (["quality", "--seeds", "0"], "at least 1"),
     (["quality", "--methods", "lora,nothing"], "invalid choice"), (["quality", "--methods", "lora", "--out", "x"], "--out"),
     (["quality", "--methods", "lalora", "--match-budget"], "add lora"), (["quality", "--nonsense", "1"], "unrecognized"),
-    (["table", "nothing"], "lalora-table5"), (["table", "lalora-table6", "--small"], "no small version")])
+    (["papers/tables.py", "nothing"], "lalora-table5"),
+    (["papers/tables.py", "lalora-table6", "--small"], "no small version")])
 def test_refused_comparisons(flags, message, capsys):
+    main = (lambda: tables.main(flags[1:])) if flags[0] == "papers/tables.py" else (lambda: bench.main(flags))
     with pytest.raises(SystemExit) as stopped:
-        bench.evaluation.command(lambda: bench.main(flags))
+        bench.evaluation.command(main)
     error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message in error[-1]
 
@@ -316,14 +300,14 @@ def test_summary_pairs_each_row_with_uniform_lora_of_its_rank():
     assert "gsm8k, loss" in text
 
 
-TABLES = json.loads(bench.TABLES.read_text())
+TABLES = json.loads(tables.TABLES.read_text())
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_the_papers(name, capsys):
     """Each one's commands are what train.py and bench.py take, each of its rows is there."""
     for small in [[], ["--small"]][:1 + ("small" in TABLES[name])]:
-        bench.main(["table", name, *small, "--seeds", "1", "--results", "nowhere.jsonl"])
+        tables.main([name, *small, "--seeds", "1", "--results", "nowhere.jsonl"])
         out = capsys.readouterr().out
         assert json.loads(out.splitlines()[-1])["table"] == name
         for row in TABLES[name]["rows"]:
@@ -352,7 +336,7 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
         return bench.subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(line), "")
 
     monkeypatch.setattr(bench.subprocess, "run", fake_run)
-    q = bench.Published(results=str(tmp_path / "r.jsonl"))
+    q = tables.Published(results=str(tmp_path / "r.jsonl"))
     run = bench.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.results, ["gsm8k", "boolq", "humaneval"])
     assert bench.make([run], q) == {}
     assert called[0][:2] == ["--model", "gemma-7b"]

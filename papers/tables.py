@@ -1,0 +1,129 @@
+"""The tables and figures of the four papers: their commands, their numbers, and ours where there are any.
+
+    python papers/tables.py                              # all that there are
+    python papers/tables.py lalora-table5                # the commands, the paper's numbers, and ours
+    python papers/tables.py lalora-table5 --small --run  # the same comparison on a small model and few rows
+
+papers/tables.json holds what the papers compare, what they leave open and what this project lacks. All flags besides
+are train.py's and hold for every run. The table goes to stdout, whose last line is one JSON object.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from model import UserError  # noqa: E402
+
+TABLES = ROOT / "papers" / "tables.json"
+
+
+@dataclass
+class Published:
+    """What to do about a table of a paper."""
+
+    run: bool = train.setting(False, "table", "make the runs that are not made yet")
+    small: bool = train.setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
+    seeds: int = train.setting(0, "table", "0 = the paper's number")
+    jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores")
+    results: str = train.setting("runs/tables.jsonl", "table", "finished runs, a line each; their folders lie beside")
+
+
+def overview(tables):
+    """A line for each table: its name, what it shows, and what it lacks here."""
+    lines = []
+    for name, table in tables.items():
+        small = " [--small]" if "small" in table else ""
+        lacks = f"; lacks {table['lacks']}" if "lacks" in table else ""
+        lines.append(f"{name:19}{table['title']}{small}{lacks}\n")
+    return "".join(lines)
+
+
+def find(tables, name, small):
+    """One table of the file; `small` lays its small version over it."""
+    if name not in tables:
+        raise UserError(f"table {name}: there is no such one; there are {', '.join(tables)}")
+    table = tables[name]
+    if not small:
+        return table
+    if "small" not in table:
+        raise UserError(f"table {name} has no small version; leave out --small")
+    return table | {"task_flags": {}} | table["small"]
+
+
+def runs_of(table, flags, q):
+    """The table's runs, those of a row and task over all seeds together; none where bench.py measures it."""
+    runs = []
+    for row in table["rows"] if "command" not in table else ():
+        own = row.get("small", row.get("flags")) if q.small else row.get("flags")
+        if row.get("method") is None or own is False:
+            continue
+        model = table["model"] if isinstance(table["model"], str) else row["model"]
+        for task in table["tasks"]:
+            words = ["--model", model, *shlex.split(f"{table['flags']} {table['task_flags'].get(task, '')}"),
+                     "--method", row["method"], *shlex.split(own), *flags]
+            columns = None if q.small else table.get("evaluate")
+            for seed in range(q.seeds or table.get("seeds", 5)):
+                runs.append(bench.Run(row["row"], task, seed, words, q.results, columns))
+    return runs
+
+
+def commands(runs):
+    """What to type for the runs: a line for each row and task, and one for each other task that it is evaluated on."""
+    text, groups = "", {}
+    for run in runs:
+        groups.setdefault((run.row, run.task), []).append(run)
+    for same in groups.values():
+        seeds, last = " ".join(str(run.seed) for run in same), same[-1]
+        text += f"for seed in {seeds}; do python train.py {shlex.join(last.flags[:-1])} $seed; done\n"
+        for column in last.columns:
+            if last.task not in (column, "commonsense"):  # which has its parts' numbers in its own result
+                text += f"python {shlex.join(last.evaluate_on(column))}\n"
+    return text
+
+
+def published(name, q, flags):
+    """Print a paper's table: its commands, its numbers and ours; returns (text, JSON object)."""
+    table = find(json.loads(TABLES.read_text(encoding="utf-8"), parse_float=str), name, q.small)  # numbers as printed
+    paper = {row["row"]: row.get("paper", {}) for row in table["rows"]}
+    text = f"{table['paper']}: {table['title']}\n"
+    text += "".join(f"{table[key]}\n" for key in ("note", "lacks", "command") if key in table)
+    runs = runs_of(table, flags, q)
+    if not runs:
+        rows = [{"method": row} | numbers for row, numbers in paper.items()]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        return f"{text}\n{bench.table(rows, columns)}", {"table": name}
+    failed = bench.make(runs, q) if q.run else {}
+    told, about = bench.summarise(runs, bench.finished(q.results), table.get("metric"), failed, paper)
+    ours = {run.row for run in runs}
+    left = [f"not here: {row} {' '.join(map(str, numbers.values()))}\n"
+            for row, numbers in paper.items() if row not in ours]
+    return f"{text}{commands(runs)}\n{told}{''.join(left)}", about | {"table": name}
+
+
+def main(argv=None):
+    """Parse the command line, make the runs if --run, print the table and one line of JSON."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = train.parser_of(Published, __doc__.split("\n\n")[0])
+    parser.usage = "%(prog)s [NAME] [flags] [train.py's flags]"
+    named = bool(argv) and not argv[0].startswith("-")
+    own, flags = parser.parse_known_args(argv[named:])
+    q = Published(**vars(own))
+    bench.check_shared(flags)
+    evaluation.check_least(vars(q), seeds=0, jobs=1)
+    if named:
+        bench.answer("table", *published(argv[0], q, flags))
+    else:
+        tables = json.loads(TABLES.read_text(encoding="utf-8"))
+        bench.answer("table", overview(tables), {"tables": list(tables)})
+
+
+if __name__ == "__main__":
+    evaluation.command(main)
