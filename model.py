@@ -355,8 +355,15 @@ class Transformer(nn.Module):
         """Logits of the head, which is float32 whatever the model's dtype: x (B, D) -> (B, num_labels)."""
         return self.head(x.to(next(self.head.parameters()).dtype))
 
-    def run_blocks(self, x, *inputs):
-        for block in self.blocks:
+    def run_blocks(self, x, *inputs, first_token_only=False):
+        """Every block in turn, x (B, T, D) -> (B, T, D).
+
+        With `first_token_only` the last block computes no more than the first token, (B, 1, D), unless a hook on it or
+        in it wants to see all.
+        """
+        for i, block in enumerate(self.blocks, 1):
+            if first_token_only and i == len(self.blocks) and not has_hooks(block):
+                inputs = (*inputs, True)
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -364,12 +371,18 @@ class Transformer(nn.Module):
         return x
 
 
+def has_hooks(module):
+    """Whether a forward or backward hook sits on the module or on a module in it."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+               for m in module.modules())
+
+
 class EncoderBlock(nn.Module):
     """Block of bert and roberta (norms after the residual sums) and of vit (norms before attention and MLP)."""
 
-    def __init__(self, config, index):
+    def __init__(self, config):
         super().__init__()
-        D, bias, self.last = config.hidden_size, config.qkv_bias, index == config.layers - 1
+        D, bias = config.hidden_size, config.qkv_bias
         self.query, self.key, self.value = (Linear(D, D, bias=bias) for _ in range(3))
         self.out = Linear(D, D)
         self.norm1, self.norm2 = (nn.LayerNorm(D, eps=config.norm_eps) for _ in range(2))
@@ -379,10 +392,10 @@ class EncoderBlock(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.norm_first = config.family == "vit"
 
-    def forward(self, x, mask=None):  # x (B, T, D), mask (B, 1, 1, T) -> (B, T, D), the last block (B, 1, D)
+    def forward(self, x, mask, first_token_only=False):  # x (B, T, D), mask (B, 1, 1, T) or None -> (B, T or 1, D)
         y = self.norm1(x) if self.norm_first else x
         k, v = split_heads(self.key(y), self.head_dim), split_heads(self.value(y), self.head_dim)
-        if self.last:  # the heads read the first token only
+        if first_token_only:  # it attends to all tokens; nobody reads the others' outputs
             x, y = x[:, :1], y[:, :1]
         q = split_heads(self.query(y), self.head_dim)
         y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0)
@@ -424,7 +437,7 @@ class Encoder(Transformer):
             nn.Embedding(rows, D) for rows in (config.vocab_size, config.max_positions, config.type_vocab_size))
         self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
         if config.family == "bert":
             self.pooler = Linear(D, D)
         self.head = Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
@@ -432,9 +445,15 @@ class Encoder(Transformer):
         self.max_length = config.max_positions - (config.pad_id + 1 if config.family == "roberta" else 0)
 
     def forward(self, tokens, mask=None, types=None):
-        """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> logits (B, num_labels).
+        """Logits (B, num_labels); see `hidden_states` for the inputs. The head reads [CLS] or <s>, the first token."""
+        x = self.hidden_states(tokens, mask, types, first_token_only=True)[:, 0]  # (B, D)
+        return self.classify(self.pooled_dropout(torch.tanh(self.pooler(x))) if self.family == "bert" else x)
 
-        Raises UserError when T exceeds the position table.
+    def hidden_states(self, tokens, mask=None, types=None, first_token_only=False):
+        """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> (B, T, D).
+
+        With `first_token_only` what comes back may be the first token alone, which is faster. Raises UserError when T
+        exceeds the position table.
         """
         T, pad = tokens.shape[1], self.config.pad_id
         if T > self.max_length:
@@ -446,8 +465,8 @@ class Encoder(Transformer):
             positions = self.positions.weight[:T]
         x = self.embed(tokens) + (self.types.weight[0] if types is None else self.types(types)) + positions
         x = self.dropout(self.embed_norm(x))
-        x = self.run_blocks(x, None if mask is None else mask[:, None, None])[:, 0]  # (B, D) of [CLS] or <s>
-        return self.classify(self.pooled_dropout(torch.tanh(self.pooler(x))) if self.family == "bert" else x)
+        mask = None if mask is None else mask[:, None, None]
+        return self.run_blocks(x, mask, first_token_only=first_token_only)
 
 
 class RMSNorm(nn.Module):
@@ -608,17 +627,22 @@ class ViT(Transformer):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.positions = nn.Parameter(torch.zeros(1, (height // patch[0]) * (width // patch[1]) + 1, D))
         self.dropout = Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config, i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = Linear(D, config.num_labels)
 
     def forward(self, pixels):
         """pixels (B, C, H, W) float, normalised -> (B, num_labels); raises UserError for another image size."""
+        x = self.hidden_states(pixels, first_token_only=True)[:, 0]  # (B, D) of the class token
+        return self.classify(self.norm(x))
+
+    def hidden_states(self, pixels, first_token_only=False):
+        """The last block's output, class token first, (B, 1 + patches, D); see Encoder.hidden_states."""
         if pixels.shape[1:] != self.config.image_size:
             raise UserError(f"images of shape {tuple(pixels.shape[1:])}, but the model takes {self.config.image_size}")
         x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.positions
-        return self.classify(self.norm(self.run_blocks(self.dropout(x))[:, 0]))
+        return self.run_blocks(self.dropout(x), None, first_token_only=first_token_only)
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
@@ -751,9 +775,13 @@ def read_weights(model, folder, dtype, device, mapped=False):
 def save(model, folder, shard_bytes=5_000_000_000):
     """Write `model` as a checkpoint folder that transformers and `load` read, in shards above `shard_bytes`.
 
-    Only the plain model's parameters are written: merge adapters first. Earlier weights in the folder are removed.
+    Raises UserError when adapters are not merged. Earlier weights in the folder are removed.
     """
     folder, config = Path(folder), model.config
+    adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
+    if adapted:
+        raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint holds "
+                         "plain weights only: merge them first, or write them with lora.save_adapter")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lora  # noqa: E402
 import model as models  # noqa: E402
 from model import UserError, generate, load, read_config, resolve, save  # noqa: E402
 
@@ -163,6 +164,21 @@ def test_vit(name, labels, tmp_path):
         close(ours(pixels), oracle(pixels).logits)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
+def test_all_tokens_for_hooks_and_hidden_states(name, tmp_path):
+    """The last block computes the first token alone for the head, and all tokens for whoever else looks."""
+    oracle, ours = (m.eval() for m in gradient_models(name, tmp_path))
+    inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
+    seen = []
+    with torch.no_grad():
+        logits, theirs = ours(inputs), oracle(inputs, output_hidden_states=True)
+        close(ours.hidden_states(inputs), theirs.hidden_states[-1])
+        assert ours.hidden_states(inputs, first_token_only=True).shape[1] == 1
+        ours.blocks[-1].query.register_forward_hook(lambda module, args, output: seen.append(output))
+        close(ours(inputs), logits, 1e-5)
+    assert seen[0].shape == theirs.hidden_states[-1].shape
+
+
 @pytest.mark.parametrize("name, rope", [("llama", {}), ("llama-llama3", LLAMA3), ("mistral", {}), ("qwen3", {}),
                                         ("llama-linear", dict(type="linear", factor=4.0))])
 def test_classic_rope_settings(name, rope, tmp_path):
@@ -305,7 +321,7 @@ def test_checkpointing_saves_activations(tmp_path):
 def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch):
     """The same random numbers are drawn in the same order, so with the same seed even the dropped logits agree.
 
-    For that, masks come from F.dropout, and the last block computes all tokens instead of the first.
+    For that, masks come from F.dropout, and with a hook the last block computes all tokens instead of the first.
     """
     monkeypatch.setattr(models, "dropout", torch.nn.functional.dropout)
     prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
@@ -315,7 +331,7 @@ def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch
     oracle = build(prefix, settings, kind, **{**zero, where: 0.4})
     oracle.save_pretrained(tmp_path)
     ours = load(tmp_path).train()
-    ours.blocks[-1].last = False
+    ours.blocks[-1].register_forward_hook(lambda *_: None)
     oracle.train()
     inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
     torch.manual_seed(5)
@@ -668,21 +684,10 @@ def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
 def test_save_new_head_dtype_and_adapters(tmp_path):
     build(*ENCODERS["bert"], "SequenceClassification", num_labels=2).save_pretrained(tmp_path / "original")
     ours = load(tmp_path / "original", num_labels=5, dtype=torch.bfloat16)
-
-    class Adapted(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.weight, self.bias = linear.weight, linear.bias
-            self.A = torch.nn.Parameter(torch.zeros(2, 2))
-
-        def forward(self, x):
-            return torch.nn.functional.linear(x, self.weight, self.bias)
-
-    for block in ours.blocks:
-        block.query = Adapted(block.query)
+    layer, = lora.attach(ours, {"blocks.1.query": 2}, alpha=4).values()
+    refused("blocks.1.query", "merge", call=save, args=(ours, tmp_path / "saved"))
+    layer.merge()
     save(ours, tmp_path / "saved")
-    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
-        assert not any(k.endswith(".A") for k in file.keys())
     oracle = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype="auto")
     assert oracle.config.num_labels == 5 and oracle.dtype == torch.bfloat16
     assert type(oracle).__name__ == "BertForSequenceClassification"
