@@ -4,7 +4,9 @@ In every block the projections that can be adapted are called  query key value o
 """
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import re
@@ -22,6 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 class UserError(ValueError):
     """Something that the user can mend, anywhere in the program; the message is one line with the remedy."""
+
+
+note = functools.cache(logging.getLogger("model").warning)  # to stderr, each distinct line once per process
 
 
 def cache_folder():
@@ -126,7 +131,8 @@ def resolve(name, weights=True):
     import huggingface_hub  # here, not above: half a second that a run on local files need not wait for
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
     wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
-              "tokenizer.json", "tokenizer_config.json"] + ["*.safetensors", "*.safetensors.index.json"] * weights
+              "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
+              "chat_template.jinja", "*.model"] + ["*.safetensors", "*.safetensors.index.json"] * weights
     try:  # sub-folders and consolidated*.safetensors hold the same weights in other formats
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted,
                                                         ignore_patterns=["*/*", "consolidated*"]))
@@ -164,15 +170,44 @@ def find_config(name, weights="checkpoint"):
 def read_config(folder):
     """Read `folder/config.json` into a Config; raises UserError for anything missing, malformed or unsupported."""
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
+    return normalise(read_json(path), path)
+
+
+def read_json(path):
+    """The dict in a JSON file; raises UserError if there is none in it."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
     except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not a JSON object ({error}); download it again") from None
-    return normalise(raw, path)
+    return raw
+
+
+# Keys of config.json that `normalise` reads,
+READ = re.compile(
+    "model_type|architectures|id2label|label2id|num_labels|vocab_size|hidden_size|intermediate_size|num_hidden_layers|"
+    "num_attention_heads|num_key_value_heads|head_dim|max_position_embeddings|type_vocab_size|pad_token_id|hidden_act|"
+    "hidden_activation|rms_norm_eps|layer_norm_eps|initializer_range|hidden_dropout_prob|attention_probs_dropout_prob|"
+    "attention_dropout|classifier_dropout|rope_theta|rope_scaling|rope_parameters|sliding_window|use_sliding_window|"
+    "max_window_layers|layer_types|attention_bias|mlp_bias|qkv_bias|tie_word_embeddings|image_size|patch_size|"
+    "num_channels")
+# those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs),
+IRRELEVANT = re.compile(
+    r"_.*|.*_token_id|.*_token_ids|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|"
+    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|directionality|"
+    r"pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|prefix|tie_encoder_decoder|"
+    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|auto_map|transformers\.js_config|"
+    r"unsloth_.*|mask_.*|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
+    r"(max|min)_(length|new_tokens)|.*num_beam.*|num_return_sequences|typical_p|length_penalty|early_stopping|"
+    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|suppress_tokens|"
+    r"begin_suppress_tokens|exponential_decay_length_penalty")
+# and those with which transformers computes what is not built here, unless they have the value given
+FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+         "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
+         "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 def normalise(raw, path):
@@ -194,10 +229,15 @@ def normalise(raw, path):
             refuse(key, f"a {expected.__name__}")
     kind, qwen = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3")
     text, vit, decoder = (kind == name for name in ("encoder", "vit", "decoder"))
-    for key, only in {"position_embedding_type": "absolute", "is_decoder": False, "partial_rotary_factor": 1.0,
-                      "use_bidirectional_attention": False, "quantization_config": None}.items():
+    for key, only in FIXED.items():
         if raw.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
+    if raw.get("problem_type") == "multi_label_classification":
+        refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
+    unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {}) and key not in FIXED
+              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)]
+    if unread:
+        note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
 
     hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
     kv_heads = get("num_key_value_heads", heads) if decoder else heads
@@ -338,6 +378,7 @@ class Transformer(nn.Module):
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm" or "classify"
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
+        self.decoding = None  # what `generate` says about the checkpoint's own settings
 
     def hf_name(self, name, module=False):
         """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3.query.weight" or "blocks.3".
@@ -668,18 +709,27 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
     with torch.device("meta"):
         model = kind(config, head)
-    tied, random = head == "lm" and config.tied, weights == "random"
-    model.plain_names = [key for key, _ in model.named_parameters() if not (tied and key == "head.weight")]
-    model.fresh = list(model.plain_names) if random else read_weights(model, folder, dtype, device, mapped)
+    random = weights == "random"
+    model.plain_names = [key for key, _ in model.named_parameters()]
+    if random:
+        model.fresh = [key for key in model.plain_names if not (tied(model) and key == "head.weight")]
+    else:
+        model.fresh = read_weights(model, folder, dtype, device, mapped)
+        model.decoding = other_decoding(folder)
     # a new head is the same on every device; a whole random model is drawn where that is fast
     generator = torch.Generator(device if random else "cpu").manual_seed(seed)
     for parameter in model.fresh:
         initialise(place(model, parameter, dtype, device), parameter, config, generator)
-    if tied:
+    if tied(model):
         model.head.weight = model.embed.weight
+        model.plain_names.remove("head.weight")
     for buffer, value in list(model.named_buffers()):
         setattr(model, buffer, value.to(device))
     return model.eval()
+
+
+def tied(model):
+    return model.head_kind == "lm" and model.config.tied
 
 
 def place(model, name, dtype, device):
@@ -727,49 +777,94 @@ def weight_files(folder, config):
 
 
 # tensors that other heads or older versions of transformers left in a checkpoint
-IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|mask_token)$|(^|\.)pooler\.|"
+IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|mask_token|masked_bias|attn\.bias)$|(^|\.)pooler\.|"
                      r"^(lm_head|cls|classifier|score|qa_outputs|decoder)\.")
+
+
+def open_weights(path):
+    """safe_open; raises UserError for a file that is damaged, too large to be mapped, or a Git LFS pointer."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            pointer = file.read(20).startswith(b"version https://git")
+        if pointer:
+            raise UserError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull in its folder") from None
+        raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
 
 
 def read_weights(model, folder, dtype, device, mapped=False):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have."""
+    config, files, stored = model.config, weight_files(folder, model.config), []
+    for path in files:
+        with open_weights(path) as file:
+            stored += file.keys()
     names = {model.hf_name(name, module): name for name in model.plain_names for module in (True, False)}
-    missing, classify = set(model.plain_names), model.head_kind == "classify"
-    for path in (files := weight_files(folder, model.config)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                    name = names.get(hf) or names.get(f"{model.prefix}.{hf}")  # the latter: saved without a head
-                    if name is None and IGNORED.search(hf):
-                        continue
-                    kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
-                    expected = list(model.get_parameter(name).shape) if name in missing else None
-                    if expected and classify and name.startswith("head.") \
-                            and shape != expected and shape[1:] == expected[1:]:
-                        continue  # a head for another number of labels: starts afresh
-                    if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
-                                         + (f"one of floats {expected}" if expected else "none, or it is here twice"))
-                    parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a view of the file
-                    if mapped and parameter.dtype == tensor.dtype:
-                        parameter.data = tensor
-                    else:  # copied even if nothing changes
-                        parameter.copy_(tensor)
-                    del tensor  # before the next one is read
-                    missing.remove(name)
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
+    if config.tied and not any(names.get(key, names.get(f"{model.prefix}.{key}")) == "embed.weight" for key in stored):
+        names["lm_head.weight"] = "embed.weight"
+    missing, classify, others = set(model.plain_names), model.head_kind == "classify", set()
+    for path in files:
+        with open_weights(path) as file:
+            for key in file.keys():
+                hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+                name = names.get(hf) or names.get(f"{model.prefix}.{hf}")  # the latter: saved without a head
+                if name is None and not of_blocks(model, hf):
+                    others |= set() if IGNORED.search(hf) else {key}
+                    continue
+                kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
+                expected = list(model.get_parameter(name).shape) if name in missing else None
+                if expected and classify and name.startswith("head.") \
+                        and shape != expected and shape[1:] == expected[1:]:
+                    continue  # a head for another number of labels: starts afresh
+                if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
+                                     + (f"one of floats {expected}" if expected else "none, or it is here twice"))
+                parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a view of the file
+                if mapped and parameter.dtype == tensor.dtype:
+                    parameter.data = tensor
+                else:  # copied even if nothing changes
+                    parameter.copy_(tensor)
+                del tensor  # before the next one is read
+                missing.remove(name)
+    where = files[0] if len(files) == 1 else folder
+    if others:
+        some = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
+        note(f"{where}: {len(others)} tensors of another head are not used, as in transformers: {some}")
+    if tied(model) and "head.weight" in missing:
+        missing.remove("head.weight")
+    elif tied(model) and not torch.equal(model.head.weight, model.embed.weight):
+        note(f"{where}: lm_head.weight differs from the embedding, though config.json ties them: both are used")
+        config.tied = config.raw["tie_word_embeddings"] = False
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (classify and name.startswith(("head.", "pooler."))):
-            raise UserError(f"{files[0] if len(files) == 1 else folder}: tensor '{model.hf_name(name)}' is missing; "
-                             "download it again")
+            raise UserError(f"{where}: tensor '{model.hf_name(name)}' is missing; download it again")
     return fresh
+
+
+def of_blocks(model, key):
+    """Whether a tensor that no parameter is named for belongs to the model's body, where all have to be known."""
+    body = {key.split(".")[0] for key in model.names.values()} | {model.prefix}
+    return key.split(".")[0] in body and not IGNORED.search(key)
+
+
+# settings of generation_config.json that change what transformers decodes, with the values that do not
+DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None,
+            "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "min_length": 0,
+            "forced_eos_token_id": None, "min_new_tokens": None, "sequence_bias": None, "guidance_scale": 1,
+            "exponential_decay_length_penalty": None, "penalty_alpha": None, "stop_strings": None}
+
+
+def other_decoding(folder):
+    """A line on the settings with which transformers would not decode greedily, or None."""
+    path = folder / "generation_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    other = [f"{key} {raw[key]}" for key, plain in DECODING.items() if raw.get(key) not in (None, plain)]
+    return f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
 
 
 def save(model, folder, shard_bytes=5_000_000_000):
@@ -822,6 +917,8 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     too: (B,) bool on the same device.
     """
     (B, T), device = tokens.shape, tokens.device
+    if model.decoding:
+        note(model.decoding)
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
     position_ids = None
     mask = None if mask is None or mask.all() else mask.bool()

@@ -493,6 +493,51 @@ def test_left_overs_of_old_versions_and_other_heads_are_ignored(tmp_path):
         close(load(tmp_path)(tokens), oracle(tokens).logits)
 
 
+@pytest.mark.parametrize("head", ["lm", "classify"])
+@pytest.mark.parametrize("stored", ["embed", "lm_head", "both", "different"])
+def test_tied_weights_under_either_name(stored, head, tmp_path, caplog):
+    """As in transformers: whichever is there is both; two that differ are both used, which is said."""
+    build(*DECODERS["llama-gqa-tied"], "CausalLM").save_pretrained(tmp_path)
+
+    def change(tensors):
+        embed = tensors["model.embed_tokens.weight"]
+        head = embed + 0.1 * torch.randn(embed.shape) if stored == "different" else embed
+        if stored == "lm_head":
+            del tensors["model.embed_tokens.weight"]
+        return tensors if stored == "embed" else {**tensors, "lm_head.weight": head.clone()}
+
+    copy_tensors(tmp_path, change)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = load(tmp_path, head=head)
+    tokens, _ = batch(None)
+    assert ours.embed.weight.equal(oracle.model.embed_tokens.weight)
+    if head == "lm":
+        with torch.no_grad():
+            close(ours(tokens), oracle(tokens).logits)
+            save(ours, tmp_path / "saved")
+            close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(tokens).logits, ours(tokens))
+        assert ("lm_head.weight differs" in caplog.text) == (stored == "different")
+
+
+def test_what_is_not_used_is_named(tmp_path, caplog):
+    """Another head (trl's value head), unknown keys of config.json, decoding settings: one line each, then as ever."""
+    oracle = build(*DECODERS["llama-gqa-tied"], "CausalLM")
+    oracle.save_pretrained(tmp_path)
+    assert load(tmp_path) and not caplog.text
+    copy_tensors(tmp_path, lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, 32)})
+    edit_config(tmp_path, residual_multiplier=0.22, transformers_version="4.0", logits_scaling=None)
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(do_sample=True, top_p=0.9, repetition_penalty=1.1)))
+    ours, (tokens, _) = load(tmp_path), batch(None)
+    with torch.no_grad():
+        close(ours(tokens), oracle(tokens).logits)
+    generate(ours, tokens, None, 2, None, 0)
+    generate(ours, tokens, None, 2, None, 0)
+    head, = (message for message in caplog.messages if "v_head.summary.weight" in message)
+    key, = (message for message in caplog.messages if "residual_multiplier" in message)
+    decoding, = (message for message in caplog.messages if "repetition_penalty 1.1" in message)
+    assert "logits_scaling" not in key and "do_sample" in decoding and len(caplog.messages) == 3
+
+
 @pytest.mark.parametrize("name", ["roberta", "llama"])
 def test_language_model_checkpoint_gets_a_classification_head(name, tmp_path):
     prefix, settings = {**DECODERS, **ENCODERS}[name]
@@ -725,7 +770,9 @@ def refused(*parts, call=load, args=(), **keywords):
     (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ["rope"]),
     (dict(rope_parameters=dict(rope_theta=-1.0)), ["rope_theta"]), (dict(rope_scaling="linear"), ["rope"]),
     (dict(quantization_config=dict(bits=4)), ["quantization_config"]),
-    (dict(partial_rotary_factor=0.5), ["partial_rotary"]),
+    (dict(partial_rotary_factor=0.5), ["partial_rotary"]), (dict(add_cross_attention=True), ["add_cross_attention"]),
+    (dict(pruned_heads={"0": [1]}), ["pruned_heads"]),
+    (dict(problem_type="multi_label_classification"), ["problem_type", "null"]),
 ])
 def test_bad_config(changes, parts, llama):
     edit_config(llama, **changes)
@@ -768,9 +815,12 @@ def test_truncated_weights(keep, llama):
     refused("model.safetensors", "damaged", args=(llama,))
 
 
-def test_garbage_weights(llama):
-    (llama / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"not JSON at all." * 9)
-    refused("model.safetensors", "damaged", args=(llama,))
+@pytest.mark.parametrize("content, parts", [
+    (b"\x10" + bytes(7) + b"not JSON at all." * 9, ["damaged"]),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", ["Git LFS", "git lfs pull"])])
+def test_files_without_weights(content, parts, llama):
+    (llama / "model.safetensors").write_bytes(content)
+    refused("model.safetensors", *parts, args=(llama,))
 
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -929,7 +979,7 @@ def test_hub(hub, tmp_path):
     files = {p.name: p.read_bytes() for p in (tmp_path / "original").iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "model.onnx": b"x", "consolidated.safetensors": b"x", "README.md": b"x",
                 "onnx/model.safetensors": b"x"}
-    small = {"config.json": b"{}", "tokenizer.json": b"{}"}
+    small = {"config.json": b"{}", "tokenizer.json": b"{}", "vocab.txt": b"a", "vocab.json": b"{}", "merges.txt": b"a"}
     large = os.urandom(1 << 20) * 24  # huggingface_hub writes 10 MB at a time: only beyond can it resume
     hub.files = {"FacebookAI/roberta-base": {**files, **unwanted, "tokenizer.json": b"{}"},  # a short name's Hub id
                  "org/broken": {"config.json": b"{}", "model.safetensors": large}, "org/half": {**small, **unwanted},
