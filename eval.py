@@ -203,18 +203,20 @@ def log_likelihoods(model, split, batch_size, tokenizer):
 
 
 def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
-    """Measure the model on {split name: Split}; with several splits each metric gets the split's name as suffix.
+    """Measure the model on {split name: Split}: {metric: number}, and "eval_rows", how many rows that were.
 
-    The headline without suffix is then that of the split "dev" (MNLI: matched), or else the mean over the splits
-    (commonsense: over the tasks).
+    With several splits each metric gets the split's name as suffix. The one without suffix is then that of the split
+    "dev" (MNLI: matched), or else the mean over the splits (commonsense: over the tasks).
     """
     each = {name: evaluate(model, task, split, batch_size, tokenizer, generate, score, samples)
             for name, split in splits.items()}
-    if len(each) == 1:
-        return next(iter(each.values()))
-    metrics = next(iter(each.values())).keys()
-    head = {m: each["dev"][m] if "dev" in each else float(np.mean([e[m] for e in each.values()])) for m in metrics}
-    return head | {f"{m}_{name}": e[m] for name, e in each.items() if name != "dev" for m in metrics}
+    result = {}
+    for metric in next(iter(each.values())):
+        values = {name: metrics[metric] for name, metrics in each.items()}
+        result[metric] = values["dev"] if "dev" in values else float(np.mean(list(values.values())))
+        if len(each) > 1:
+            result |= {f"{metric}_{name}": value for name, value in values.items() if name != "dev"}
+    return result | {"eval_rows": sum(map(len, splits.values()))}
 
 
 # ---------------------------------------------------------------------------------------------- models, data and runs
@@ -387,15 +389,15 @@ AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
         "regress": ("AutoModelForSequenceClassification", "text-classification")}
 
 
-def write_cards(folder):
+def write_cards(folder, train_rows=None):
     """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload."""
     folder = Path(folder)
     part = "adapter" if (folder / "adapter").is_dir() else "model"
     for place, path in ((folder, part), (folder / part, ".")):
-        (place / "README.md").write_text(card(folder, path), encoding="utf-8", errors="backslashreplace")
+        (place / "README.md").write_text(card(folder, path, train_rows), encoding="utf-8", errors="backslashreplace")
 
 
-def card(folder, path):
+def card(folder, path, train_rows=None):
     """A run's model card: Markdown with the Hub's front matter. `path` is where its code finds the adapter or model.
 
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
@@ -412,17 +414,23 @@ def card(folder, path):
     lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
 
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
-    rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))] for key in after]
+    rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))]
+            for key in after if key != "eval_rows"]
     lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
+    trained = "" if train_rows is None else f"Trained on {train_rows:,} rows; evaluated on "
+    lines += [(trained or "Evaluated on ") + f"{after['eval_rows']:,} rows.", ""]
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
     lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
-    shown = ("seed", "rank", "alpha", "dropout", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a", "lr",
-             "schedule", "warmup", "weight_decay", "batch_size", "accumulate", "epochs", "max_length", "dtype")
-    rows = [[key, value] for key in shown if (value := getattr(s, key, None)) is not None and value is not False]
+    shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
+             "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
+             "limit_train", "limit_eval", "dtype")
+    values = {key: getattr(s, key, None) for key in shown}
+    values["targets"] = ", ".join(s.targets or [])
+    rows = [[key, value] for key, value in values.items() if value not in (None, "") and value is not False]
     lines += markdown(["setting", "value"], rows)
     if ranks["ranks"]:
-        grid, kinds = _grid(ranks["ranks"])
-        rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(grid)]
+        image, kinds = grid(ranks["ranks"])
+        rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(image)]
         lines += markdown([f"rank at step {ranks['step']:,}: block", *kinds], rows)
     if adapter and s.init_weights == "random":
         return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
@@ -462,50 +470,72 @@ def variant(s):
 
 def summary(metrics):
     """Metrics as a person reads them."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_rows")
 
 
 # ---------------------------------------------------------------------------------------------- plots
 
 
 def plot(*folders):
-    """Draw pictures of one run into its folder, or of several into the folder that holds them all; returns their paths.
+    """Draw one run's pictures into its folder, or several runs' into the folder that holds them; returns their paths.
 
     One run: training.png has loss, metrics, budget and the policy's own numbers over steps; ranks.png the rank of each
-    kind of matrix over blocks and steps, and the final ranks; choices.png LeLoRA's windows by depth and kind, or
-    WeightLoRA's omega. Several (methods x tasks x seeds, shown as means over seeds, error bars are standard deviations;
-    what is no finished run is left out): quality.png has the headline metric over trainable parameters; ranks.png the
-    final ranks; sparsity.png La-LoRA's ranks and sparsity (its Fig. 4); selection.png how alike the seeds' choices of
-    matrices are (WeightLoRA's Fig. 5); memory.png memory and time over adapters kept (its Figs. 6-8); choices.png
-    LeLoRA's windows and dimensions (its Fig. 3) and reward. Raises UserError without matplotlib or without a run.
+    kind of matrix over blocks and steps, and the final ranks; choices.png LeLoRA's windows, or WeightLoRA's omega.
+    Several: curves.png has loss and metric over steps, a row for each task; what is no run is left out. Raises
+    UserError without matplotlib or without a run.
     """
+    plt, runs = pyplot(), read_runs(folders)
+    if len(folders) == 1:
+        return save_figures(plt, runs[0].folder, _plot_run(plt, runs[0]))
+    return save_figures(plt, common_folder(runs), {"curves.png": _plot_curves(plt, runs)})
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing into files; raises UserError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
+        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
 
-    folder, pictures = (_plot_run if len(folders) == 1 else _plot_set)(plt, *folders)
-    for name, figure in pictures.items():
+
+def save_figures(plt, folder, figures):
+    """Write {file name: figure} into `folder`; returns the paths."""
+    for name, figure in figures.items():
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
-    return [folder / name for name in pictures]
+    return [folder / name for name in figures]
 
 
-def _plot_run(plt, folder):
-    folder, (s, _) = Path(folder), read_run(folder)
-    metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
-    pictures = {"training.png": _plot_training(plt, metrics)}
-    if ranks[-1]["ranks"]:
-        pictures["ranks.png"] = _plot_ranks(plt, ranks)
-    if "location" in ranks[-1]:
-        pictures["choices.png"] = _plot_windows(plt, ranks)
-    if "omega" in ranks[-1]:
-        pictures["choices.png"] = _plot_omega(plt, ranks)
-    for figure in pictures.values():  # a name may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
-    return folder, pictures
+def read_runs(folders):
+    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
+
+    Of several, what is no run is left out and named. Raises UserError if none is one.
+    """
+    runs, others = [], []
+    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
+        if folder.is_file():  # a picture, where runs/* was typed
+            continue
+        try:
+            s, _ = read_run(folder)
+            metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
+            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
+        except (UserError, OSError) as error:
+            if len(folders) == 1:
+                raise
+            others.append(folder.name)
+    if others:
+        data.note(f"left out, not a run's folder: {', '.join(others)}")
+    if not runs:
+        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
+    return runs
+
+
+def common_folder(runs):
+    """The innermost folder that holds all of the runs' folders."""
+    return Path(os.path.commonpath([run.folder.parent for run in runs]))
 
 
 def _read_log(file):
@@ -518,178 +548,19 @@ def _read_log(file):
     return lines
 
 
-def _grid(values):
-    """{"blocks.3.query": number} as (array (blocks, kinds) with nan where there is no such matrix, kinds)."""
-    kinds = [kind for kind in lora.TARGETS if any(name.endswith(f".{kind}") for name in values)]
-    grid = np.full((1 + max(int(name.split(".")[1]) for name in values), len(kinds)), np.nan)
-    for name, value in values.items():
-        _, block, kind = name.split(".")
-        grid[int(block), kinds.index(kind)] = value
-    return grid, kinds
-
-
-def _heat(axis, image, x, edges=None, kinds=(), **options):
-    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
-    blocks, columns = image.shape
-    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
-    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
-    axis.set_xlabel(x)
-    axis.set_ylabel("block")
-    axis.invert_yaxis()
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    if kinds:
-        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
-    return shown
-
-
-def _numbers(axis, image, bright):
-    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
-    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
-        if not np.isnan(image[row, column]):
-            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
-                      fontsize="small", color="white" if image[row, column] < bright else "black")
-
-
-def _plot_ranks(plt, ranks):
-    grids, kinds = zip(*(_grid(line["ranks"]) for line in ranks))
-    history, kinds, steps = np.stack(grids, -1), kinds[0], [line["step"] for line in ranks]  # (blocks, kinds, times)
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
-    top = max(1, np.nanmax(history))
-    for axis, kind, image in zip(axes, kinds, history.swapaxes(0, 1)):
-        axis.set_title(kind)
-        figure.colorbar(_heat(axis, image, "step", [0, *steps], vmin=0, vmax=top), ax=axis, label="rank")
-    last, final = axes[-1], history[..., -1]
-    last.set_title(f"final ranks (step {steps[-1]})")
-    figure.colorbar(_heat(last, final, "matrix", kinds=kinds, vmin=0, vmax=top), ax=last, label="rank")
-    _numbers(last, final, 0.6 * top)
-    return figure
-
-
-def _plot_training(plt, metrics):
-    steps, evals = [m for m in metrics if "loss" in m], [m for m in metrics if "eval" in m]
-    usual = {"step", "epoch", "loss", "lr", "grad_norm", "examples_per_second", "trainable_params"}
-    own = [key for key in (steps[-1] if steps else {}) if key not in usual]
-    figure, axes = plt.subplots(1, 3 + bool(own), figsize=(4.6 * (3 + bool(own)), 3.8), layout="constrained")
-    panels = [("training loss", ["loss"], steps, lambda m, k: m[k])]
-    panels += [("evaluation", [k for k in (evals[-1]["eval"] if evals else {}) if k != "loss"], evals,
-                lambda m, k: m["eval"].get(k))]
-    panels += [("trainable adapter parameters", ["now", "mean", "peak"], metrics,
-                lambda m, k: m["trainable_params"][k])]
-    panels += [("the policy's own numbers", own, steps, lambda m, k: m.get(k))] if own else []
-    for axis, (title, keys, lines, value) in zip(axes, panels):
-        for key in keys:
-            points = [(m["step"], value(m, key)) for m in lines if value(m, key) is not None]
-            axis.plot(*zip(*points), label=key, marker="o" if len(points) < 15 else None, markersize=3)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if keys:
-            axis.legend(fontsize="small")
-    axes[2].set_ylim(bottom=0)
-    return figure
-
-
-def _plot_windows(plt, ranks):
-    """LeLoRA's windows by block and by kind."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, part, label in ((axes[0], 1, "block"), (axes[1], 2, "matrix")):
-        _shares(axis, ranks, lambda name: name.split(".")[part], label)
-    return figure
-
-
-def _shares(axis, ranks, group, label):
-    """LeLoRA's Fig. 3 (a, b): how often each window was chosen (with a dimension above 0), by group(matrix name)."""
-    counts, bottom = {}, 0
-    for line in ranks:
-        for name, window in sorted(line["location"].items(), key=lambda item: int(item[0].split(".")[1])):
-            counts.setdefault(group(name), np.zeros(3))[window] += bool(line["ranks"][name])
-    shares = np.stack([c / max(1, c.sum()) for c in counts.values()])
-    for window, share in zip(("first", "middle", "last"), shares.T):
-        axis.bar(list(counts), share, bottom=bottom, label=window)
-        bottom = bottom + share
-    axis.set(xlabel=label, ylabel="share of logged steps", ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
-    axis.legend(title="singular components", loc="upper center", ncols=3, fontsize="small")
-
-
-def _plot_omega(plt, ranks):
-    """WeightLoRA: omega over the warm-up, and at its end with the selected matrices marked."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    warmup = [line for line in ranks if "selected" not in line] + [line for line in ranks if "selected" in line][:1]
-    selected = ranks[-1].get("selected", {})
-    for name in ranks[-1]["omega"]:
-        chosen = selected.get(name)
-        axes[0].plot([line["step"] for line in warmup], [line["omega"][name] for line in warmup],
-                     color="C1" if chosen else "0.6", zorder=2 if chosen else 1)
-    axes[0].set_title("omega (orange: kept)")
-    axes[0].set_xlabel("step")
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    grid, kinds = _grid(ranks[-1]["omega"])
-    marks, _ = _grid({name: selected.get(name, 0) for name in ranks[-1]["omega"]})
-    axes[1].set_title("omega at the end of the warm-up (x: kept)")
-    figure.colorbar(_heat(axes[1], grid, "matrix", kinds=kinds), ax=axes[1], label="omega")
-    for block, kind in zip(*np.nonzero(marks == 1)):
-        axes[1].text(kind, block, "x", ha="center", va="center", color="white", fontweight="bold")
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------- plots of a set
-
-
-def _plot_set(plt, *folders):
-    runs, others = [], []
-    for folder in dict.fromkeys(Path(os.path.abspath(f)) for f in folders if not Path(f).is_file()):
-        try:
-            (s, _), result = read_run(folder), json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
-            last, metric = ranks[-1], data.TASKS[s.task].metrics[0]
-            metric = metric if metric in result else "loss"
-            kept = last.get("selected", {} if "omega" in last else last["ranks"])  # none before the warm-up's end
-            runs.append(SimpleNamespace(
-                folder=folder, s=s, metrics=metrics, ranks=ranks, final=last["ranks"],
-                kept={name for name in kept if kept[name]}, point=(s.rank, s.alpha, s.weightlora_keep),
-                size=result["trainable_params"]["mean"], quality={metric: result.get(metric)},
-                costs={"peak memory (MB)": result.get("peak_memory_mb"), "training time (s)": result["seconds"]}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            others.append(folder.name)
-    if others:
-        print(f"note: left out, not a finished run: {', '.join(others)}", file=sys.stderr)
-    if not runs:
-        raise UserError(f"--plot: no finished run among {len(folders)} paths; name run folders with a result.json")
-
-    def of(*methods):
-        return [run for run in runs if run.s.method in methods]
-
-    pictures = {"quality.png": _plot_curves(
-        plt, _groups(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
-        "trainable parameters, mean over steps", lambda run: run.quality, log=True)}
-    selecting = [run for run in of("weightlora", "weightlora+", "random") if run.kept]
-    seeds = {key: group for key, group in _groups(selecting).items() if len(group) > 1}
-    lalora = [run for run in of("lalora") if (run.folder / "adapter").is_dir()]
-    for name, draw, groups in (
-            ("ranks.png", _plot_final_ranks, _groups([run for run in runs if run.final])),
-            ("sparsity.png", _plot_sparsity, _groups(lalora)), ("selection.png", _plot_selection, seeds),
-            ("choices.png", _plot_choices, _groups(of("lelora")))):
-        if groups:
-            pictures[name] = draw(plt, groups)
-    if selecting:
-        pictures["memory.png"] = _plot_curves(
-            plt, _groups(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
-            "adapters kept", lambda run: run.costs)
-    folder = Path(os.path.commonpath([run.folder.parent for run in runs]))
-    return folder, {name: figure for name, figure in pictures.items() if figure}
-
-
-def _groups(runs, *ignored):
+def alike(runs, *ignored):
     """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
-    ignored, tried, groups = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before",
-                              "max_bad_steps", *ignored}, {}, {}
+    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
+               *ignored}
 
     def shown(value):
         return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
 
+    tried = {}  # (method, setting) -> task -> the values that occur
     for run in runs:
         for key, value in vars(run.s).items():
             tried.setdefault((run.s.method, key), {}).setdefault(run.s.task, set()).add(shown(value))
+    groups = {}
     for run in runs:
         label = [run.s.method]
         for key, value in vars(run.s).items():
@@ -698,154 +569,126 @@ def _groups(runs, *ignored):
                 label.append(f"{key} {shown(value)}")
         label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
         groups.setdefault((run.s.task, label), []).append(run)
-    return dict(sorted(groups.items(), key=lambda item: [  # 2 before 12
-        int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", ": ".join(item[0]))]))
+
+    def numbers_by_size(key):  # 2 before 12
+        return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", ": ".join(key))]
+
+    return {key: groups[key] for key in sorted(groups, key=numbers_by_size)}
 
 
-def _panels(plt, keys, width, height):
-    """A figure, and its axes for the (row, title) in `keys`: a row's side by side, at most 8 before the next line."""
-    rows = [row for row, _ in keys]
-    rows = rows if len(set(rows)) < len(rows) else [""] * len(rows)  # one panel each: all in one row
-    columns = max(math.ceil(n / math.ceil(n / 8)) for n in map(rows.count, rows))
-    tops, lines = {}, 0
-    for row in dict.fromkeys(rows):
-        tops[row], lines = lines, lines + math.ceil(rows.count(row) / columns)
-    figure, axes = plt.figure(figsize=(width * columns, height * lines), layout="constrained"), []
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    if len({row for row, _ in keys}) == 1:
-        figure.suptitle(keys[0][0])
-        keys = [key[1:] for key in keys]
-    for i, (row, key) in enumerate(zip(rows, keys)):
-        line, column = divmod(rows[:i].count(row), columns)
-        axes.append(figure.add_subplot(lines, columns, (tops[row] + line) * columns + column + 1))
-        axes[-1].set_title("\n".join(textwrap.wrap(": ".join(key), int(10 * width))), fontsize="medium")
-    return figure, axes
-
-
-def _plot_curves(plt, groups, x, xlabel, values, log=False):
-    """The numbers values(run) over x(run): a panel per task and number, a curve per label, a point per rank and K."""
-    panels = {}
+def _plot_curves(plt, runs):
+    """Training loss and evaluation over steps: a row of panels for each task, a colour for what is alike but the seed."""
+    groups = alike(runs)
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    labels = list(dict.fromkeys(label for _, label in groups))
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 3.8 * len(tasks)), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    shown = {}
     for (task, label), group in groups.items():
-        for run, (name, value) in ((run, item) for run in group for item in values(run).items() if item[1] is not None):
-            curve = panels.setdefault((task, name), {}).setdefault(label, {})
-            curve.setdefault(run.point, []).append((x(run), value))
-    if not panels:
-        return None
-    figure, axes = _panels(plt, list(panels), 4.4, 3.8)
-    figure.set_figwidth(figure.get_figwidth() + 1.8)  # the legend's
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    colours, shown = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors, {}
-    for axis, (key, curves) in zip(axes, panels.items()):
-        for label, points in curves.items():
-            rows = sorted((*np.mean(p, 0), np.std(p, 0, ddof=len(p) > 1)[1]) for p in points.values())
-            i = labels.index(label)
-            shown[label] = axis.errorbar(*np.transpose(rows), marker="osD^v<>PX*p"[i % 11], markersize=5, capsize=3,
-                                         color=colours[i % len(colours)])
-        xs = [a for points in curves.values() for p in points.values() for a, _ in p]
-        if log and max(xs) > 10 * min(xs) > 0:
-            axis.set_xscale("log")
-        axis.set(xlabel=xlabel, ylabel=key[1])
-        axis.grid(alpha=0.3)
-    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small", ncols=1 + len(shown) // 20)
+        losses, evaluations = axes[tasks.index(task)]
+        colour = colours[labels.index(label) % len(colours)]
+        metric = headline(group)
+        for run in group:
+            _draw(losses, [(m["step"], m["loss"]) for m in run.metrics if "loss" in m], color=colour)
+            shown[label] = _draw(evaluations, [(m["step"], m["eval"].get(metric)) for m in run.metrics if "eval" in m],
+                                 color=colour)
+        losses.set_title(f"{task}: training loss")
+        evaluations.set_title(f"{task}: {metric}")
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
     return figure
 
 
-def mean_ranks(runs):
-    """Mean final rank of each matrix over runs, which have theirs as `final`: {name: number}."""
-    return {name: float(np.mean([run.final[name] for run in runs])) for name in runs[0].final}
+def headline(runs):
+    """The metric that runs on one task are compared by: the task's first, or the loss where answers were not scored."""
+    metric = data.TASKS[runs[0].s.task].metrics[0]
+    scored = [metric in line["eval"] for run in runs for line in run.metrics if "eval" in line]
+    return metric if scored and all(scored) else "loss"
 
 
-def _plot_final_ranks(plt, groups):
-    grids = [_grid(mean_ranks(runs)) for runs in groups.values()]
-    top = max(1, *(np.nanmax(grid) for grid, _ in grids))
-    blocks, kinds = np.max([grid.shape for grid, _ in grids], 0)
-    figure, axes = _panels(plt, list(groups), max(2, 0.45 * kinds), max(3.2, 0.17 * blocks + 1))
-    for axis, (grid, kinds) in zip(axes, grids):
-        shown = _heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
-        _numbers(axis, grid.round(1), 0.6 * top)
-    figure.colorbar(shown, ax=axes, label="mean final rank", fraction=0.02)
-    return figure
-
-
-def sparsity(folder, blocks, epsilon=1e-4):
-    """La-LoRA's Eq. 1, log(share of near-zero entries / epsilon), for each block of an adapter folder; array (blocks,).
-
-    P is the increment s B A (Fig. 1) of all matrices of a block together; near zero is |P| < epsilon (as the text says,
-    the formula has no bars), the logarithm the natural one. A block without adapters has the increment 0.
-    DoRA's lengths, which need W, are left out.
-    """
-    config, tensors = lora.read_adapter(folder)
-    small, size = np.zeros(blocks), np.zeros(blocks)
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            path, B = key[len("base_model.model."):-len(".lora_A.weight")], tensors[key.replace("lora_A", "lora_B")]
-            P = config["alpha_pattern"].get(path, config["lora_alpha"]) / len(A) * B @ A
-            block = int(re.search(r"\.(\d+)\.", path)[1])
-            small[block] += (P.abs() < epsilon).sum().item()
-            size[block] += P.numel()
-    with np.errstate(divide="ignore"):  # no entry near zero: -inf
-        return np.log(np.where(size, small / np.maximum(size, 1), 1) / epsilon)
-
-
-def _plot_sparsity(plt, groups):
-    figure, axes = _panels(plt, list(groups), 3.8, 3.4)
-    for axis, runs in zip(axes, groups.values()):
-        ranks = np.nanmean(_grid(mean_ranks(runs))[0], 1)  # (blocks,)
-        axis.bar(range(len(ranks)), ranks, color="0.75")
-        axis.set(xlabel="block", ylabel="final rank (bars)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        line = axis.twinx()
-        line.plot(np.mean([sparsity(run.folder / "adapter", len(ranks)) for run in runs], 0), "C3o-", markersize=4)
-        line.set_ylabel("sparsity, Eq. 1 (line)", color="C3")
-    return figure
-
-
-def jaccard(sets):
-    """Pairwise Jaccard similarity |a & b| / |a | b| of n sets that are not empty; array (n, n)."""
-    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
-
-
-def _plot_selection(plt, groups):
-    figure, axes = _panels(plt, list(groups), 2.6, 3)
-    for axis, runs in zip(axes, groups.values()):
-        image, seeds = jaccard([run.kept for run in runs]), [run.s.seed for run in runs]
-        shown = _heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
-        _numbers(axis, image, 0.6)
-        axis.set(yticks=range(len(seeds)), yticklabels=seeds, ylabel="seed")
-    figure.colorbar(shown, ax=axes, label="Jaccard similarity", fraction=0.02)
-    return figure
-
-
-def _plot_choices(plt, groups):
-    columns = ("windows by depth", "windows by kind", "dimension by depth", "dimension by kind", "reward")
-    figure, axes = _panels(plt, [(f"{label}, {task}", title) for task, label in groups for title in columns], 4, 3.2)
-    for row, runs in zip(np.reshape(axes, (-1, 5)), groups.values()):
-        lines = [line for run in runs for line in run.ranks]
-        blocks = len(_grid(lines[-1]["ranks"])[0])
-
-        def depth(name):
-            return ("front", "middle", "back")[3 * int(name.split(".")[1]) // blocks]
-
-        for i, label, group in ((0, "blocks", depth), (1, "matrix", lambda name: name.split(".")[2])):
-            _shares(row[i], lines, group, label)
-            _mean_curves(row[2 + i], [(group(name), line["step"], rank)
-                                      for line in lines for name, rank in line["ranks"].items()], 10)
-            row[2 + i].set(xlabel="step (means of tenths of the run)", ylabel="mean dimension")
-            row[2 + i].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        _mean_curves(row[4], [("", line["step"], line["reward"])
-                              for run in runs for line in run.metrics if line.get("reward") is not None], 200)
-        row[4].set(xlabel="step", ylabel="reward")
-    return figure
-
-
-def _mean_curves(axis, points, parts):
-    """A curve for each label of the (label, step, value) in `points`: means over `parts` equal parts of the steps."""
-    curves, last = {}, max([1, *(step for _, step, _ in points)])
-    for label, step, value in points:
-        curves.setdefault(label, {}).setdefault(math.ceil(parts * step / last), []).append((step, value))
-    for label, curve in curves.items():
-        axis.plot(*np.transpose([np.mean(curve[part], 0) for part in sorted(curve)]), label=label)
+def _draw(axis, points, **options):
+    """A curve through the (step, number or None) in `points`, with markers if they are few."""
+    points = [(step, value) for step, value in points if value is not None]
+    axis.set_xlabel("step")
     axis.grid(alpha=0.3)
+    steps, values = zip(*points) if points else ((), ())
+    return axis.plot(steps, values, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
+
+
+def _plot_run(plt, run):
+    figures, last = {"training.png": _plot_training(plt, run.metrics)}, run.ranks[-1]
+    if last["ranks"]:
+        figures["ranks.png"] = _plot_ranks(plt, run.ranks)
+    title = f"{run.s.method} on {Path(run.s.model).name}, {run.s.task}, seed {run.s.seed}"
+    for figure in figures.values():
+        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
+    return figures
+
+
+def _plot_training(plt, metrics):
+    steps, evaluations = [m for m in metrics if "loss" in m], [m["eval"] | m for m in metrics if "eval" in m]
+    usual = {"step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second", "trainable_params"}
+    own = [key for key in (steps[-1] if steps else {}) if key not in usual]
+    measured = [key for key in (evaluations[-1]["eval"] if evaluations else {}) if key not in ("loss", "eval_rows")]
+    panels = [("training loss", ["loss"], steps), ("evaluation", measured, evaluations),
+              ("trainable adapter parameters", ["now", "mean", "peak"], [m["trainable_params"] | m for m in metrics])]
+    if own:
+        panels.append(("the policy's own numbers", own, steps))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    for axis, (title, keys, lines) in zip(axes, panels):
+        axis.set_title(title)
+        for key in keys:
+            _draw(axis, [(line["step"], line.get(key)) for line in lines], label=key)
+        if keys:
+            axis.legend(fontsize="small")
+    axes[2].set_ylim(bottom=0)
+    return figure
+
+
+def _plot_ranks(plt, ranks):
+    kinds, steps = grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
+    history = np.stack([grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
+    top = max(1, np.nanmax(history))
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
+    for i, kind in enumerate(kinds):
+        axes[i].set_title(kind)
+        shown = heat(axes[i], history[:, :, i].T, "step", [0, *steps], vmin=0, vmax=top)
+        figure.colorbar(shown, ax=axes[i], label="rank")
+    axes[-1].set_title(f"final ranks (step {steps[-1]})")
+    shown = heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
+    figure.colorbar(shown, ax=axes[-1], label="rank")
+    write_numbers(axes[-1], history[-1], 0.6 * top)
+    return figure
+
+
+def grid(values):
+    """{"blocks.3.query": number} as (array (blocks, kinds) with nan where there is no such matrix, kinds)."""
+    kinds = [kind for kind in lora.TARGETS if any(name.endswith(f".{kind}") for name in values)]
+    image = np.full((1 + max(int(name.split(".")[1]) for name in values), len(kinds)), np.nan)
+    for name, value in values.items():
+        _, block, kind = name.split(".")
+        image[int(block), kinds.index(kind)] = value
+    return image, kinds
+
+
+def heat(axis, image, x, edges=None, kinds=(), **options):
+    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
+    blocks, columns = image.shape
+    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
+    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
+    axis.set(xlabel=x, ylabel="block")
+    axis.invert_yaxis()
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    if kinds:
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
+    return shown
+
+
+def write_numbers(axis, image, bright):
+    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
+    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
+        if not np.isnan(image[row, column]):
+            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
+                      fontsize="small", color="white" if image[row, column] < bright else "black")
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -19,6 +19,7 @@ import lora
 import tiny
 import train
 from model import UserError
+from papers import figures
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -104,10 +105,10 @@ def test_several_splits_are_named_and_averaged(monkeypatch):
     scores = {"boolq": 0.5, "piqa": 0.8, "dev": 0.6, "dev_mismatched": 0.2}
     monkeypatch.setattr(evaluation, "evaluate", lambda model, task, split, *rest: {"accuracy": scores[split]})
     assert evaluation.evaluate_splits(None, None, {"boolq": "boolq", "piqa": "piqa"}, 1) == pytest.approx(
-        {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8})
+        {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8, "eval_rows": 9})
     assert evaluation.evaluate_splits(None, None, {"dev": "dev", "dev_mismatched": "dev_mismatched"}, 1) == pytest.approx(
-        {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2})
-    assert evaluation.evaluate_splits(None, None, {"dev": "dev"}, 1) == {"accuracy": 0.6}
+        {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2, "eval_rows": 17})
+    assert evaluation.evaluate_splits(None, None, {"dev": "dev"}, 1) == {"accuracy": 0.6, "eval_rows": 3}
 
 
 def test_json_has_no_word_for_nan():
@@ -115,7 +116,7 @@ def test_json_has_no_word_for_nan():
         "a": None, "b": [1.5, None], "c": {"d": 2}}
 
 
-# ---------------------------------------------------------------------------------------------- plots of several runs
+# ---------------------------------------------------------------------------------------------- pictures
 
 
 def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
@@ -123,26 +124,25 @@ def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
     layers = lora.attach(model, {"blocks.0.query": 2, "blocks.0.up": 3, "blocks.2.value": 4}, 6, nominal=4)
     for layer in layers.values():
         layer.B.data.normal_(std=3e-4, generator=random)
-    layers["blocks.2.value"].gate[1:3] = 0
     lora.save_adapter(model, tmp_path / "adapter", "tiny", head=False)
     for epsilon in (1e-4, 2e-5):
         expected = [0, math.log(1 / epsilon), 0]  # an increment of zeros
         for block, names in ((0, ("blocks.0.query", "blocks.0.up")), (2, ("blocks.2.value",))):
             near, entries = 0, 0
-            for layer in map(layers.get, names):
-                A, B, gate = (x.detach().numpy().astype(np.float64) for x in (layer.A, layer.B, layer.gate))
-                P = 6 / 4 * np.einsum("or,r,ri->oi", B, gate, A)
+            for name in names:
+                A, B = (x.detach().numpy().astype(np.float64) for x in (layers[name].A, layers[name].B))
+                P = 6 / 4 * B @ A
                 near, entries = near + np.count_nonzero((-epsilon < P) & (P < epsilon)), entries + P.size
             assert 0 < near < entries
             expected[block] = math.log(near / (epsilon * entries))
-        assert evaluation.sparsity(tmp_path / "adapter", 3, epsilon) == pytest.approx(expected)
-    assert evaluation.sparsity(tmp_path / "adapter", 3, 1e-30)[0] == -math.inf
+        assert figures.sparsity(tmp_path / "adapter", 3, epsilon) == pytest.approx(expected)
+    assert figures.sparsity(tmp_path / "adapter", 3, 1e-30)[0] == -math.inf
 
 
 def test_jaccard_similarity_equals_scikit_learns():
     chosen = np.random.default_rng(0).integers(2, size=(4, 12))
     expected = [[sklearn_metrics.jaccard_score(a, b) for b in chosen] for a in chosen]
-    np.testing.assert_allclose(evaluation.jaccard([set(np.flatnonzero(row)) for row in chosen]), expected)
+    np.testing.assert_allclose(figures.jaccard([set(np.flatnonzero(row)) for row in chosen]), expected)
 
 
 def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_task():
@@ -151,35 +151,62 @@ def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_tas
             for seed in (0, 1) for method, task, other in (
                 ("lora", "b", {"rank": 16, "out": "y"}), ("lora", "b", {}), ("lora", "a", {"lr": 2.0}),
                 ("lalora", "a", {"lalora_fidelity": "off", "model": "c"}), ("lalora", "a", {}))]
-    alike = {key: len(group) for key, group in evaluation._groups(runs).items()}
+    alike = {key: len(group) for key, group in evaluation.alike(runs).items()}
     assert alike == {("a", "lalora, fidelity off, model c"): 2, ("a", r"lalora, fidelity step, model \$b"): 2,
                      ("a", "lora, rank 4"): 2, ("b", "lora, rank 4"): 2, ("b", "lora, rank 16"): 2}
     assert list(alike)[-1] == ("b", "lora, rank 16")
-    assert len(evaluation._groups(runs, "rank")["b", "lora"]) == 4
-    for rank, run in enumerate(runs[:3]):
-        run.final = {"blocks.0.query": rank, "blocks.1.up": 6}
-    assert evaluation.mean_ranks(runs[:3]) == {"blocks.0.query": 1, "blocks.1.up": 6}
+    assert len(evaluation.alike(runs, "rank")["b", "lora"]) == 4
 
 
-@pytest.mark.parametrize("methods, expected", [
-    (("lora", "full", "lalora", "weightlora", "random", "lelora"), "quality ranks sparsity selection choices memory"),
-    (("full",), "quality")])
-def test_a_set_of_runs_gets_the_pictures_it_has_the_data_for(methods, expected, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    for method in methods:
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder of short runs: six methods, two seeds each, one of them unfinished."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("lora", "full", "lalora", "weightlora", "random", "lelora"):
         for seed in (0, 1):
-            train.run(train.Settings(method=method, seed=seed, steps=6, rank=2, limit_train=48, limit_eval=20, batch_size=8,
-                                     eval_before=False, log_every=2, out=str(tmp_path / f"{method}-{seed}")))
-    shutil.copytree(tmp_path / "full-0", tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "result.json").unlink()
-    (tmp_path / "notes.txt").write_text("no run, either")
-    capsys.readouterr()
-    evaluation.main(["--plot", *map(str, tmp_path.iterdir())])
-    printed = capsys.readouterr()
-    assert printed.err == "note: left out, not a finished run: unfinished\n"
-    pictures = [tmp_path / f"{name}.png" for name in expected.split()]
-    assert json.loads(printed.out) == {"plots": list(map(str, pictures))} and all(path.exists() for path in pictures)
-    evaluation.main(["--plot", str(tmp_path / "full-0")])
-    assert json.loads(capsys.readouterr().out) == {"plots": [str(tmp_path / "full-0" / "training.png")]}
-    with pytest.raises(UserError, match="no finished run among 2"):
-        evaluation.plot(tmp_path / "unfinished", tmp_path / "notes.txt")
+            train.run(train.Settings(method=method, seed=seed, steps=6, rank=2, limit_train=48, limit_eval=20,
+                                     batch_size=8, eval_before=False, log_every=2, out=str(folder / f"{method}-{seed}")))
+    shutil.copytree(folder / "full-0", folder / "unfinished")
+    (folder / "unfinished" / "result.json").unlink()
+    (folder / "notes").mkdir()
+    (folder / "notes.txt").write_text("no run, either")
+    return folder
+
+
+@pytest.mark.parametrize("chosen, expected", [
+    ("*", "quality ranks sparsity selection omega choices memory"), ("full-*", "quality")])
+def test_a_set_of_runs_gets_the_figures_it_has_the_data_for(runs, chosen, expected, capsys, caplog):
+    pytest.importorskip("matplotlib")
+    data.note.cache_clear()
+    figures.main([str(path) for path in runs.glob(chosen)])
+    pictures = [runs / f"{name}.png" for name in expected.split()]
+    assert json.loads(capsys.readouterr().out) == {"figures": list(map(str, pictures))}
+    assert all(path.exists() for path in pictures)
+    left_out = ["left out, not a run's folder: notes", "left out, not a finished run: unfinished"]
+    assert caplog.messages == (left_out if chosen == "*" else [])
+
+
+def curves(figure):
+    """{title of a panel: the steps of each of its curves}."""
+    return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()] for axis in figure.axes}
+
+
+def test_pictures_of_runs_show_what_their_logs_hold(runs, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(evaluation, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
+    evaluation.plot(*runs.glob("l*-*"))
+    shown = curves(drawn["curves.png"])
+    assert shown["digits-rot90: training loss"] == [[2, 4, 6]] * 6
+    assert len(shown["digits-rot90: accuracy"]) == 6 and all(steps[-1] == 6 for steps in shown["digits-rot90: accuracy"])
+    assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
+    evaluation.plot(runs / "lora-0")  # which has no numbers of its own
+    assert list(curves(drawn["training.png"])) == ["training loss", "evaluation", "trainable adapter parameters"]
+    evaluation.plot(runs / "lelora-0")
+    assert curves(drawn["training.png"])["the policy's own numbers"][0] == [2, 4, 6]
+    with pytest.raises(UserError, match="no run among 2 paths"):
+        evaluation.plot(runs / "notes", runs / "notes.txt")
+    with pytest.raises(UserError, match="run.json"):
+        evaluation.plot(runs / "notes")
+    with pytest.raises(UserError, match="no finished run among 1"):
+        figures.draw([runs / "unfinished"])

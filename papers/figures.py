@@ -1,0 +1,280 @@
+"""The papers' figures, of runs over methods, tasks and seeds: means over seeds, error bars are standard deviations.
+
+    python papers/figures.py runs/quality/*      # drawn into runs/quality/
+
+quality.png    the headline metric over trainable parameters
+ranks.png      the final ranks
+sparsity.png   La-LoRA's ranks and sparsity (its Fig. 4)
+selection.png  how alike the seeds' choices of matrices are (WeightLoRA's Fig. 5)
+memory.png     memory and time over adapters kept (WeightLoRA's Figs. 6 to 8)
+omega.png      WeightLoRA's omega over the warm-up, for each run
+choices.png    LeLoRA's windows and dimensions (its Fig. 3), and the reward
+
+A picture is drawn where there are runs that have its data. The last line on stdout is one JSON object.
+"""
+
+import json
+import math
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import eval as evaluation
+import lora
+from model import UserError
+
+
+def finished(folders):
+    """The runs of `evaluation.read_runs` that are finished, with what the figures show of them as attributes."""
+    runs = []
+    for run in evaluation.read_runs(folders):
+        try:
+            result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+            metric, last = data.TASKS[run.s.task].metrics[0], run.ranks[-1]
+            metric = metric if metric in result else "loss"
+            kept = last["ranks"]
+            if "omega" in last:
+                kept = last.get("selected", {})  # empty before the end of the warm-up
+            run.final, run.kept = last["ranks"], {name for name in kept if kept[name]}
+            run.point = run.s.rank, run.s.alpha, run.s.weightlora_keep
+            run.size, run.quality = result["trainable_params"]["mean"], {metric: result[metric]}
+            run.costs = {"peak memory (MB)": result.get("peak_memory_mb"), "training time (s)": result["seconds"]}
+            runs.append(run)
+        except (OSError, ValueError, KeyError, AttributeError):
+            data.note(f"left out, not a finished run: {run.folder.name}")
+    if not runs:
+        raise UserError(f"no finished run among {len(folders)} paths; name run folders with a result.json")
+    return runs
+
+
+def draw(folders):
+    """Draw all figures there are data for into the innermost folder that holds all the runs; returns their paths."""
+    plt, runs = evaluation.pyplot(), finished(folders)
+
+    def of(*methods):
+        return [run for run in runs if run.s.method in methods]
+
+    def several_seeds(groups):
+        return {key: group for key, group in groups.items() if len(group) > 1}
+
+    alike, figures = evaluation.alike, {}
+    figures["quality.png"] = plot_curves(
+        plt, alike(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
+        "trainable parameters, mean over steps", lambda run: run.quality, log=True)
+    selecting = [run for run in of("weightlora", "weightlora+", "random") if run.kept]
+    for name, figure, groups in (
+            ("ranks.png", plot_final_ranks, alike([run for run in runs if run.final])),
+            ("sparsity.png", plot_sparsity, alike([run for run in of("lalora") if (run.folder / "adapter").is_dir()])),
+            ("selection.png", plot_selection, several_seeds(alike(selecting))),
+            ("omega.png", plot_omega, alike([run for run in runs if "omega" in run.ranks[-1]])),
+            ("choices.png", plot_choices, alike(of("lelora")))):
+        if groups:
+            figures[name] = figure(plt, groups)
+    if selecting:
+        figures["memory.png"] = plot_curves(
+            plt, alike(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
+            "adapters kept", lambda run: run.costs)
+    figures = {name: figure for name, figure in figures.items() if figure}
+    return evaluation.save_figures(plt, evaluation.common_folder(runs), figures)
+
+
+def panels(plt, keys, width, height):
+    """A figure, and its axes for the (row, title) in `keys`: a row's side by side, at most 8 before the next line."""
+    rows = [row for row, _ in keys]
+    if len(set(rows)) == len(rows):
+        rows = [""] * len(rows)  # one panel each: all in one row
+    columns = max(math.ceil(n / math.ceil(n / 8)) for n in map(rows.count, rows))
+    tops, lines = {}, 0
+    for row in dict.fromkeys(rows):
+        tops[row] = lines
+        lines += math.ceil(rows.count(row) / columns)
+    figure = plt.figure(figsize=(width * columns, height * lines), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    if len({row for row, _ in keys}) == 1:
+        figure.suptitle(keys[0][0])
+        keys = [key[1:] for key in keys]
+    axes = []
+    for i, (row, key) in enumerate(zip(rows, keys)):
+        line, column = divmod(rows[:i].count(row), columns)
+        axes.append(figure.add_subplot(lines, columns, (tops[row] + line) * columns + column + 1))
+        axes[-1].set_title("\n".join(textwrap.wrap(": ".join(key), int(10 * width))), fontsize="medium")
+    return figure, axes
+
+
+def plot_curves(plt, groups, x, xlabel, values, log=False):
+    """The numbers values(run) over x(run): a panel per task and number, a curve per label, a point per rank and K."""
+    curves = {}  # (task, name of the number) -> label -> the run's point -> [(x, value)]
+    for (task, label), group in groups.items():
+        for run in group:
+            for name, value in values(run).items():
+                if value is not None:
+                    curve = curves.setdefault((task, name), {}).setdefault(label, {})
+                    curve.setdefault(run.point, []).append((x(run), value))
+    if not curves:
+        return None
+    figure, axes = panels(plt, list(curves), 4.4, 3.8)
+    figure.set_figwidth(figure.get_figwidth() + 1.8)  # the legend's
+    labels = list(dict.fromkeys(label for panel in curves.values() for label in panel))
+    colours, shown = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors, {}
+    for axis, ((_, name), panel) in zip(axes, curves.items()):
+        for label, points in panel.items():
+            rows = sorted((*np.mean(p, 0), np.std(p, 0, ddof=len(p) > 1)[1]) for p in points.values())
+            i = labels.index(label)
+            shown[label] = axis.errorbar(*np.transpose(rows), marker="osD^v<>PX*p"[i % 11], markersize=5, capsize=3,
+                                         color=colours[i % len(colours)])
+        xs = [a for points in panel.values() for p in points.values() for a, _ in p]
+        if log and max(xs) > 10 * min(xs) > 0:
+            axis.set_xscale("log")
+        axis.set(xlabel=xlabel, ylabel=name)
+        axis.grid(alpha=0.3)
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small", ncols=1 + len(shown) // 20)
+    return figure
+
+
+def mean_ranks(runs):
+    """Mean final rank of each matrix over runs, which have theirs as `final`: {name: number}."""
+    return {name: float(np.mean([run.final[name] for run in runs])) for name in runs[0].final}
+
+
+def plot_final_ranks(plt, groups):
+    grids = [evaluation.grid(mean_ranks(runs)) for runs in groups.values()]
+    top = max(1, *(np.nanmax(grid) for grid, _ in grids))
+    blocks, kinds = np.max([grid.shape for grid, _ in grids], 0)
+    figure, axes = panels(plt, list(groups), max(2, 0.45 * kinds), max(3.2, 0.17 * blocks + 1))
+    for axis, (grid, kinds) in zip(axes, grids):
+        shown = evaluation.heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
+        evaluation.write_numbers(axis, grid.round(1), 0.6 * top)
+    figure.colorbar(shown, ax=axes, label="mean final rank", fraction=0.02)
+    return figure
+
+
+def sparsity(folder, blocks, epsilon=1e-4):
+    """La-LoRA's Eq. 1, log(share of near-zero entries / epsilon), for each block of an adapter folder; array (blocks,).
+
+    P is the increment s B A (Fig. 1) of all matrices of a block together; near zero is |P| < epsilon (as the text says,
+    the formula has no bars), the logarithm the natural one. A block without adapters has the increment 0.
+    DoRA's lengths, which need W, are left out.
+    """
+    config, tensors = lora.read_adapter(folder)
+    small, size = np.zeros(blocks), np.zeros(blocks)
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            path, B = key[len("base_model.model."):-len(".lora_A.weight")], tensors[key.replace("lora_A", "lora_B")]
+            P = config["alpha_pattern"].get(path, config["lora_alpha"]) / len(A) * B @ A
+            block = int(re.search(r"\.(\d+)\.", path)[1])
+            small[block] += (P.abs() < epsilon).sum().item()
+            size[block] += P.numel()
+    with np.errstate(divide="ignore"):  # no entry near zero: -inf
+        return np.log(np.where(size, small / np.maximum(size, 1), 1) / epsilon)
+
+
+def plot_sparsity(plt, groups):
+    figure, axes = panels(plt, list(groups), 3.8, 3.4)
+    for axis, runs in zip(axes, groups.values()):
+        ranks = np.nanmean(evaluation.grid(mean_ranks(runs))[0], 1)  # (blocks,)
+        axis.bar(range(len(ranks)), ranks, color="0.75")
+        axis.set(xlabel="block", ylabel="final rank (bars)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        line = axis.twinx()
+        line.plot(np.mean([sparsity(run.folder / "adapter", len(ranks)) for run in runs], 0), "C3o-", markersize=4)
+        line.set_ylabel("sparsity, Eq. 1 (line)", color="C3")
+    return figure
+
+
+def jaccard(sets):
+    """Pairwise Jaccard similarity |a & b| / |a | b| of n sets that are not empty; array (n, n)."""
+    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+
+
+def plot_selection(plt, groups):
+    figure, axes = panels(plt, list(groups), 2.6, 3)
+    for axis, runs in zip(axes, groups.values()):
+        image, seeds = jaccard([run.kept for run in runs]), [run.s.seed for run in runs]
+        shown = evaluation.heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
+        evaluation.write_numbers(axis, image, 0.6)
+        axis.set(yticks=range(len(seeds)), yticklabels=seeds, ylabel="seed")
+    figure.colorbar(shown, ax=axes, label="Jaccard similarity", fraction=0.02)
+    return figure
+
+
+def plot_omega(plt, groups):
+    """WeightLoRA: each run's omega over the warm-up, the matrices that are kept in orange."""
+    runs = [(f"{label}, {task}", run) for (task, label), group in groups.items() for run in group]
+    figure, axes = panels(plt, [(title, f"seed {run.s.seed}") for title, run in runs], 4, 3.4)
+    for axis, (_, run) in zip(axes, runs):
+        chosen = [line for line in run.ranks if "selected" in line][:1]
+        warmup = [line for line in run.ranks if "selected" not in line] + chosen
+        for name in run.ranks[-1]["omega"]:
+            kept = name in run.kept
+            axis.plot([line["step"] for line in warmup], [line["omega"][name] for line in warmup],
+                      color="C1" if kept else "0.6", zorder=2 if kept else 1)
+        axis.set(xlabel="step", ylabel="omega")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_choices(plt, groups):
+    columns = ("windows by depth", "windows by kind", "dimension by depth", "dimension by kind", "reward")
+    figure, axes = panels(plt, [(f"{label}, {task}", title) for task, label in groups for title in columns], 4, 3.2)
+    for row, runs in zip(np.reshape(axes, (-1, 5)), groups.values()):
+        lines = [line for run in runs for line in run.ranks]
+        blocks = len(evaluation.grid(lines[-1]["ranks"])[0])
+
+        def depth(name):
+            return ("front", "middle", "back")[3 * int(name.split(".")[1]) // blocks]
+
+        def kind(name):
+            return name.split(".")[2]
+
+        for i, label, group in ((0, "blocks", depth), (1, "matrix", kind)):
+            plot_shares(row[i], lines, group, label)
+            dimensions = [(group(name), line["step"], rank) for line in lines for name, rank in line["ranks"].items()]
+            mean_curves(row[2 + i], dimensions, 10)
+            row[2 + i].set(xlabel="step (means of tenths of the run)", ylabel="mean dimension")
+            row[2 + i].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        rewards = [("", line["step"], line["reward"])
+                   for run in runs for line in run.metrics if line.get("reward") is not None]
+        mean_curves(row[4], rewards, 200)
+        row[4].set(xlabel="step", ylabel="reward")
+    return figure
+
+
+def plot_shares(axis, ranks, group, label):
+    """LeLoRA's Fig. 3 (a, b): how often each window was chosen (with a dimension above 0), by group(matrix name)."""
+    counts, bottom = {}, 0
+    for line in ranks:
+        for name, window in sorted(line["location"].items(), key=lambda item: int(item[0].split(".")[1])):
+            counts.setdefault(group(name), np.zeros(3))[window] += bool(line["ranks"][name])
+    shares = np.stack([c / max(1, c.sum()) for c in counts.values()])
+    for window, share in zip(("first", "middle", "last"), shares.T):
+        axis.bar(list(counts), share, bottom=bottom, label=window)
+        bottom = bottom + share
+    axis.set(xlabel=label, ylabel="share of logged steps", ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
+    axis.legend(title="singular components", loc="upper center", ncols=3, fontsize="small")
+
+
+def mean_curves(axis, points, parts):
+    """A curve for each label of the (label, step, value) in `points`: means over `parts` equal parts of the steps."""
+    curves, last = {}, max([1, *(step for _, step, _ in points)])
+    for label, step, value in points:
+        curves.setdefault(label, {}).setdefault(math.ceil(parts * step / last), []).append((step, value))
+    for label, curve in curves.items():
+        axis.plot(*np.transpose([np.mean(curve[part], 0) for part in sorted(curve)]), label=label)
+    axis.grid(alpha=0.3)
+
+
+def main(argv=None):
+    """Parse the command line, draw, print the paths as one line of JSON."""
+    parser = evaluation.Parser(__doc__.split("\n\n")[0], "RUN ...")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders that train.py wrote; what is no run is left out")
+    args = parser.parse_args(argv)
+    print(evaluation.to_json({"figures": [str(path) for path in draw(args.runs)]}))
+
+
+if __name__ == "__main__":
+    evaluation.command(main)
