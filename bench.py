@@ -308,13 +308,13 @@ def peft_model(b, base, kind, method):
         theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     if kind != "lm":
-        weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(base.head_name)}
+        weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(tuple(base.head_names.values()))}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
     theirs.tie_weights()
     task_type = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind)
     options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type=task_type,
-                   modules_to_save=[base.head_name] if kind != "lm" else None,
+                   modules_to_save=[*base.head_names.values()] if kind != "lm" else None,
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
     if method == "adalora":
         chosen = peft.AdaLoraConfig(init_r=round(s.adalora_init_ratio * b.rank), target_r=b.rank, tinit=1, tfinal=500,

@@ -1,4 +1,4 @@
-"""Hand-written RoBERTa/BERT, LLaMA-family and ViT forward passes that read and write Hub checkpoints.
+"""Hand-written RoBERTa/BERT/DeBERTa, LLaMA-family and ViT forward passes that read and write Hub checkpoints.
 
 In every block the projections that can be adapted are called  query key value out [gate] up down.
 """
@@ -81,6 +81,8 @@ def sizes(*values, **other):
 
 
 ROBERTA, LLAMA = dict(type_vocab_size=1, layer_norm_eps=1e-5), dict(rms_norm_eps=1e-5)
+DEBERTA = dict(relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=256,
+               norm_rel_ebd="layer_norm", position_biased_input=False, layer_norm_eps=1e-7)
 # short name -> Hub id and what its config.json says, so that `weights="random"` needs neither files nor network
 NAMED = {
     "minilm": ("sentence-transformers/all-MiniLM-L6-v2", sizes("bert", 30522, 512, 384, 1536, 6, 12)),
@@ -88,6 +90,12 @@ NAMED = {
     "bert-large": ("google-bert/bert-large-uncased", sizes("bert", 30522, 512, 1024, 4096, 24, 16)),
     "roberta-base": ("FacebookAI/roberta-base", sizes("roberta", 50265, 514, 768, 3072, 12, 12, **ROBERTA)),
     "roberta-large": ("FacebookAI/roberta-large", sizes("roberta", 50265, 514, 1024, 4096, 24, 16, **ROBERTA)),
+    "deberta-v3-xsmall": ("microsoft/deberta-v3-xsmall", sizes(
+        "deberta-v2", 128100, 512, 384, 1536, 12, 6, **DEBERTA)),
+    "deberta-v3-small": ("microsoft/deberta-v3-small", sizes("deberta-v2", 128100, 512, 768, 3072, 6, 12, **DEBERTA)),
+    "deberta-v3-base": ("microsoft/deberta-v3-base", sizes("deberta-v2", 128100, 512, 768, 3072, 12, 12, **DEBERTA)),
+    "deberta-v3-large": ("microsoft/deberta-v3-large", sizes(
+        "deberta-v2", 128100, 512, 1024, 4096, 24, 16, **DEBERTA)),
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", sizes(
         "llama", 49152, 8192, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True, pad_token_id=2, **LLAMA)),
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", sizes("llama", 32000, 4096, 4096, 11008, 32, 32, 32, **LLAMA)),
@@ -105,9 +113,10 @@ NAMED = {
 HUB = {name: hub_id for name, (hub_id, _) in NAMED.items()}
 CONFIGS = {name: raw for name, (_, raw) in NAMED.items()}
 # model_type -> what its classes are called in transformers
-CLASSES = {"bert": "Bert", "roberta": "Roberta", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
-           "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT"}
-KINDS = {"bert": "encoder", "roberta": "encoder", "vit": "vit"}  # of model_types; all others are decoders
+CLASSES = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2", "llama": "Llama", "mistral": "Mistral",
+           "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT"}
+# of model_types; all others are decoders
+KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 ROPE = {"default": [], "linear": ["factor"],
@@ -152,8 +161,9 @@ class Config(SimpleNamespace):
 
     family, kind ("encoder", "decoder" or "vit"), vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads,
     head_dim, activation, norm_eps, initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout,
-    classifier_dropout, type_vocab_size;
-    max_positions: rows of an encoder's position table; qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
+    classifier_dropout, type_vocab_size (0: no table);
+    max_positions: rows of an encoder's position table, 0 without one; relative: `relative_attention`'s, deberta only;
+    qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
     windows: per layer how many tokens a query sees, itself included, or None for all; rope: rope_theta, rope_type and
     that type's own settings; image_size (channels, height, width); patch_size (height, width); raw: config.json.
     """
@@ -194,6 +204,9 @@ READ = re.compile(
     "attention_dropout|classifier_dropout|rope_theta|rope_scaling|rope_parameters|sliding_window|use_sliding_window|"
     "max_window_layers|layer_types|attention_bias|mlp_bias|qkv_bias|tie_word_embeddings|image_size|patch_size|"
     "num_channels")
+READ_BY_DEBERTA = re.compile(
+    "relative_attention|pos_att_type|position_buckets|max_relative_positions|share_att_key|norm_rel_ebd|legacy|conv_.*|"
+    "position_biased_input|cls_dropout|embedding_size|attention_head_size")
 # those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs),
 IRRELEVANT = re.compile(
     r"_.*|.*_token_id|.*_token_ids|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|"
@@ -227,7 +240,7 @@ def normalise(raw, path):
     for key, expected in {"architectures": list, "id2label": dict}.items():
         if not isinstance(raw.get(key) or expected(), expected):
             refuse(key, f"a {expected.__name__}")
-    kind, qwen = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3")
+    kind, qwen, deberta = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3"), family == "deberta-v2"
     text, vit, decoder = (kind == name for name in ("encoder", "vit", "decoder"))
     for key, only in FIXED.items():
         if raw.get(key) not in (None, only):
@@ -235,7 +248,8 @@ def normalise(raw, path):
     if raw.get("problem_type") == "multi_label_classification":
         refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
     unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {}) and key not in FIXED
-              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)]
+              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)
+              and not (deberta and READ_BY_DEBERTA.fullmatch(key))]
     if unread:
         note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
 
@@ -277,22 +291,54 @@ def normalise(raw, path):
 
     bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
     dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
+    positions = get("max_position_embeddings", low=3) if text else 0
+    relative = relative_attention(raw, get, refuse, positions, hidden) if deberta else None
+    head_dropout = get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float)
+    eps_name, eps = ("rms_norm_eps", 1e-6) if decoder else ("layer_norm_eps", 1e-7 if deberta else 1e-12)
     return Config(
         family=family, kind=kind, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden,
         layers=layers, heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
-        max_positions=get("max_position_embeddings", low=3) if text else 0,
-        type_vocab_size=get("type_vocab_size", 2) if text else 0,
+        max_positions=0 if deberta and raw.get("position_biased_input") is False else positions,
+        type_vocab_size=get("type_vocab_size", 0 if deberta else 2, 0 if deberta else 1) if text else 0,
         pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
         num_labels=len(raw.get("id2label") or ()) or get("num_labels", 2), activation=activation,
-        norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if decoder else get("layer_norm_eps", 1e-12, 0, kind=float),
+        norm_eps=get(eps_name, eps, 0, kind=float), relative=relative,
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
         attention_dropout=get("attention_dropout" if decoder else "attention_probs_dropout_prob", dropout, 0, 1, float),
-        classifier_dropout=get("classifier_dropout", dropout, 0, 1, float), out_bias=bias,
+        classifier_dropout=head_dropout, out_bias=bias,
         qkv_bias=family == "qwen2" or bias and bool(raw.get("qkv_bias", True)),
         mlp_bias=not decoder or bool(raw.get("mlp_bias")) and family == "llama",
         tied=decoder and bool(raw.get("tie_word_embeddings", family == "gemma")), rope=rope, raw=raw,
         windows=[window if kind == "sliding_attention" else None for kind in kinds],
         image_size=(get("num_channels", 3), *image), patch_size=patch)
+
+
+def relative_attention(raw, get, refuse, positions, hidden):
+    """DeBERTa's disentangled attention, as config.json sets it.
+
+    c2p, p2c: whether content is compared with the position of the key, of the query; buckets: of distances, 0 = each
+    its own; furthest: distance at which the last bucket ends; span: buckets on either side; shared: positions are
+    projected by the projections of content; norm: their table has a norm; pooler_dropout: of the classification head.
+    """
+    types = raw.get("pos_att_type") or []
+    types = [part.strip() for part in types.lower().split("|")] if isinstance(types, str) else types
+    if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
+        refuse("pos_att_type", "c2p, p2c or both")
+    if raw.get("relative_attention") is not True:
+        refuse("relative_attention", "true: nothing else is supported")
+    for key, only in {"conv_kernel_size": 0, "embedding_size": hidden, "pooler_hidden_size": hidden,
+                      "pooler_hidden_act": "gelu", "attention_head_size": hidden // raw["num_attention_heads"]}.items():
+        if raw.get(key) not in (None, only):
+            refuse(key, f"{only}: nothing else is supported")
+    reach = get("max_relative_positions", -1, -1)
+    reach = positions if reach < 1 else reach
+    buckets = max(0, get("position_buckets", -1, -1))
+    if buckets and not 2 <= buckets < 2 * (reach - 1):
+        refuse("position_buckets", f"from 2 to {2 * reach - 3}, or -1")
+    return SimpleNamespace(c2p="c2p" in types, p2c="p2c" in types, buckets=buckets, furthest=reach - 1,
+                           span=buckets or reach, shared=bool(raw.get("share_att_key")),
+                           norm="layer_norm" in str(raw.get("norm_rel_ebd")).lower(),
+                           pooler_dropout=get("pooler_dropout", 0.0, 0, 1, float))
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -337,9 +383,10 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
-def attention(q, k, v, mask, causal, p):
+def attention(q, k, v, mask, causal, p, scale=None):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
+    A mask of floats (B, H, T, S) is added to the scores; these are q k^T times `scale`, by default 1 / sqrt(D).
     Each key/value head serves H / G query heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with
     repeated k and v; CUDA: the flash kernel). CUDA's masked kernels know no groups and would fall back to slow generic
     code, so there k and v are repeated. A single query token needs neither: its heads become the rows of one query.
@@ -354,13 +401,16 @@ def attention(q, k, v, mask, causal, p):
     elif G < H:
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
     if plain:
-        scores = (q * D ** -0.5) @ k.mT  # (B, H, T, S)
+        scores = (q * (scale or D ** -0.5)) @ k.mT  # (B, H, T, S)
         seen = torch.ones(T, T, dtype=torch.bool).tril() if causal else mask
+        if seen is not None and seen.dtype == torch.bool:
+            seen = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
         if seen is not None:
-            scores = scores + torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+            scores = scores + seen
         y = dropout(scores.softmax(-1), p) @ v
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, **grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale,
+                                           **grouped)
     return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -386,9 +436,10 @@ class Transformer(nn.Module):
         module=True: its path in transformers' model, as in PEFT's files. They differ for vit only: transformers 5 has
         vit.layers.3.attention.q_proj for what its files still call vit.encoder.layer.3.attention.attention.query.
         """
+        for ours, theirs in self.head_names.items():
+            if name.startswith(ours):
+                return name.replace(ours, theirs, 1)
         first, *rest = name.split(".")
-        if first == "head":
-            return ".".join([self.head_name, *rest])
         names = {**self.names, **(self.module_names if module else {})}
         return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
 
@@ -419,7 +470,11 @@ def has_hooks(module):
 
 
 class EncoderBlock(nn.Module):
-    """Block of bert and roberta (norms after the residual sums) and of vit (norms before attention and MLP)."""
+    """Block of bert, roberta and deberta (norms after the residual sums) and of vit (norms before attention and MLP).
+
+    deberta's attention is disentangled (He et al. 2021, https://arxiv.org/abs/2006.03654, Eq. 4): tokens are compared
+    by content, and the content of each with the position of the other relative to it.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -431,59 +486,116 @@ class EncoderBlock(nn.Module):
         self.dropout = Dropout(config.hidden_dropout)
         self.attention_dropout, self.head_dim = config.attention_dropout, config.head_dim
         self.activation = ACTIVATIONS[config.activation]
-        self.norm_first = config.family == "vit"
+        self.norm_first, self.relative = config.family == "vit", config.relative
+        products = 1 + self.relative.c2p + self.relative.p2c if self.relative else 1
+        self.scale = (self.head_dim * products) ** -0.5
+        if self.relative and not self.relative.shared:
+            self.position_key = Linear(D, D) if self.relative.c2p else None
+            self.position_query = Linear(D, D) if self.relative.p2c else None
 
-    def forward(self, x, mask, first_token_only=False):  # x (B, T, D), mask (B, 1, 1, T) or None -> (B, T or 1, D)
+    def forward(self, x, mask, bucket=None, table=None, first_token_only=False):
+        """x (B, T, D), mask (B, 1, 1 or T, T) or None -> (B, T or 1, D); bucket and table: see position_scores."""
         y = self.norm1(x) if self.norm_first else x
         k, v = split_heads(self.key(y), self.head_dim), split_heads(self.value(y), self.head_dim)
         if first_token_only:  # it attends to all tokens; nobody reads the others' outputs
             x, y = x[:, :1], y[:, :1]
         q = split_heads(self.query(y), self.head_dim)
-        y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0)
+        if self.relative:
+            mask = self.position_scores(q, k, mask, bucket, table)
+        y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0, self.scale)
         x = x + self.dropout(self.out(y))
         x = x if self.norm_first else self.norm1(x)
         y = self.norm2(x) if self.norm_first else x
         x = x + self.dropout(self.down(self.activation(self.up(y))))
         return x if self.norm_first else self.norm2(x)
 
+    def position_scores(self, q, k, mask, bucket, table):
+        """Content-to-position and position-to-content scores of q (B, H, Q, D) and k (B, H, T, D): (B, H, Q, T).
 
-class RobertaHead(nn.Module):
-    """Classification head of RoBERTa on <s>: dropout, dense, tanh, dropout, out_proj."""
+        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j.
+        Each token is compared with the table's R rows, not with T vectors of its own. What `mask` (B, 1, T, T) hides
+        gets the lowest number, so that padding, which sees nothing, averages over all tokens as in transformers.
+        """
+        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], []
+        bucket = bucket[:Q].expand(B, H, -1, -1)
+        if self.relative.c2p:
+            position = self.key(table) if self.relative.shared else self.position_key(table)
+            position = split_heads(position * self.scale, self.head_dim)  # (1, H, R, D)
+            scores.append((q @ position.mT).gather(-1, bucket))
+        if self.relative.p2c:
+            position = self.query(table) if self.relative.shared else self.position_query(table)
+            position = split_heads(position * self.scale, self.head_dim)
+            scores.append((k @ position.mT).gather(-1, bucket.mT).mT)
+        scores = sum(scores[1:], scores[0])
+        return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
+
+
+def relative_buckets(T, relative, device):
+    """Bucket of the distance i - j of query i and key j, (T, T) long from -span to span.
+
+    The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
+    """
+    at = torch.arange(T, device=device)
+    distance = at[:, None] - at
+    if relative.buckets:
+        middle = relative.buckets // 2
+        octaves = torch.log(distance.abs().clamp(min=middle) / middle)
+        octaves = octaves / torch.log(torch.tensor(relative.furthest / middle))  # 1 at the furthest, in float32
+        far = distance.sign() * (middle + (octaves * (middle - 1)).ceil())
+        distance = torch.where(distance.abs() <= middle, distance, far).long()
+    return distance
+
+
+class DenseHead(nn.Module):
+    """Classification head of roberta and deberta: dropout, dense, tanh or gelu, dropout, out_proj."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.num_labels)
         self.dropout = Dropout(config.classifier_dropout)
+        self.first_dropout = Dropout(config.relative.pooler_dropout) if config.relative else self.dropout
+        self.activation = F.gelu if config.relative else torch.tanh
 
     def forward(self, x):
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+        return self.out_proj(self.dropout(self.activation(self.dense(self.first_dropout(x)))))
 
 
 class Encoder(Transformer):
-    """bert and roberta with a classification or regression (num_labels = 1) head."""
+    """bert, roberta and deberta-v2 with a classification or regression (num_labels = 1) head."""
 
-    head_name = "classifier"
+    head_names = {"head": "classifier"}
     names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
              "types": "embeddings.token_type_embeddings", "embed_norm": "embeddings.LayerNorm",
              "blocks": "encoder.layer", "pooler": "pooler.dense", "query": "attention.self.query",
              "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
              "norm1": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
              "norm2": "output.LayerNorm"}
+    deberta = {"query": "attention.self.query_proj", "key": "attention.self.key_proj",
+               "value": "attention.self.value_proj", "position_key": "attention.self.pos_key_proj",
+               "position_query": "attention.self.pos_query_proj", "relative_embed": "encoder.rel_embeddings",
+               "relative_norm": "encoder.LayerNorm"}
 
     def __init__(self, config, head):
         super().__init__(config, head)
         D, self.prefix = config.hidden_size, config.family
-        self.embed, self.positions, self.types = (
-            nn.Embedding(rows, D) for rows in (config.vocab_size, config.max_positions, config.type_vocab_size))
+        if config.relative:
+            self.prefix, self.names = "deberta", {**self.names, **self.deberta}
+            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
+            self.relative_embed = nn.Embedding(2 * config.relative.span, D)
+            self.relative_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.relative.norm else nn.Identity()
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.positions = nn.Embedding(config.max_positions, D) if config.max_positions else None
+        self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
         self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
         if config.family == "bert":
             self.pooler = Linear(D, D)
-        self.head = Linear(D, config.num_labels) if config.family == "bert" else RobertaHead(config)
-        # roberta counts positions from pad_id + 1
-        self.max_length = config.max_positions - (config.pad_id + 1 if config.family == "roberta" else 0)
+        self.head = Linear(D, config.num_labels) if config.family == "bert" else DenseHead(config)
+        self.max_length = config.max_positions or math.inf
+        if config.family == "roberta":  # counts positions from pad_id + 1
+            self.max_length -= config.pad_id + 1
 
     def forward(self, tokens, mask=None, types=None):
         """Logits (B, num_labels); see `hidden_states` for the inputs. The head reads [CLS] or <s>, the first token."""
@@ -499,15 +611,32 @@ class Encoder(Transformer):
         T, pad = tokens.shape[1], self.config.pad_id
         if T > self.max_length:
             raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
+        x = self.embed(tokens)
+        if self.types is not None:
+            x = x + (self.types.weight[0] if types is None else self.types(types))
         if self.family == "roberta":  # padding has position pad
             real = tokens != pad
-            positions = self.positions(real.cumsum(1) * real + pad)
+            x = x + self.positions(real.cumsum(1) * real + pad)
+        elif self.positions is not None:
+            x = x + self.positions.weight[:T]
+        x = self.embed_norm(x)
+        visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        if self.config.relative is None:
+            inputs = (visible,)
+        elif mask is None:
+            inputs = (None, *self.relative_positions(T))
         else:
-            positions = self.positions.weight[:T]
-        x = self.embed(tokens) + (self.types.weight[0] if types is None else self.types(types)) + positions
-        x = self.dropout(self.embed_norm(x))
-        mask = None if mask is None else mask[:, None, None]
-        return self.run_blocks(x, mask, first_token_only=first_token_only)
+            x = x * mask[..., None]
+            inputs = (visible & visible.mT, *self.relative_positions(T))  # padding sees nothing, either
+        return self.run_blocks(self.dropout(x), *inputs, first_token_only=first_token_only)
+
+    def relative_positions(self, T):
+        """(bucket (T, T), table (R, D)) for EncoderBlock: the part of the table that T tokens need, and their rows."""
+        relative, table = self.config.relative, self.relative_embed.weight
+        near = T if T <= (relative.buckets // 2 or relative.span) else relative.span
+        table = table[relative.span - near:relative.span + near]
+        bucket = relative_buckets(T, relative, table.device) + near
+        return bucket.clamp(0, 2 * near - 1), self.relative_norm(table)
 
 
 class RMSNorm(nn.Module):
@@ -614,7 +743,7 @@ class Decoder(Transformer):
 
     def __init__(self, config, head):
         super().__init__(config, head)
-        self.head_name = "lm_head" if head == "lm" else "score"
+        self.head_names = {"head": "lm_head" if head == "lm" else "score"}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config)
@@ -652,7 +781,7 @@ class Decoder(Transformer):
 class ViT(Transformer):
     """Vision transformer with an image classification head on the class token."""
 
-    prefix, head_name = "vit", "classifier"
+    prefix, head_names = "vit", {"head": "classifier"}
     names = {"cls_token": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
              "patch": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer", "norm": "layernorm",
              "query": "attention.attention.query", "key": "attention.attention.key",
@@ -778,7 +907,8 @@ def weight_files(folder, config):
 
 # tensors that other heads or older versions of transformers left in a checkpoint
 IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|mask_token|masked_bias|attn\.bias)$|(^|\.)pooler\.|"
-                     r"^(lm_head|cls|classifier|score|qa_outputs|decoder)\.")
+                     r"^(lm_head|cls|classifier|score|qa_outputs|decoder|(lm|mask)_predictions)\.|"
+                     r"(^|\.)position_embeddings\.weight$")  # of a model that has no use for them
 
 
 def open_weights(path):

@@ -32,6 +32,8 @@ BASE = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_laye
             max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
+DEBERTA = dict(relative_attention=True, position_buckets=8, max_relative_positions=12, norm_rel_ebd="layer_norm",
+               position_biased_input=False, type_vocab_size=0)
 # name -> (transformers' prefix, settings beside BASE)
 DECODERS = {
     "llama": ("Llama", dict()),
@@ -57,6 +59,17 @@ ENCODERS = {
     "bert-wide": ("Bert", dict(num_attention_heads=8, hidden_size=64, hidden_act="gelu_new", type_vocab_size=3)),
     "roberta": ("Roberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1, layer_norm_eps=1e-5)),
     "roberta-pad0": ("Roberta", dict(pad_token_id=0, bos_token_id=1, hidden_act="relu", num_hidden_layers=1)),
+    # 8 buckets up to a distance of 11: most of a batch's distances share one, or lie beyond the last
+    "deberta": ("DebertaV2", dict(DEBERTA, pos_att_type="p2c|c2p", share_att_key=True)),
+    "deberta-unshared": ("DebertaV2", dict(DEBERTA, pos_att_type=["c2p", "p2c"], share_att_key=False,
+                                           type_vocab_size=2)),
+    "deberta-c2p": ("DebertaV2", dict(DEBERTA, pos_att_type="c2p", share_att_key=True, norm_rel_ebd="none")),
+    "deberta-p2c": ("DebertaV2", dict(DEBERTA, pos_att_type=["p2c"], share_att_key=True, position_biased_input=True)),
+    "deberta-c2p-unshared": ("DebertaV2", dict(DEBERTA, pos_att_type="c2p", share_att_key=False, position_buckets=-1)),
+    "deberta-p2c-unshared": ("DebertaV2", dict(DEBERTA, pos_att_type="p2c", share_att_key=False, position_buckets=-1,
+                                               max_relative_positions=20)),
+    "deberta-near": ("DebertaV2", dict(DEBERTA, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=28,
+                                       max_relative_positions=-1, cls_dropout=0.2, pooler_dropout=0.3)),
 }
 VITS = {
     "vit": ("ViT", dict(image_size=16, patch_size=4, num_channels=3)),
@@ -145,7 +158,8 @@ def test_encoder_classification(name, labels, padding, tmp_path):
     oracle.save_pretrained(tmp_path)
     ours = load(tmp_path)
     tokens, mask = batch(padding, pad=oracle.config.pad_token_id)
-    types = torch.randint(0, oracle.config.type_vocab_size, tokens.shape, generator=torch.Generator().manual_seed(2))
+    kinds = max(1, oracle.config.type_vocab_size)
+    types = torch.randint(0, kinds, tokens.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         close(ours(tokens, mask), oracle(tokens, attention_mask=hf_mask(mask)).logits)
         theirs = oracle(tokens, attention_mask=hf_mask(mask), token_type_ids=types).logits
