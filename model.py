@@ -454,12 +454,13 @@ class Transformer(nn.Module):
         in it wants to see all.
         """
         for i, block in enumerate(self.blocks, 1):
+            last = {}
             if first_token_only and i == len(self.blocks) and not has_hooks(block):
-                inputs = (*inputs, True)
+                last["first_token_only"] = True
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, *inputs, use_reentrant=False)
+                x = checkpoint(block, x, *inputs, **last, use_reentrant=False)
             else:
-                x = block(x, *inputs)
+                x = block(x, *inputs, **last)
         return x
 
 

@@ -269,6 +269,59 @@ def test_bfloat16_encoders(family, tmp_path):
     assert (logits - theirs).float().abs().max() <= 0.02 * theirs.float().abs().max()
 
 
+@pytest.mark.parametrize("name", ["deberta", "deberta-unshared"])
+def test_bfloat16_deberta(name, tmp_path):
+    """No further from transformers' float32 logits than transformers' own bfloat16 ones, on average over batches."""
+    oracle = build(*ENCODERS[name], "SequenceClassification", num_labels=5, initializer_range=0.1)
+    oracle.save_pretrained(tmp_path)
+    rounded = transformers.DebertaV2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours, errors = load(tmp_path, dtype=torch.bfloat16), []
+    for seed in range(20):
+        tokens, mask = batch("right", T=20, seed=seed)
+        with torch.no_grad():
+            exact, theirs = (m(tokens, attention_mask=mask.long()).logits for m in (oracle, rounded))
+            errors.append([(logits - exact).abs().mean() for logits in (ours(tokens, mask), theirs)])
+    mine, their = torch.tensor(errors).mean(0)
+    assert 0 < mine <= their
+
+
+@pytest.mark.parametrize("T", [128, 129, 300, 530])
+def test_deberta_buckets(T, tmp_path):
+    """DeBERTaV3's own buckets: 256, exact up to a distance of 128, then logarithmic up to 511, one for all beyond."""
+    settings = dict(ENCODERS["deberta"][1], position_buckets=256, max_relative_positions=-1, num_hidden_layers=2)
+    oracle = build("DebertaV2", settings, "SequenceClassification", max_position_embeddings=512)
+    oracle.save_pretrained(tmp_path)
+    tokens, mask = batch("right", T=T)
+    with torch.no_grad():
+        close(load(tmp_path)(tokens, mask), oracle(tokens, attention_mask=mask.long()).logits)
+
+
+def test_deberta_pretrained(tmp_path):
+    """What is published: without a classification head, with the pre-training heads' and unused position tensors."""
+    oracle = build(*ENCODERS["deberta"], "SequenceClassification", num_labels=3)
+    oracle.save_pretrained(tmp_path)
+    other = {"lm_predictions.lm_head.bias": torch.zeros(67), "mask_predictions.dense.weight": torch.zeros(32, 32),
+             "deberta.embeddings.position_embeddings.weight": torch.zeros(64, 32)}
+    copy_tensors(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k.startswith("deberta.")} | other)
+    ours = load(tmp_path, num_labels=3)
+    assert ours.fresh == ["head.dense.weight", "head.dense.bias", "head.out_proj.weight", "head.out_proj.bias"]
+    for name in ours.fresh:
+        ours.get_parameter(name).data.copy_(dict(oracle.named_parameters())[ours.hf_name(name)])
+    tokens, mask = batch("right")
+    with torch.no_grad():
+        close(ours(tokens, mask), oracle(tokens, attention_mask=mask.long()).logits)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(conv_kernel_size=3), dict(embedding_size=16), dict(pooler_hidden_act="relu"), dict(attention_head_size=4),
+    dict(relative_attention=False), dict(pos_att_type="p2p|c2p"), dict(pos_att_type=...), dict(position_buckets=23),
+    dict(position_buckets=1), dict(max_relative_positions="12"), dict(pooler_hidden_size=16)])
+def test_deberta_settings_that_are_refused(changes, tmp_path):
+    build(*ENCODERS["deberta"], "SequenceClassification").save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    refused("config.json", *changes, args=[tmp_path])
+
+
 # ---- training mode
 
 def gradient_models(name, tmp_path, **settings):
@@ -281,13 +334,15 @@ def gradient_models(name, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "qwen3", "gemma", "bert", "roberta", "vit"])
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "qwen3", "gemma", "bert", "roberta", "deberta",
+                                  "deberta-unshared", "vit"])
 def test_gradients(name, checkpointing, tmp_path):
     """Without dropout, train mode gives transformers' logits and gradients (projections, norms, embeddings, head)."""
     oracle, ours = gradient_models(name, tmp_path)
     ours.checkpointing = checkpointing
     names = ["blocks.0.query.weight", "blocks.1.down.weight", "blocks.2.norm1.weight", "blocks.1.value.weight"]
     names += ["patch.weight" if name == "vit" else "embed.weight"]
+    names += ["blocks.0.position_key.weight", "blocks.1.position_query.weight", "relative_embed.weight"]
     names += [n for n, _ in ours.head.named_parameters(prefix="head")]
     names = [n for n in names if n in ours.plain_names]
     parameters = [ours.get_parameter(n).requires_grad_() for n in names]
@@ -331,6 +386,8 @@ def test_checkpointing_saves_activations(tmp_path):
                                          ("bert", "classifier_dropout"), ("roberta", "hidden_dropout_prob"),
                                          ("roberta", "attention_probs_dropout_prob"), ("roberta", "classifier_dropout"),
                                          ("vit", "hidden_dropout_prob"), ("vit", "attention_probs_dropout_prob"),
+                                         ("deberta", "hidden_dropout_prob"), ("deberta", "pooler_dropout"),
+                                         ("deberta", "attention_probs_dropout_prob"), ("deberta", "cls_dropout"),
                                          ("llama", "attention_dropout"), ("mistral", "attention_dropout")])
 def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch):
     """The same random numbers are drawn in the same order, so with the same seed even the dropped logits agree.
@@ -357,7 +414,7 @@ def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch
     assert (ours(inputs) - logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "llama-gqa-tied", "mistral", "qwen3", "gemma", "vit"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama-gqa-tied", "mistral", "qwen3", "gemma", "vit"])
 def test_one_graph_for_the_compiler(name, tmp_path):
     """No graph break in the forward pass (the eager backend traces as any other and needs no C++ compiler)."""
     _, ours = gradient_models(name, tmp_path)
@@ -371,7 +428,8 @@ def test_one_graph_for_the_compiler(name, tmp_path):
 # ---- names
 
 @pytest.mark.parametrize("head, name", [(head, name) for head in ("lm", "classify") for name in (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "bert", "roberta", "vit") if head == "classify" or name in DECODERS])
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "bert", "roberta", "deberta", "deberta-unshared", "vit")
+    if head == "classify" or name in DECODERS])
 def test_hf_names(name, head, tmp_path):
     """hf_name gives the tensors of transformers' checkpoints, and with module=True the paths in its models."""
     prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
@@ -388,7 +446,8 @@ def test_hf_names(name, head, tmp_path):
         if isinstance(module, torch.nn.Linear):
             assert paths[ours.hf_name(module_name, module=True)].weight.shape == module.weight.shape
             assert name == "vit" or ours.hf_name(module_name, module=True) == ours.hf_name(module_name)
-    assert ours.hf_name("head") in paths and ours.hf_name("blocks.1", module=True) in paths
+    assert name.startswith("deberta") or ours.hf_name("head") in paths
+    assert ours.hf_name("blocks.1", module=True) in paths
     assert {ours.hf_name(n, module=True) for n in ours.plain_names} <= set(dict(oracle.named_parameters()))
     projections = ["query", "key", "value", "out", "up", "down"] + (["gate"] if name in DECODERS else [])
     assert all(isinstance(getattr(block, p), torch.nn.Linear) for block in ours.blocks for p in projections)
@@ -671,17 +730,17 @@ def test_random_named_architectures(monkeypatch, tmp_path):
         with torch.no_grad():
             assert ours(inputs).equal(again(inputs)) and torch.isfinite(ours(inputs)).all()
         save(ours, tmp_path / name)
-        auto = {"vit": "AutoModelForImageClassification", "bert": "AutoModelForSequenceClassification",
-                "roberta": "AutoModelForSequenceClassification"}.get(family, "AutoModelForCausalLM")
+        auto = {"vit": "AutoModelForImageClassification",
+                "encoder": "AutoModelForSequenceClassification"}.get(ours.config.kind, "AutoModelForCausalLM")
         oracle = getattr(transformers, auto).from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
             assert (ours(inputs) - oracle(inputs).logits).abs().max() <= TOLERANCE
 
 
 def test_random_initialisation_is_that_of_transformers(tmp_path):
-    for name in ("gemma", "bert", "vit"):
+    for name in ("gemma", "bert", "deberta", "vit"):
         prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
-        kind = {"gemma": "CausalLM", "bert": "SequenceClassification", "vit": "ImageClassification"}[name]
+        kind = {"gemma": "CausalLM", "vit": "ImageClassification"}.get(name, "SequenceClassification")
         torch.manual_seed(0)
         config = getattr(transformers, f"{prefix}Config")(**{**BASE, **settings})
         oracle = getattr(transformers, f"{prefix}For{kind}")(config)
@@ -701,12 +760,14 @@ def test_sizes_of_named_architectures():
     """Sizes of the named architectures in parameters, as their papers and model cards report them."""
     expected = {"minilm": 22.7e6, "smollm2": 134.5e6,
                 "roberta-base": 125e6, "roberta-large": 355e6, "bert-base": 110e6, "bert-large": 335e6,
+                "deberta-v3-xsmall": 70.7e6, "deberta-v3-small": 141e6, "deberta-v3-base": 184e6,
+                "deberta-v3-large": 435e6,
                 "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "mistral-7b": 7.24e9,
                 "qwen2-7b": 7.62e9, "qwen3-8b": 8.19e9, "gemma-7b": 8.54e9, "vit-b16": 86e6, "vit-l16": 304e6}
     assert set(expected) == set(models.CONFIGS) == set(models.HUB)
     for name, size in expected.items():
         config = models.normalise(models.CONFIGS[name], name)
-        kind = {"bert": models.Encoder, "roberta": models.Encoder, "vit": models.ViT}.get(config.family, models.Decoder)
+        kind = {"encoder": models.Encoder, "vit": models.ViT}.get(config.kind, models.Decoder)
         with torch.device("meta"):
             ours = kind(config, "lm" if kind is models.Decoder else "classify")
         total = sum(p.numel() for n, p in ours.named_parameters() if not (config.tied and n == "head.weight"))
@@ -720,7 +781,7 @@ def test_sizes_of_named_architectures():
                                         ("mistral", "CausalLM"), ("gemma", "SequenceClassification"),
                                         ("qwen3", "SequenceClassification"),
                                         ("bert", "SequenceClassification"), ("roberta", "SequenceClassification"),
-                                        ("vit", "ImageClassification")])
+                                        ("deberta", "SequenceClassification"), ("vit", "ImageClassification")])
 def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
     prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
     build(prefix, settings, kind, num_labels=3).save_pretrained(tmp_path / "original")
