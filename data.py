@@ -708,7 +708,7 @@ def read(task, data=None, split="train", limit=0):
 class Tokenizer:
     """A checkpoint's tokenizer.json (backend: the tokenizers.Tokenizer) and the ids of its special tokens.
 
-    pad_id falls back to eos, unk, 0; eos_ids: all tokens that end a generation; types: BERT tells a pair's texts apart.
+    pad_id falls back to eos, unk, 0; eos_ids: all tokens that end a generation; types: the model tells a pair's texts apart.
     """
 
     @classmethod
@@ -740,7 +740,9 @@ class Tokenizer:
             if isinstance(name, str):  # no half surrogate pairs, which tokenizers do not take
                 found.insert(0, self.backend.token_to_id(name.encode("utf-8", "replace").decode()))
             ids[kind] = next((n for n in found if n is not None), None)
-        self.bos_id, self.eos_id, self.types = ids["bos"], ids["eos"], config.get("model_type") == "bert"
+        self.bos_id, self.eos_id = ids["bos"], ids["eos"]
+        family, kinds = config.get("model_type"), config.get("type_vocab_size")
+        self.types = family == "bert" or family == "deberta-v2" and bool(kinds)
         self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
         ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
         self.eos_ids = sorted(ends - {None})
@@ -951,7 +953,7 @@ def hyperparameters(task, family, size, method="lora"):
         chosen.update(llama_glue, steps=5000, warmup=500)
     elif task.kind == "lm":
         chosen.update(lr=3e-4, batch_size=64, epochs=3, warmup=100, weight_decay=0.0, rank=32, alpha=64, dropout=0.05)
-    elif family not in ("bert", "roberta"):
+    elif family not in ("bert", "roberta", "deberta-v2"):
         chosen.update(llama_glue, steps=task.steps, warmup=30)
     elif size >= 1024:
         chosen.update(warmup=0.03, weight_decay=0.0)

@@ -802,6 +802,24 @@ def compare_with_transformers(folder, fast):
     return ours
 
 
+@pytest.mark.parametrize("types", [0, 2])
+def test_sentencepiece_tokenizer_of_deberta(types, tmp_path):
+    """The tokenizer.json that transformers makes of DeBERTaV3's spm.model; types only where the model has a table."""
+    transformers = pytest.importorskip("transformers")
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=120, show_progress=False, unk_token="[UNK]", special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]"])
+    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    pieces.train_from_iterator(TEXTS[:4] * 5, trainer)
+    vocabulary = [tuple(piece) for piece in json.loads(pieces.to_str())["model"]["vocab"]]
+    fast = transformers.DebertaV2TokenizerFast(vocab=vocabulary)
+    fast.save_pretrained(tmp_path)
+    write(tmp_path / "config.json", json.dumps({"model_type": "deberta-v2", "type_vocab_size": types}))
+    ours = compare_with_transformers(tmp_path, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert ours.types == bool(types) and ours.pad_id == 0
+    assert "\u2581" in ours.backend.encode("the answer").tokens
+
+
 @pytest.mark.parametrize("kind", ["bpe", "bert", "roberta"])
 def test_encoding_equals_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")

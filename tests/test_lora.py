@@ -28,7 +28,8 @@ PEFT_TARGETS = {"roberta": ["query", "value", "output.dense"], "llama": ["q_proj
                 "vit": ["q_proj", "v_proj", "fc1"]}
 TARGETS = {"roberta": ["query", "value", "out", "down"], "llama": ["query", "value", "up", "down"],
            "vit": ["query", "value", "up"]}
-ROLES = {"q_proj": "query", "v_proj": "value", "fc1": "up", "up_proj": "up", "down_proj": "down"}
+ROLES = {"q_proj": "query", "v_proj": "value", "fc1": "up", "up_proj": "up", "down_proj": "down",
+         "query_proj": "query", "key_proj": "key", "value_proj": "value"}
 
 
 def pair(family, folder):
@@ -67,7 +68,7 @@ def peft_layers(theirs):
             index = next(int(part) for part in name.split(".") if part.isdigit())
             leaf = name.split(".")[-1]
             if leaf == "dense":
-                leaf = "out" if "attention" in name else "down"
+                leaf = "out" if "attention" in name else "up" if "intermediate" in name else "down"
             found[f"blocks.{index}.{ROLES.get(leaf, leaf)}"] = module
     return found
 

@@ -28,6 +28,9 @@ STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_toke
 FAMILIES = {  # transformers' class, its config, targets, PEFT's task type
     "roberta": ("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT, **STILL), ["query", "value"], "SEQ_CLS"),
     "bert": ("BertForSequenceClassification", transformers.BertConfig(**TEXT, **STILL), ["query", "out", "down"], "SEQ_CLS"),
+    "deberta": ("DebertaV2ForSequenceClassification", transformers.DebertaV2Config(
+        **TEXT, **STILL, relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=8,
+        norm_rel_ebd="layer_norm", position_biased_input=False), ["query", "key", "value", "out", "up", "down"], "SEQ_CLS"),
     "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2), ["query", "value", "up", "down"],
               "CAUSAL_LM"),
     "vit": ("ViTForImageClassification", transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1,
@@ -215,6 +218,19 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
                           and "modules_to_save" in n)
         torch.testing.assert_close(p, theirs_head, rtol=0, atol=1e-4)
     assert (head[-1] - start).abs().max() > 1e-3
+
+
+def test_adapters_made_by_peft_for_deberta(tmp_path):
+    """The projections serve positions, too, adapted as well; a base without a pooler is refused: PEFT saves none."""
+    theirs, model = pair("deberta", tmp_path / "base")
+    targets = dict(target_modules=["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense"])
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", targets)
+    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 5 * 3
+    their_inputs, inputs, _ = batch("deberta", torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model(**inputs), wrapped.eval()(**their_inputs).logits, rtol=0, atol=1e-4)
+    pair("deberta", tmp_path / "base")[0].deberta.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="pooler.dense"):
+        lora.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
 
 
 def test_our_own_adapter_keeps_alpha_and_dropout_for_training_on(tmp_path):
