@@ -3,14 +3,17 @@
 A policy attaches the adapters and then decides, while training runs, how much rank each matrix gets. The training loop
 drives every policy in the same way and does not know which one it is:
 
-    allocator = METHODS[name](model, settings, steps)
-    loss + allocator.penalty()  ->  backward  ->  allocator.after_backward(step)
-    optimizer.step()            ->  allocator.after_step(step)      # True: parameters were rebuilt
+    allocator = policy(name)(model, settings, steps)
+    loss + allocator.penalty(inputs, labels, outputs)  ->  backward  ->  allocator.after_backward(step)
+    optimizer.step()                                   ->  allocator.after_step(step)  # True: adapters came or went
 """
 
 import hashlib
+import importlib.util
+import json
 import math
 import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -26,84 +29,188 @@ class Allocator:
     """Uniform LoRA, and what every policy starts from: one adapter of the nominal rank per target matrix.
 
     `model` is a frozen model from model.py, `settings` the run's settings (train.Settings), `steps` the number of
-    optimizer steps of the whole run. With `settings.adapter` the adapters are those of a folder in PEFT's layout.
-    `current` is the rank of every matrix in `names`, (n,) float64 on the device.
+    optimizer steps of the whole run. Adapters that are on the model already are taken over (train.py --adapter).
+    In model order: `sites` are the target matrices (name, block index, kind), `names` their names, `layers` the
+    adapters that there are, {name: LoraLinear}, `current` the rank of every matrix, (n,) float64 on the device.
+    `stacks` hold the adapters by shape (lora.Stack); `in_model_order` sorts what is computed on them.
     """
 
-    held_out = 0  # training rows the policy wants kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     refuses = ()  # settings of init, dora, lora_plus_ratio, freeze_a that mean nothing with this policy
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
+    validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
+    saved = ("allocations", "current", "capacity", "generation")  # what a restart needs, each class adding its own:
+    # names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors, numbers,
+    # modules, optimizers or generators
+    summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
-    saved = ()  # names of the attributes, tensors, that a restart needs
+    rate = 1.0  # the loop sets it: the learning rate of this step over its peak
+    real = None  # the loop sets it: which tokens of the batch are no padding, (B, T) bool, or None
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
-        started = lora.load_adapter(model, settings.adapter) if settings.adapter else {}  # method lora only
-        if settings.adapter and not started:
-            raise UserError(f"--adapter {settings.adapter}: there is no matrix with an adapter in it to train")
-        if started:
-            settings.targets = sorted({name.split(".")[-1] for name in started}, key=lora.TARGETS.index)
-            settings.dora = any(layer.magnitude is not None for layer in started.values())
-        self.sites = lora.sites(model, settings.targets)  # (name, block index, kind)
+        self.device = torch.device(settings.device)  # under --shard the weights are still on the CPU
+        self.sites = lora.sites(model, settings.targets)
         self.names = [name for name, _, _ in self.sites]
         self.blocks = 1 + max(block for _, block, _ in self.sites)
-        self.allocations, self.init = 0, settings.init
-        self.device = torch.device(settings.device)  # under --shard the weights are still on the CPU
-        self.attach(self.capacities(), started)
         sizes = [model.get_submodule(name).weight.shape for name in self.names]
         cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
+        self.allocations, self.nominal = 0, settings.rank
+        self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        self.capacity = torch.zeros(len(self.names), dtype=torch.long)  # 0: no adapter
+        self.generation = torch.zeros(len(self.names), dtype=torch.long)  # which call of `add` made it
+        self.layers, self.stacks, self.own = {}, [], []  # own: parameters that the policy moves itself
         self.setup()
 
-    def capacities(self):
-        """Rank that each adapter is built with: {name: capacity}."""
-        return {name: self.settings.rank for name in self.names}
+    # ------------------------------------------------------------------ what policies override
 
-    def attach(self, ranks, started=None):
-        """Put adapters of these ranks, {name: rank}, on the model, unless `started` are there, as the settings say.
+    def setup(self):
+        """Attach the adapters by `add`, then prepare the policy's own state."""
+        there = lora.adapters(self.model)
+        if there:
+            self.take_over(there)
+        else:
+            self.add(given_ranks(self.settings, self.names))
+
+    def watch(self, name, x, real):
+        """See the input x (B, T, in) of the matrix `name` in a training pass; real (B, T): no padding, None = all.
+
+        Runs inside compiled code and, with --checkpointing, twice. Add to tensors named in `summed`, whose sums over
+        all rows of the step `after_backward` then finds.
+        """
+
+    def penalty(self, inputs, labels, outputs):
+        """Extra loss term of one forward pass, a 0-d tensor or 0; `inputs` are the model's, `outputs` its logits."""
+        return 0
+
+    def after_backward(self, step):
+        """Gradients of step `step` (from 1) are there, at the stacks, unclipped; nothing has moved yet."""
+
+    def after_step(self, step):
+        """The optimizer has moved the weights; returns True when adapters came or went, which it then must follow."""
+        return False
+
+    def examples(self, step):
+        """How many rows this step has to see at least, whatever the batch size."""
+        return 0
+
+    def log(self):
+        """The policy's own numbers for metrics.jsonl and ranks.jsonl: {name: number, tensor or {name: number}}."""
+        return {}
+
+    def warning(self):
+        """One line about a failure of the policy itself, for the run's result, or None."""
+
+    def restored(self):
+        """After a restart all of `saved` is back and the adapters are there: make again what follows from it."""
+
+    # ------------------------------------------------------------------ adapters
+
+    def add(self, ranks, init=None, generation=None):
+        """Give matrices an adapter, {name: rank}; it starts as the settings say, or as `init`.
 
         PiSSA (Meng et al. 2024, Eqs. 2-4) starts at the r largest singular components of W, MiLoRA (Wang et al. 2024)
         at the r smallest; the frozen weight is W without them. LoRA-FA (Zhang et al. 2023) freezes A. LoRA+ (Hayou et
         al. 2024) gives B its own learning rate, and DoRA's lengths, as the authors' code does.
         """
-        s = self.settings
-        self.layers = started or lora.attach(self.model, ranks, s.alpha, s.dropout, s.rank, s.scaling, self.device,
-                                             s.dora)
-        for layer in self.layers.values():
-            if self.init != "lora":
-                part = slice(layer.rank) if self.init == "pissa" else slice(-layer.rank, None)
-                _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
-                layer.split_off(A[part], B[:, part])
-            layer.A.requires_grad_(not s.freeze_a)
-            for p in (layer.B, layer.magnitude) if s.dora else (layer.B,):
-                p.lr_ratio = s.lora_plus_ratio
-        capacity = [self.layers[name].rank if name in self.layers else 0 for name in self.names]
-        self.current = torch.tensor(capacity, dtype=torch.float64, device=self.device)
+        s, init = self.settings, init or self.settings.init
+        layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
+        for layer in layers.values() if init != "lora" else ():
+            part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
+            _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
+            layer.split_off(A[part], B[:, part])
+        self.take_over(layers, generation)
 
-    def setup(self):
-        """Prepare the policy's own state; the adapters are attached."""
+    def take_over(self, layers, generation=None):
+        """Make adapters that are on the model, {name: layer}, this policy's."""
+        s, generation = self.settings, generation or 1 + int(self.generation.max())
+        for name, layer in layers.items():
+            layer.A.requires_grad_(not s.freeze_a)
+            layer.B.lr_ratio = s.lora_plus_ratio
+            if layer.magnitude is not None:
+                layer.magnitude.lr_ratio = s.lora_plus_ratio
+            if type(self).watch is not Allocator.watch:
+                layer.register_forward_pre_hook(self.watcher(name))
+            i = self.names.index(name)
+            self.capacity[i], self.generation[i], self.current[i] = layer.rank, generation, layer.rank
+            layer.generation = generation
+        self.restack(self.layers | layers)
+
+    def drop(self, names):
+        """Give the matrices `names` their plain frozen layers back, at no cost left."""
+        for name in names:
+            lora.detach(self.model, name)
+            i = self.names.index(name)
+            self.capacity[i] = self.generation[i] = self.current[i] = 0
+        self.restack({name: layer for name, layer in self.layers.items() if name not in names})
+
+    def restack(self, layers):
+        """Stack the adapters anew; those of different generations, which differ in age, stay apart."""
+        self.layers = {name: layers[name] for name in self.names if name in layers}
+        self.stacks = []
+        for generation in sorted({layer.generation for layer in self.layers.values()}):
+            alike = {name: layer for name, layer in self.layers.items() if layer.generation == generation}
+            self.stacks += lora.stacks(alike)
+        order = [self.names.index(name) for stack in self.stacks for name in stack.layers]
+        self.order = torch.tensor(order, device=self.device).argsort()
+
+    def watcher(self, name):
+        """A hook that calls `watch` in training passes."""
+        def see(layer, inputs):
+            if layer.training:
+                self.watch(name, inputs[0], self.real)
+        return see
+
+    def match_adapters(self):
+        """After a restart: drop and add adapters until they are those that `capacity` and `generation` name."""
+        now = {name: (layer.rank, layer.generation) for name, layer in self.layers.items()}
+        saved = dict(zip(self.names, zip(self.capacity.tolist(), self.generation.tolist())))
+        wrong, current = [name for name in self.names if saved[name] != now.get(name, (0, 0))], self.current.clone()
+        self.drop([name for name in wrong if name in self.layers])
+        for generation in sorted({saved[name][1] for name in wrong} - {0}):
+            self.add({name: saved[name][0] for name in wrong if saved[name][1] == generation}, generation=generation)
+        self.current.copy_(current)
+
+    def in_model_order(self, parts):
+        """The rows of `parts`, one tensor (n_i, ...) for each of `stacks`, as one (n, ...) in the order of `layers`."""
+        return torch.cat(parts)[self.order]
+
+    # ------------------------------------------------------------------ what the loop asks
 
     def parameters(self):
-        """Adapter parameters for the run's optimizer, in a fixed order."""
-        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.magnitude)]
-        return [p for p in factors if p is not None and p.requires_grad]
+        """Adapter parameters for the run's optimizer, stacked, in a fixed order."""
+        return [p for stack in self.stacks for p in stack.parameters() if p.requires_grad]
 
-    def penalty(self):
-        """Extra loss term, a 0-d tensor or 0."""
-        return 0
+    def drawn(self):
+        """Stacked parameters that are not trained but were drawn at random: LoRA-FA's frozen A."""
+        return [p for stack in self.stacks for p in stack.parameters() if not p.requires_grad]
 
-    def after_backward(self, step):
-        """Gradients of step `step` (from 1) are there, unclipped; nothing has moved yet."""
+    def vectors(self):
+        """Every g and every mask of updates that the layers hold: live tensors, for checkpoints."""
+        held = [(layer.g, getattr(layer.A, "active", None)) for layer in self.layers.values()]
+        return [t.data for pair in held for t in pair if t is not None]
 
-    def after_step(self, step):
-        """The optimizer has moved the weights; returns True when parameters were rebuilt and it must follow."""
-        return False
+    @torch.no_grad()
+    def squared_norms(self, key):
+        """Squared norms of the rows of every A and the columns of every B, (2, n, R) float64; key: "data" or "grad"."""
+        rows = self.in_model_order([getattr(stack.A, key).square().sum(2) for stack in self.stacks])
+        columns = self.in_model_order([getattr(stack.B, key).square().sum(1) for stack in self.stacks])
+        return torch.stack([rows, columns]).double()
 
     def ranks(self):
         """Current rank of every matrix: {name: int}."""
         return {name: int(rank) for name, rank in zip(self.names, self.current.tolist())}
+
+    def check_ranks(self):
+        """Raise UserError unless the ranks that are logged are those that the layers have, and so the adapter file."""
+        for name, rank in self.ranks().items():
+            layer = self.layers.get(name)
+            held = layer.active_rank() if layer else 0
+            if held != rank and not (layer and layer.start):  # W's own components are all in use
+                raise UserError(f"{type(self).__name__}: `current` says that {name} has rank {rank}, but its g lets "
+                                f"{held} components through: change both together, and name in `saved` what g views")
 
     def budget(self):
         """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i).
@@ -113,22 +220,32 @@ class Allocator:
         lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
         return (self.current * self.cost).sum() + lengths
 
-    def log(self):
-        """The policy's own numbers for metrics.jsonl and ranks.jsonl: {name: number, tensor or {name: number}}."""
-        return {}
 
-    def warning(self):
-        """One line about a failure of the policy itself, for the run's result, or None."""
+def given_ranks(s, names):
+    """{name: rank} for uniform LoRA: --rank for all, or the final ranks of the run (or JSON file) `settings.ranks`.
 
-    def state_dict(self):
-        """What the policy needs to go on after a restart, besides adapters and gates: {name: tensor}."""
-        return {"allocations": torch.tensor(self.allocations)} | {key: getattr(self, key) for key in self.saved}
-
-    def load_state_dict(self, state):
-        """Take the state of `state_dict` back."""
-        self.allocations = int(state["allocations"])
-        for key in self.saved:
-            setattr(self, key, state[key].to(self.device))
+    With `settings.ranks_shuffled` they are dealt to the matrices at random, from the seed. Raises UserError.
+    """
+    if not s.ranks:
+        return dict.fromkeys(names, s.rank)
+    path = Path(s.ranks)
+    file = path / "ranks.jsonl" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        ranks = json.loads(text.splitlines()[-1])["ranks"] if path.is_dir() else json.loads(text)
+        ranks = {name: int(rank) for name, rank in ranks.items()}
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"--ranks {file}: no ranks in it ({error!r}): name a run's folder or a file of "
+                        '{"blocks.0.query": 4, ...}') from None
+    unknown = [name for name in ranks if name not in names]
+    if unknown or not any(ranks.values()):
+        raise UserError(f"--ranks {file}: " + (f"{unknown[0]} is no target of this run: choose --targets to fit" if
+                                               unknown else "all ranks are 0"))
+    ranks = [ranks.get(name, 0) for name in names]
+    if s.ranks_shuffled:
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(s.seed)).tolist()
+        ranks = [ranks[i] for i in order]
+    return dict(zip(names, ranks))
 
 
 # ---------------------------------------------------------------------------------------------- static shapes
@@ -140,10 +257,10 @@ class Static(Allocator):
     Ranks are floored to integers and clamped to [r_min, r_max]; `settings.rank` is the paper's r_base.
     """
 
-    def capacities(self):
+    def setup(self):
         s = self.settings
-        return {name: min(max(int(self.shape(i, kind, self.blocks, s.rank)), s.r_min), s.r_max)
-                for name, i, kind in self.sites}
+        ranks = {name: int(self.shape(i, kind, self.blocks, s.rank)) for name, i, kind in self.sites}
+        self.add({name: min(max(rank, s.r_min), s.r_max) for name, rank in ranks.items()})
 
     def shape(self, i, kind, L, r_base):
         """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
@@ -160,16 +277,14 @@ class Direct(Allocator):
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")
 
-    def __init__(self, model, settings, steps):
-        self.sites, self.layers, self.names, self.allocations = [], {}, [], 0
-        head = model.head_kind == "classify"  # a classification head is trained by every method, and counted apart
-        self.trained = [p for name, p in model.named_parameters() if not (head and name.startswith("head."))
-                        and (settings.method == "full" or name.endswith("bias"))]
+    def setup(self):
+        method, head = self.settings.method, self.model.head_kind != "lm"  # every method trains a new head, apart
+        self.sites, self.names, self.current = [], [], self.current[:0]
+        self.trained = [p for name, p in self.model.named_parameters() if not (head and name.startswith("head."))
+                        and (method == "full" or name.endswith("bias"))]
         if not self.trained:
-            raise UserError(f"--method {settings.method}: a {model.family} model has no biases to train")
-        self.device = self.trained[0].device
-        self.size = torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
-        self.current = torch.zeros(0, dtype=torch.float64, device=self.device)
+            raise UserError(f"--method {method}: a {self.model.family} model has no biases to train")
+        self.size = torch.tensor(sum(p.numel() for p in self.trained), dtype=torch.float64, device=self.device)
 
     def parameters(self):
         return self.trained
@@ -184,7 +299,7 @@ class Direct(Allocator):
 class AdaLora(Allocator):
     """AdaLoRA (Zhang et al. 2023): W + s P diag(lambda) Q, and lambda of the least sensitive triplets is set to zero.
 
-    A is Q, B is P and the gate is the trainable lambda. A pruned lambda goes on receiving gradients, so that its
+    A is Q, B is P and g is the trainable lambda. A pruned lambda goes on receiving gradients, so that its
     triplet may return at a later allocation; after the last one it is held at zero. Equation numbers are that paper's;
     where PEFT's AdaLoraModel differs (norms in `penalty` not squared, sensitivity taken after the optimizer's step),
     this is PEFT's way. t_init and t_final default to 10 % and 50 % of the run, about what the paper takes for GLUE.
@@ -192,44 +307,37 @@ class AdaLora(Allocator):
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
-    dynamic, saved = True, ("kept",)
+    dynamic = True
+    saved = ("kept", "last", "smooth", "unsure")
 
-    def capacities(self):
+    def setup(self):
         s = self.settings
         self.t_init = s.adalora_t_init or round(0.1 * self.steps)
         self.end = self.steps - (s.adalora_t_final or min(round(0.5 * self.steps), max(0, self.steps - 2)))
         if not 0 <= self.t_init < self.end <= self.steps or self.end < 2:
             raise UserError(f"--adalora-t-init {self.t_init} and --adalora-t-final {self.steps - self.end} leave "
-                                 f"no time to allocate in a run of {self.steps} steps; lower them or train longer")
-        if min(s.adalora_init_ratio, s.adalora_delta_t) < 1:
-            raise UserError("--adalora-init-ratio and --adalora-delta-t must not be below 1")
-        return dict.fromkeys(self.names, round(s.adalora_init_ratio * s.rank))
-
-    def setup(self):
-        layers = self.layers.values()
-        for layer in layers:
-            layer.gate = torch.nn.Parameter(torch.zeros_like(layer.gate))
-            layer.A.data.normal_(std=0.02)
-            layer.B.data.normal_(std=0.02)
-        self.gates = [layer.gate for layer in layers]
-        self.weights = self.gates + [layer.A for layer in layers] + [layer.B for layer in layers]
-        self.smooth, self.unsure = ([torch.zeros_like(w) for w in self.weights] for _ in range(2))
-        self.kept = torch.ones_like(torch.stack(self.gates), requires_grad=False)  # (n, R): 1, or 0 where pruned
+                            f"no time to allocate in a run of {self.steps} steps; lower them or train longer")
+        R = round(s.adalora_init_ratio * s.rank)
+        self.add(dict.fromkeys(self.names, R))
+        for stack in self.stacks:
+            stack.A.data.normal_(std=0.02)
+            stack.B.data.normal_(std=0.02)
+        for layer in self.layers.values():
+            layer.g = nn.Parameter(torch.zeros(R, device=self.device))
+        self.g = lora.stacked([layer.g for layer in self.layers.values()])  # (n, R), in model order
+        self.weights = [self.g, *(stack.A for stack in self.stacks), *(stack.B for stack in self.stacks)]
+        self.smooth, self.unsure = ([torch.zeros_like(w.data) for w in self.weights] for _ in range(2))
+        self.kept = torch.ones_like(self.g.data)  # (n, R): 1, or 0 where pruned
         self.last = 0  # step of the last allocation
 
     def parameters(self):
-        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.gate, layer.magnitude)]
-        return [p for p in factors if p is not None]
+        return super().parameters() + [self.g]
 
-    def penalty(self):
+    def penalty(self, inputs, labels, outputs):
         """Orthogonality of P and Q (Eq. 4): the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F."""
-        by_size = {}
-        for layer in self.layers.values():
-            by_size.setdefault(layer.in_features, []).append(layer.A)
-            by_size.setdefault(layer.out_features, []).append(layer.B.T)
-        stacks = map(torch.stack, by_size.values())  # (m, R, size) each: one product for all of a size
-        gram = torch.cat([stack @ stack.mT for stack in stacks])  # (2 n, R, R)
-        norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype))
+        grams = [product for stack in self.stacks for product in (stack.A @ stack.A.mT, stack.B.mT @ stack.B)]
+        gram = torch.cat(grams)  # (2 n, R, R)
+        norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device))
         return self.settings.adalora_orth * norms.mean()
 
     @torch.no_grad()
@@ -242,48 +350,34 @@ class AdaLora(Allocator):
             scores = self.scores()
             pruned = scores.numel() - self.triplets(step)
             self.kept.copy_(scores > scores.flatten().sort().values[pruned - 1] if pruned else self.kept)
-            self.current = self.kept.sum(1).double()
+            self.current.copy_(self.kept.sum(1))
             self.last, self.allocations = step, self.allocations + 1
         if allocate or step >= self.end:
-            torch._foreach_mul_(self.gates, self.kept.unbind())  # Eq. 6
+            self.g.data.mul_(self.kept)  # Eq. 6
         return False
 
     def observe(self):
         """Smoothed sensitivity (Eqs. 8-9) and its uncertainty (Eq. 10) of every entry of lambda, Q and P."""
-        sensitivity = torch._foreach_mul(self.weights, [w.grad for w in self.weights])
-        torch._foreach_abs_(sensitivity)
-        self.smoothen(self.smooth, sensitivity, 1 - self.settings.adalora_beta1)
-        torch._foreach_sub_(sensitivity, self.smooth)
-        torch._foreach_abs_(sensitivity)
-        self.smoothen(self.unsure, sensitivity, 1 - self.settings.adalora_beta2)
+        for w, smooth, unsure in zip(self.weights, self.smooth, self.unsure):
+            sensitivity = (w * w.grad).abs()
+            self.smoothen(smooth, sensitivity, 1 - self.settings.adalora_beta1)
+            self.smoothen(unsure, (sensitivity - smooth).abs(), 1 - self.settings.adalora_beta2)
 
-    def smoothen(self, averages, values, weight):
-        """Move the running averages by `weight` towards the values; not at all after a bad step."""
-        change = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(change, weight * self.ok.to(change[0].dtype))
-        torch._foreach_add_(averages, change)
+    def smoothen(self, average, value, weight):
+        """Move the running average by `weight` towards the value; not at all after a bad step."""
+        average += (value - average) * (weight * self.ok)
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""
-        entries, n = torch._foreach_mul(self.smooth, self.unsure), len(self.gates)
-        vectors = [q.mean(1) + p.mean(0) for q, p in zip(entries[n:2 * n], entries[2 * n:])]
-        return torch.stack(entries[:n]) + torch.stack(vectors)
+        value, *rest = [smooth * unsure for smooth, unsure in zip(self.smooth, self.unsure)]
+        Q, P = rest[:len(self.stacks)], rest[len(self.stacks):]
+        return value + self.in_model_order([q.mean(2) + p.mean(1) for q, p in zip(Q, P)])
 
     def triplets(self, step):
         """How many triplets to keep at `step`: from n R down to n r along a cubic (Eq. 12)."""
-        full, target = self.kept.numel(), len(self.gates) * self.settings.rank
+        full, target = self.kept.numel(), len(self.names) * self.settings.rank
         left = 1 - (min(step, self.end) - self.t_init) / (self.end - self.t_init)
         return int((full - target) * left ** 3 + target)
-
-    def state_dict(self):
-        averages = {f"average.{i}": t for i, t in enumerate(self.smooth + self.unsure)}
-        return super().state_dict() | {"last": torch.tensor(self.last)} | averages
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.current, self.last = self.kept.sum(1).double(), int(state["last"])
-        for i, average in enumerate(self.smooth + self.unsure):
-            average.copy_(state[f"average.{i}"])
 
 
 # ---------------------------------------------------------------------------------------------- La-LoRA
@@ -292,46 +386,47 @@ class AdaLora(Allocator):
 class LaLora(Allocator):
     """La-LoRA (Gu et al. 2025, Algorithm 1): a rank for every transformer block, from the norms of its adapters.
 
-    All adapters of block i use the first r_i of their `rank` components; the others are gated off and stand still.
+    All adapters of block i use the first r_i of their `rank` components; the others are switched off and stand still.
     Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. Flags: `lalora_gamma` is gamma;
     `lalora_budget` "grow" is Eq. 5, "full" holds D = r L, where every block has rank r; `lalora_fidelity` is f: "step"
     as in Eq. 10, "truncation" as in the text of section 3.3 (truncated over full norm), "off" 1; `lalora_score` is c:
     "norm" as in Eq. 9, "fisher" as in section 5.7, see `after_backward`.
     """
 
-    refuses = ("init",)  # components gated off would be missing from W, and the norms it reads be W's
+    refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's
     dynamic = True
     saved = ("block_ranks", "budget_rank", "energy", "fisher")
 
     def setup(self):
+        super().setup()
         L, r, full = self.blocks, self.settings.rank, self.settings.lalora_budget == "full"
         self.block = torch.tensor([block for _, block, _ in self.sites], device=self.device)  # (n,)
         self.member = F.one_hot(self.block, L).T.double()  # (L, n): sums over a block's matrices
         self.block_ranks = torch.full((L,), r if full else 1, device=self.device)
         self.budget_rank = torch.tensor(r * L if full else L, dtype=torch.float64, device=self.device)  # D, DCDPB
         self.mask = torch.zeros(L, r, device=self.device)
-        for layer, (_, block, _) in zip(self.layers.values(), self.sites):
-            layer.gate = self.mask[block]  # a view: one write changes every layer
-            layer.mask_updates(self.mask[block])
+        for name, block, _ in self.sites:
+            self.layers[name].g = self.mask[block]  # a view: one write changes every layer
+            self.layers[name].mask_updates(self.mask[block])
         self.truncate()
         self.energy = self.energies()  # (2, n, r), of A and of B, summed over the first 1..r components
         self.fisher = torch.zeros_like(self.energy[0])
 
     def energies(self):
         """Squared Frobenius norm at every truncation: a lookup gives any norm of Eqs. 6-10."""
-        return squared_norms([(layer.A.data, layer.B.data) for layer in self.layers.values()]).cumsum(2)
+        return self.squared_norms("data").cumsum(2)
 
     def truncate(self):
         """Make `block_ranks` the ranks in use (Eq. 3)."""
         self.mask.copy_(torch.arange(self.mask.shape[1], device=self.device) < self.block_ranks[:, None])
-        self.current = self.block_ranks[self.block].double()
+        self.current.copy_(self.block_ranks[self.block])
 
     @torch.no_grad()
     def after_backward(self, step):
         """Empirical Fisher information: running mean of the squared gradients (inactive components have none)."""
         if self.settings.lalora_score == "fisher":
-            grads = squared_norms([(layer.A.grad, layer.B.grad) for layer in self.layers.values()])
-            self.fisher.lerp_(grads.sum(0).nan_to_num(posinf=0.0), 0.1 * self.ok.double())
+            grads = self.squared_norms("grad").sum(0)
+            self.fisher.lerp_(grads.nan_to_num(posinf=0.0), 0.1 * self.ok.double())
 
     @torch.no_grad()
     def after_step(self, step):
@@ -342,26 +437,28 @@ class LaLora(Allocator):
             s_new, s_old = self.member @ new.sum(0), self.member @ old.sum(0)  # Eq. 7; both at r_i: 1 / r_i cancels
             growth = ((s_new - s_old) / s_old).mean()  # Eq. 6
             self.budget_rank.mul_(1 + s.lalora_gamma * growth).clamp_(L, r * L)  # Eq. 5
-        if s.lalora_score == "fisher":
-            c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
-            c = c / c.mean().clamp_min(1e-300)  # gradients have no natural scale: mean 1 over the blocks
-        else:
-            above, below = {"step": (old, new), "truncation": (new, energy[:, :, -1].sqrt()),
-                            "off": (new, new)}[s.lalora_fidelity]
-            f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
-            c = self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
+        c = self.contribution(new, old, energy[:, :, -1].sqrt(), last)
         ranks = whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r)  # Eq. 8
         self.block_ranks.copy_(torch.where(self.ok, ranks, self.block_ranks))
-        self.energy = energy
+        self.energy.copy_(energy)
         self.truncate()
         self.allocations += 1
         return False
 
+    def contribution(self, new, old, full, last):
+        """Contribution c of each block, (L,) (Eqs. 9-10), from the norms of A and B, (2, n) each, at the current rank
+        now and a step ago and at full rank; `last` (n, 1) is the index of each matrix's last component."""
+        if self.settings.lalora_score == "fisher":
+            c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
+            return c / c.mean().clamp_min(1e-300)  # gradients have no natural scale: mean 1 over the blocks
+        above, below = {"step": (old, new), "truncation": (new, full), "off": (new, new)}[self.settings.lalora_fidelity]
+        f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
+        return self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
+
     def log(self):
         return {"lalora_budget": self.budget_rank}
 
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
+    def restored(self):
         self.truncate()
 
 
@@ -377,22 +474,6 @@ def whole_ranks(shares, total, r):
     return 1 + torch.zeros_like(order).scatter_(0, order, given.long()).view_as(unmet).sum(1)
 
 
-def squared_norms(factors):
-    """Squared norms of the rows of every A and the columns of every B, (2, n, R) float64, from n pairs (A, B).
-
-    Matrices of one shape are reduced together: on a CPU 3 times as fast as one by one, and 4 kernels instead of 4 n.
-    """
-    norms = []
-    for dim, tensors in zip((-1, -2), zip(*factors)):
-        shapes, rows = {}, [None] * len(tensors)
-        for i, tensor in enumerate(tensors):
-            shapes.setdefault(tensor.shape, []).append(i)
-        for alike in shapes.values():
-            for i, row in zip(alike, torch.stack([tensors[i] for i in alike]).square_().sum(dim)):
-                rows[i] = row
-        norms.append(torch.stack(rows))
-    return torch.stack(norms).double()
-
 # ---------------------------------------------------------------------------------------------- WeightLoRA
 
 
@@ -406,73 +487,61 @@ class WeightLora(Allocator):
     the model. Raises UserError for a K or T that cannot work.
     """
 
-    dynamic, saved = True, ("omega",)
+    dynamic = True
+    saved = ("omega",)
 
-    def capacities(self):
+    def setup(self):
         s = self.settings
         self.keep = matrices_to_keep(s, len(self.names))
         self.warmup = s.weightlora_steps or min(max(5, round(0.005 * self.steps)), self.steps - 1)
         if not 2 <= self.warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
             raise UserError(f"--weightlora-steps {self.warmup}: the warm-up takes at least 2 steps and has to end "
-                                 f"before the run does, which has {self.steps}")
-        self.init = "lora"  # of the warm-up: omega must not scale components of W
+                            f"before the run does, which has {self.steps}")
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
         small = [name for name in self.names if min(self.model.get_submodule(name).weight.shape) < self.final_rank]
         if small:
             raise UserError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
-                                 "it has; choose a lower rank")
-        return super().capacities()
-
-    def setup(self):
+                            "it has; choose a lower rank")
+        self.add(dict.fromkeys(self.names, s.rank), init="lora")  # omega must not scale components of W
         self.omega = torch.ones(len(self.names), dtype=torch.float64, device=self.device)  # early steps are tiny
-        self.gates = []
         for layer in self.layers.values():
-            layer.gate = torch.nn.Parameter(torch.ones_like(layer.gate[:1]))
-            self.gates.append(layer.gate)
-
-    def after_backward(self, step):
-        if self.gates:
-            self.gradient = torch.cat([gate.grad for gate in self.gates]).double()
-            for gate in self.gates:  # not the run's optimizer's, which therefore does not clear it
-                gate.grad = None
+            layer.g = nn.Parameter(torch.ones(1, device=self.device))
+        self.own = [lora.stacked([layer.g for layer in self.layers.values()])]  # omega as the layers see it, (n, 1)
 
     @torch.no_grad()
     def after_step(self, step):
-        if not self.gates:
+        if not self.own:
             return False
         s, last = self.settings, step >= self.warmup
-        self.omega -= s.weightlora_lr * self.gradient
+        self.omega -= s.weightlora_lr * self.own[0].grad[:, 0].double()
         if last or s.weightlora_threshold == "every":
-            size = self.omega.abs()
-            self.omega *= size >= size.topk(self.keep).values[-1]
-        torch._foreach_copy_(self.gates, self.omega.split(1))
+            score = self.score()
+            self.omega *= score >= score.topk(self.keep).values[-1]
+        self.own[0].data.copy_(self.omega[:, None])
         if last:
-            order = self.omega.abs().argsort(descending=True, stable=True)[:self.keep]
+            order = self.score().argsort(descending=True, stable=True)[:self.keep]
             self.rebuild([self.names[i] for i in sorted(order.tolist())])
         return last
 
+    def score(self):
+        """What ranks the matrices, (n,)."""
+        return self.omega.abs()
+
     def rebuild(self, survivors):
         """Give the matrices named in `survivors` fresh adapters and all others their plain layers back."""
-        for name in self.names:
-            lora.detach(self.model, name)
-        self.init = self.settings.init
-        self.attach({name: self.final_rank for name in survivors})
-        self.gates, self.gradient, self.allocations = [], None, 1
+        self.drop(self.names)
+        self.add(dict.fromkeys(survivors, self.final_rank))
+        self.own, self.allocations = [], 1
 
     def log(self):
-        selected = {} if self.gates else {"selected": {name: int(name in self.layers) for name in self.names}}
+        selected = {} if self.own else {"selected": {name: int(name in self.layers) for name in self.names}}
         return {"omega": dict(zip(self.names, self.omega.tolist()))} | selected
 
-    def state_dict(self):
-        selected = torch.tensor([not self.gates and name in self.layers for name in self.names])
-        return super().state_dict() | {"selected": selected}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
+    def restored(self):
         if self.allocations:
-            self.rebuild([name for name, selected in zip(self.names, state["selected"].tolist()) if selected])
+            self.own = []
         else:
-            torch._foreach_copy_([gate.data for gate in self.gates], self.omega.split(1))
+            self.own[0].data.copy_(self.omega[:, None])
 
 
 class RandomLora(Allocator):
@@ -481,10 +550,10 @@ class RandomLora(Allocator):
     They are drawn before the first step, since a warm-up whose adapters are thrown away cannot change the draw.
     """
 
-    def capacities(self):
+    def setup(self):
         s, n = self.settings, len(self.names)
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))[:matrices_to_keep(s, n)].tolist()
-        return {name: s.rank * (i in drawn) for i, name in enumerate(self.names)}
+        self.add({name: s.rank for i, name in enumerate(self.names) if i in drawn})
 
 
 def matrices_to_keep(settings, n):
@@ -510,21 +579,19 @@ class LeLora(Allocator):
     """
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
-    dynamic, held_out = True, 32
-    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "before")
+    dynamic, validation_rows = True, 32
+    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "before", "policy", "optimizer", "generator")
 
-    def capacities(self):
+    def setup(self):
+        s, n = self.settings, len(self.names)
         self.dims, self.locations = candidates(self.settings)
         R = self.dims[-1]
         for name in self.names:
             m = min(self.model.get_submodule(name).weight.shape)
             if m // 2 + R > m - R:
                 raise UserError(f"--lelora-dims (or --rank) {R}: the three windows of {name} overlap, as it has "
-                                     f"{m} singular components; use at most {(m - m // 2) // 2}")
-        return {name: 3 * R for name in self.names}
-
-    def setup(self):
-        s, n, R = self.settings, len(self.names), self.dims[-1]
+                                f"{m} singular components; use at most {(m - m // 2) // 2}")
+        self.add(dict.fromkeys(self.names, 3 * R))
         widest = max(min(layer.weight.shape) for layer in self.layers.values())
         self.spectra = torch.zeros(n, widest, device=self.device)
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`
@@ -550,7 +617,9 @@ class LeLora(Allocator):
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
         self.reward, self.mean, self.before = (torch.zeros((), device=self.device) for _ in range(3))
         self.heads = [(i, head) for i, head in enumerate(("rank", "location")) if self.masks.shape[i] > 1]  # that learn
-        self.lowest = torch.ones(2, device=self.device)
+        self.entropy, self.lowest = torch.ones(2, device=self.device), torch.ones(2, device=self.device)
+        self.choice = torch.zeros(n, 2, dtype=torch.long, device=self.device)
+        self.features = torch.zeros(n, 1 + widest, device=self.device)
         self.act(0)
 
     def characteristics(self):
@@ -558,7 +627,7 @@ class LeLora(Allocator):
 
         A component in a window shows its current strength |B_k| |A_k|: at the start that is its singular value.
         """
-        strength = squared_norms([(layer.A.data, layer.B.data) for layer in self.layers.values()]).prod(0).sqrt()
+        strength = self.squared_norms("data").prod(0).sqrt()
         spectra = self.spectra.scatter(1, self.where, strength.float())
         numbers = torch.cat([spectra.square().sum(1, keepdim=True).sqrt(), spectra], 1)
         if self.settings.lelora_inputs == "standardised":
@@ -567,24 +636,21 @@ class LeLora(Allocator):
 
     def act(self, step):
         """Sample every matrix's action from p(a | xi; Omega), for the steps after `step`."""
-        self.features = self.characteristics()
+        self.features.copy_(self.characteristics())
         self.log_p = self.policy(self.place, self.features)  # kept with its graph for the reward
         heads = [log_p.detach().exp() for log_p in self.log_p]  # (n, dims), (n, locations)
-        self.entropy = torch.stack([torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads])
+        entropies = [torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads]
+        self.entropy.copy_(torch.stack(entropies))
         if step <= self.steps / 10:
-            self.lowest = torch.minimum(self.lowest, self.entropy)
+            self.lowest.clamp_max_(self.entropy)
         draws = [p / torch.empty_like(p).exponential_(generator=self.generator) for p in heads]
-        self.choice = torch.stack([draw.argmax(1) for draw in draws], 1)  # (n, 2); torch.multinomial would synchronise
+        self.choice.copy_(torch.stack([draw.argmax(1) for draw in draws], 1))  # torch.multinomial would synchronise
         self.activate()
 
     def activate(self):
         """Let the components of `choice` move, and only those."""
         self.active.copy_(self.masks[self.choice[:, 0], self.choice[:, 1]])
-        self.current = self.dimension[self.choice[:, 0]]
-
-    def after_backward(self, step):
-        for p in self.parameters():  # clipping the gradient's norm shall not count what does not move
-            p.grad.mul_(p.active)
+        self.current.copy_(self.dimension[self.choice[:, 0]])
 
     def after_step(self, step):
         if step % self.settings.lelora_every:
@@ -592,14 +658,15 @@ class LeLora(Allocator):
         after, first = self.validation_loss().float(), self.allocations == 0
         change = 0 if first else after - self.before  # the last action's "after" is this one's "before"
         reward = after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
-        self.reward = torch.where(reward.isfinite() & self.ok, reward, self.mean)  # else no lesson
-        self.mean = self.reward if first else self.mean
+        self.reward.copy_(torch.where(reward.isfinite() & self.ok, reward, self.mean))  # else no lesson
+        if first:
+            self.mean.copy_(self.reward)
         log_p = sum(head.gather(1, choice[:, None]) for head, choice in zip(self.log_p, self.choice.T))  # (n, 1)
         ((self.reward - self.mean) * log_p.mean()).backward()  # Eq. 9
         self.optimizer.step()  # Eq. 10
         self.optimizer.zero_grad()
-        self.before = torch.where(after.isfinite(), after, self.before)
-        self.mean = self.mean.lerp(self.reward, 0.1)  # running mean of some 10 rewards
+        self.before.copy_(torch.where(after.isfinite(), after, self.before))
+        self.mean.lerp_(self.reward, 0.1)  # running mean of some 10 rewards
         self.allocations += 1
         self.act(step)
         return False
@@ -615,19 +682,7 @@ class LeLora(Allocator):
             return (f"LeLoRA's policy collapsed: the entropy of {' and '.join(fallen)} fell below 1 % of its maximum "
                     "before a tenth of training, so matrices stay as they happened to be; lower --lelora-policy-lr")
 
-    def state_dict(self):
-        moments = {f"moments.{i}.{key}": value for i, p in enumerate(self.policy.parameters())
-                   for key, value in self.optimizer.state[p].items()}
-        network = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
-        return super().state_dict() | network | moments | {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.generator.set_state(state["generator"].cpu())
-        self.policy.load_state_dict({key: state[f"policy.{key}"] for key in self.policy.state_dict()})
-        for i, p in enumerate(self.policy.parameters()):
-            self.optimizer.state[p] = {key: state[f"moments.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                                       if f"moments.{i}.{key}" in state}
+    def restored(self):
         self.log_p = self.policy(self.place, self.features)
         self.activate()
 
@@ -711,3 +766,21 @@ METHODS = {
     "full": Direct,
     "bitfit": Direct,
 }
+
+
+def policy(method):
+    """The class of a method: a name in METHODS, or `file.py:Class` for one in a file of your own; raises UserError."""
+    file, colon, name = method.rpartition(":")
+    if not colon:
+        if method not in METHODS:
+            raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, or name my_policy.py:MyPolicy")
+        return METHODS[method]
+    if not Path(file).is_file():
+        raise UserError(f"--method {method}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Allocator)):
+        raise UserError(f"--method {method}: {file} has no class {name} that is an allocators.Allocator")
+    return found

@@ -33,7 +33,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -158,43 +157,34 @@ def own_copy(base, shared=True):
 class Contender:
     """One method on its own copy of the model, ready to take the training steps that train.py takes.
 
-    `loss(inputs, labels)` is the mean loss; `params` are trained; `allocator` is None for the floor and for PEFT, whose
-    AdaLoRA has `allocate(step)` instead.
+    `params` are trained. Ours have a `training` (train.Training), the floor and PEFT a `loss(inputs, labels)`, the mean
+    loss. `also(step)` is called at the end of a step: PEFT's allocation, or one more validation forward.
     """
 
-    def __init__(self, s, model, loss, params, allocator=None, allocate=None, head=()):
-        self.s, self.model, self.loss, self.params = s, model, loss, params
-        self.allocator, self.allocate, self.head, self.taken = allocator, allocate, list(head), 0
-        for p in params:
-            p.requires_grad_(True)
-        self.trainable = sum(p.numel() for p in params)
-        self.optimizer = train.optimizer_for(s, params)
-        if allocator:
-            self.budget, self.bad = train.Budget(allocator), train.BadSteps(s.device)
+    def __init__(self, s, model, params=(), training=None, loss=None, also=None):
+        self.s, self.model, self.training, self.loss, self.also, self.taken = s, model, training, loss, also, 0
+        self.params = training.params if training else list(params)
+        self.trainable = sum(p.numel() for p in self.params)
+        if not training:
+            for p in params:
+                p.requires_grad_(True)
+            self.optimizer = torch.optim.AdamW(self.params, lr=s.lr, weight_decay=s.weight_decay, fused=True)
         self.losses, self.times, self.compiles, self.breaks = [], [], [], 0
-
-    def backward(self, batch):
-        loss = self.loss(*batch)
-        (loss + self.allocator.penalty() if self.allocator else loss).backward()
-        return loss.detach()
 
     def step(self, batch):
         self.taken += 1
-        loss, a = self.backward(batch), self.allocator
-        if a:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            *_, rebuilt = train.update(self.taken, loss, grads, self.params, self.optimizer, a, self.budget, self.bad,
-                                       clip=1.0)
-            if rebuilt:
-                self.params = a.parameters() + self.head
-                train.follow(self.optimizer, self.params)
+        if self.training:
+            loss, _ = self.training.step(self.taken, [(*batch, 1 / batch[1].numel())])
         else:
+            loss = self.loss(*batch)
+            loss.backward()
             nn.utils.clip_grad_norm_(self.params, 1.0)
             self.optimizer.step()
-        if self.allocate:
-            self.allocate(self.taken)
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+        if self.also:
+            self.also(self.taken)
+        if not self.training:
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def timed_step(self, batch):
         """Take a step; keeps its seconds, its loss, and what it compiled."""
@@ -209,23 +199,27 @@ class Contender:
 
     def policy_seconds(self, batch, times=20):
         """Mean seconds of the policy's own calls in a step, with cold caches, without LeLoRA's validation forward."""
-        if not self.allocator:
+        if not self.training:
             return None
-        a, spent, cold = self.allocator, 0.0, torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
-        self.backward(batch)
-        if a.held_out:
+        t, a, spent = self.training, self.training.allocator, 0.0
+        cold = torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
+        inputs, labels = batch
+        outputs = evaluation.logits(self.model, inputs)
+        train.criterion(t.kind, outputs, labels).backward()
+        lora.gather_gradients([*t.params, *a.own])
+        outputs = outputs.detach()
+        if a.validation_rows:
             loss, a.validation_loss = a.validation_loss(), lambda: loss
         for i in range(times):
             cold.fill_(i)
             began = clock(self.s.device)
             a.after_backward(100 + i)
-            self.budget.add()
+            t.budget.add()
             a.after_step(100 + i)
-            penalty = a.penalty()
+            penalty = a.penalty(inputs, labels, outputs)
             if isinstance(penalty, torch.Tensor):
                 penalty.backward()
             spent += clock(self.s.device) - began
-        self.optimizer.zero_grad(set_to_none=True)
         return spent / times
 
 
@@ -252,33 +246,30 @@ def contender(b, base, kind, name):
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
-    head = list(model.head.parameters()) if kind != "lm" else []
     if method == "lelora":  # it changes the frozen weights
         for site, _, _ in lora.sites(model, s.targets):
             linear = model.get_submodule(site)
             linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
-    allocator = None
     if method == "floor":
-        params = []
+        params = list(model.head.parameters()) if kind != "lm" else []
         for site, _, _ in lora.sites(model, s.targets):
             parent, _, child = site.rpartition(".")
             setattr(model.get_submodule(parent), child, Shifted(model.get_submodule(site)))
             params.append(getattr(model.get_submodule(parent), child).shift)
+
+        def loss(inputs, labels):
+            return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
+
+        made = Contender(s, model, params, loss=loss)
     else:
         allocator = allocators.METHODS[s.method](model, s, 1000)
-        params = allocator.parameters()
+        if method in ("lelora", "uniform+validation"):
+            aside = random_split(b, base, kind, allocators.LeLora.validation_rows)
+            allocator.validation_loss = train.validation(model, kind, aside, s.device)
+        also = (lambda step: allocator.validation_loss()) if method == "uniform+validation" else None
+        made = Contender(s, model, training=train.Training(s, model, kind, allocator), also=also)
     if s.compile:
         train.compile_blocks(model)
-
-    def loss(inputs, labels):
-        return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
-
-    made = Contender(s, model, loss, params + head, allocator, head=head)
-    if method in ("lelora", "uniform+validation"):
-        held = random_split(b, base, kind, allocators.LeLora.held_out)
-        allocator.validation_loss = train.validation(model, SimpleNamespace(kind=kind), held, s.device)
-    if method == "uniform+validation":
-        made.allocate = lambda step: allocator.validation_loss()
     return made
 
 
@@ -339,7 +330,7 @@ def peft_contender(b, base, kind, method):
 
     allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
     params = [p for p in theirs.parameters() if p.requires_grad]
-    return Contender(settings_for(b, "lora"), theirs, loss, params, allocate=allocate)
+    return Contender(settings_for(b, "lora"), theirs, params, loss=loss, also=allocate)
 
 
 # ---------------------------------------------------------------------------------------------- commands

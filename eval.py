@@ -464,7 +464,7 @@ def markdown(head, rows):
 
 def variant(s):
     """A run's method with what is combined with it, for names: lora, lora-pissa, lalora-dora, lora-plus16, lora-fa."""
-    return "-".join([s.method, *[s.init] * (s.init != "lora"), *["dora"] * s.dora, *["fa"] * s.freeze_a,
+    return "-".join([s.method.rpartition(":")[2], *[s.init] * (s.init != "lora"), *["dora"] * s.dora, *["fa"] * s.freeze_a,
                      *[f"plus{s.lora_plus_ratio:g}"] * (s.lora_plus_ratio != 1)])
 
 

@@ -1,9 +1,10 @@
 """The variable-rank LoRA layer: attaching it to a model, merging it, its optimizer, saving and loading adapters.
 
-A rank that changes during training is a *gate* that changes in place: shapes, graph and optimizer state stay as they
-are, so nothing is recompiled or copied and the device is never waited for.
+A rank that changes during training is a vector g that changes *in place*: shapes, graph and optimizer state stay as
+they are, so nothing is recompiled or copied and the device is never waited for.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -12,20 +13,21 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from model import UserError, open_weights, read_json, whole_folder
+from model import UserError, whole_folder
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus a gated low-rank update: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
+    """A frozen linear layer plus a low-rank update of variable rank: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
 
     weight W (out, in) and bias b (out) are those of `linear`, the frozen layer, a module of its own, so that FSDP finds
     its weights where it put them. A (R, in) and B (out, R) are trainable and float32 whatever W's dtype, on
-    `device` (default: W's); they are computed in x's dtype. The gate g, (R,) or (1,), scales or switches off
-    components and is what rank-allocation policies change. `scale` s is alpha / r. `start` holds the (A, B) that were
+    `device` (default: W's); they are computed in x's dtype. g, (R,) or (1,), scales or switches off components and is
+    what rank-allocation policies change; None is all ones. The scale s is alpha / r. `start` holds the (A, B) that were
     split off W, for methods that train W's own components, so that the difference to W can be told; else None.
     """
 
@@ -39,8 +41,8 @@ class LoraLinear(nn.Module):
         options = dict(dtype=torch.float32, device=device or linear.weight.device)
         self.A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.B = nn.Parameter(torch.empty(self.out_features, rank, **options))
-        self.register_buffer("gate", torch.ones(rank, **options))
-        self.start, self.magnitude, self.merged = None, None, False
+        self.g = self.magnitude = self.start = None
+        self.merged, self.enabled = False, True
         self.reset()
 
     def reset(self):
@@ -62,32 +64,52 @@ class LoraLinear(nn.Module):
         self.A.copy_(A)
         self.B.copy_(B)
         self.start, self.dropout = (A.cpu(), B.cpu()), 0.0
+        self.A.decays = self.B.decays = False  # weight decay would pull W's own components to zero
+
+    def scaled_B(self):
+        """s B diag(g), (out, R) float32."""
+        return self.B * (self.scale if self.g is None else self.scale * self.g)
 
     def forward(self, x):  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (N, in)
         y = self.linear.forward(flat)
-        if not self.merged:
+        if not self.enabled:
+            y = y + self.split_off_part(flat)
+        elif not self.merged:
             h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
-            # B^T is made contiguous since the products of the backward pass are 3 times as fast with it on a CPU
-            y.addmm_(h, (self.B * (self.scale * self.gate)).T.to(x.dtype).contiguous())  # in place: y is read once
+            y.addmm_(h, transposed(self.scaled_B(), x.dtype))  # in place: y is read once
         return y.view(*x.shape[:-1], -1)
+
+    def split_off_part(self, x):
+        """What the frozen weight lacks of the original W's output: x (N, in) -> (N, out), 0 where it lacks nothing."""
+        if self.start is None:
+            return 0
+        A, B = (t.to(x.device, x.dtype) for t in self.start)
+        return self.scale * (x @ A.T @ B.T)
 
     @torch.no_grad()
     def delta(self):
         """The update s B diag(g) A that the layer adds to W, (out, in) float32."""
-        return (self.B * (self.scale * self.gate)) @ self.A
+        return self.scaled_B() @ self.A
+
+    @torch.no_grad()
+    def active_rank(self):
+        """How many components g lets through."""
+        return self.rank if self.g is None else int((self.g * torch.ones_like(self.A[:, 0]) != 0).sum())
 
     @torch.no_grad()
     def factors(self):
         """The difference to the original W as (A (r, in), B (out, r)) float32 with `scale` B A = difference.
 
-        Components that are gated off are left out. A layer that trains W's own components (`start` is set) gives
+        Components that g switches off are left out. A layer that trains W's own components (`start` is set) gives
         B A - B0 A0 over the components that have moved: twice as many factors, at most the matrix's own rank.
         """
-        A, B = self.A.detach(), self.B.detach() * self.gate
+        A, B = self.A.detach(), self.B.detach()
+        if self.start is None and self.g is None:
+            return A, B
         if self.start is None:
-            kept = (self.gate * torch.ones_like(A[:, 0])) != 0
-            return A[kept], B[:, kept]
+            kept = self.g * torch.ones_like(A[:, 0]) != 0
+            return A[kept], (B * self.g)[:, kept]
         A0, B0 = (t.to(A.device) for t in self.start)
         moved = (A != A0).any(1) | (B != B0).any(0)
         A, B = torch.cat([A[moved], A0[moved]]), torch.cat([B[:, moved], -B0[:, moved]], 1)
@@ -98,8 +120,8 @@ class LoraLinear(nn.Module):
         return torch.eye(self.in_features, device=A.device), B @ A
 
     def mask_updates(self, active):
-        """Let `AdamW` move only the components where `active` (R,) is 1; the tensor is read anew at every step."""
-        self.A.active, self.B.active = active[:, None], active
+        """Let the optimizer move only the components where `active` (R,) is 1; it is read anew at every step."""
+        self.A.active, self.B.active = active[:, None], active[None]
 
     def merge(self):
         """Add the update into W, so that the layer costs what the plain one does; errors are one rounding of W."""
@@ -107,14 +129,14 @@ class LoraLinear(nn.Module):
             self.weight.data.copy_(self.weight.float() + self.delta())
             self.merged = True
 
-    def unmerge(self):
-        """Take the update out of W again, up to rounding in W's dtype."""
-        if self.merged:
-            self.weight.data.copy_(self.weight.float() - self.delta())
-            self.merged = False
-
     def extra_repr(self):
         return f"{self.in_features} -> {self.out_features}, rank={self.rank}, scale={self.scale:g}"
+
+
+def transposed(B, dtype):
+    """B^T in `dtype`; on a CPU contiguous, as the backward pass's products are 3 times as fast with it there."""
+    B = B.T.to(dtype)
+    return B.contiguous() if B.device.type == "cpu" else B
 
 
 class DoraLinear(LoraLinear):
@@ -127,26 +149,37 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__(linear, rank, scale, dropout, device)
+        self.square = self.row_squares()
         self.magnitude = nn.Parameter(self.lengths())
 
+    def split_off(self, A, B):
+        super().split_off(A, B)
+        self.square = self.row_squares()
+
     def forward(self, x):  # (..., in) -> (..., out)
-        if self.merged:
+        if self.merged or not self.enabled:
             return super().forward(x)
         flat, bias = x.flatten(0, -2), 0 if self.bias is None else self.bias
         kept = F.dropout(flat, self.dropout, self.training)
         y = self.linear.forward(kept)  # (N, out)
-        y.addmm_(F.linear(kept, self.A.to(x.dtype)), (self.B * (self.scale * self.gate)).T.to(x.dtype).contiguous())
+        y.addmm_(F.linear(kept, self.A.to(x.dtype)), transposed(self.scaled_B(), x.dtype))
         rest = self.linear.forward(flat - kept) if self.training and self.dropout else bias
         factor = self.magnitude / self.lengths()  # float32: near 1, where bfloat16 would round training away
         return (y * factor + (rest - factor * bias)).to(x.dtype).view(*x.shape[:-1], -1)
 
     @torch.no_grad()
+    def row_squares(self):
+        """Squared length of every row of W, (out,) float32: constant while W is."""
+        W = self.weight.to(self.A.device)  # it may wait on the CPU to be sharded
+        return torch.linalg.vector_norm(W, dim=1, dtype=torch.float32) ** 2
+
+    @torch.no_grad()
     def lengths(self):
         """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix."""
-        W = self.weight.to(self.A.device)  # it may wait on the CPU to be sharded
-        A, B = self.A.to(W.dtype), self.B * (self.scale * self.gate)
+        W = self.weight.to(self.A.device)
+        A, B = self.A.to(W.dtype), self.scaled_B()
         mixed = 2 * F.linear(W, A).float() + B @ (A.float() @ A.float().T)  # (out, R)
-        square = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32) ** 2 + (B * mixed).sum(1)
+        square = self.square + (B * mixed).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
 
     @torch.no_grad()
@@ -159,18 +192,6 @@ class DoraLinear(LoraLinear):
         """As LoraLinear's, before rows are scaled; never empty, since the lengths are trained in any case."""
         A, B = super().factors()
         return (A, B) if len(A) else (torch.zeros_like(self.A[:1]), torch.zeros_like(self.B[:, :1]))
-
-    def merge(self):
-        if not self.merged:
-            self.merged_lengths = self.lengths()  # W gives them no longer once it is scaled
-        super().merge()
-
-    @torch.no_grad()
-    def unmerge(self):
-        if self.merged:
-            plain = self.weight.float() * (self.merged_lengths / self.magnitude)[:, None]
-            self.weight.data.copy_(plain - super().delta())
-            self.merged = False
 
 
 # ---------------------------------------------------------------------------------------------- attaching
@@ -231,15 +252,94 @@ def adapters(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+@contextlib.contextmanager
+def disabled(model):
+    """Inside this context the model computes what its base model does, as if there were no adapters."""
+    layers = adapters(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+# ---------------------------------------------------------------------------------------------- stacks
+#
+# With hundreds of matrices, an optimizer or a policy that goes through them one by one spends its time starting
+# kernels. So the adapters of one shape are one parameter, (n, R, in) and (n, out, R), of which the layers hold views:
+# forward and backward passes know nothing of it, all that follows is a few operations on the stacks.
+
+
+def stacked(parameters):
+    """One parameter (n, ...) that holds the n given ones of one shape, from now on views of it: its `parts`."""
+    whole = nn.Parameter(torch.stack([p.data for p in parameters]), requires_grad=parameters[0].requires_grad)
+    for p, view in zip(parameters, whole.data):
+        p.data = view
+    whole.parts = parameters
+    return whole
+
+
+class Stack:
+    """Adapters of one shape, {name: layer}: A (n, R, in) and B (n, out, R), and DoRA's magnitude (n, out) or None."""
+
+    def __init__(self, layers):
+        self.layers = layers
+        self.A, self.B = (stacked([getattr(layer, key) for layer in layers.values()]) for key in "AB")
+        first = next(iter(layers.values()))
+        self.magnitude = None
+        if first.magnitude is not None:
+            self.magnitude = stacked([layer.magnitude for layer in layers.values()])
+
+    def parameters(self):
+        """A, B and magnitude, those that there are."""
+        return [p for p in (self.A, self.B, self.magnitude) if p is not None]
+
+
+def stacks(layers):
+    """The Stacks of {name: layer}: one for each shape, in the order in which the shapes first occur."""
+    alike = {}
+    for name, layer in layers.items():
+        alike.setdefault((layer.A.shape, layer.B.shape), {})[name] = layer
+    return [Stack(group) for group in alike.values()]
+
+
+@torch.no_grad()
+def gather_gradients(params):
+    """Collect the gradients that a backward pass left at the parts of stacks; what may not move gets none."""
+    for p in params:
+        parts = getattr(p, "parts", ())
+        if parts:
+            grads = torch.stack([torch.zeros_like(q) if q.grad is None else q.grad for q in parts])
+            p.grad = grads if p.grad is None else p.grad + grads  # a penalty may use the stack itself
+            for q in parts:
+                q.grad = None
+        if p.grad is not None and may_move(p) is not None:
+            p.grad.mul_(may_move(p))
+
+
+def trait(p, name, default):
+    """The attribute `name` of a parameter, which the parts of a stack have in common: lr_ratio, decays."""
+    return getattr(getattr(p, "parts", [p])[0], name, default)
+
+
+def may_move(p):
+    """The tensor of 0 and 1, broadcastable to the parameter, that says which of its components may move; None: all."""
+    parts = getattr(p, "parts", None)
+    if not hasattr(parts[0] if parts else p, "active"):
+        return None
+    return torch.stack([q.active for q in parts]) if parts else p.active
+
+
 # ---------------------------------------------------------------------------------------------- optimizer
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW in which a component that may not be updated does not move by one bit (DESIGN: La-LoRA, LeLoRA).
 
-    A parameter with an `active` tensor of 0 and 1 (see `LoraLinear.mask_updates`) changes only where it is 1; where it
-    is 0, value, momentum and decay stand still, and the component's own step count too, so that its bias correction is
-    right when it comes back. Without masks the steps are torch.optim.AdamW's.
+    Where `may_move` is 0, value, momentum and decay stand still, and the component's own step count too, so that its
+    bias correction is right when it comes back. Without masks the steps are torch.optim.AdamW's.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
@@ -251,21 +351,21 @@ class AdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    shape = p.active.shape if hasattr(p, "active") else ()
-                    self.state[p] = {"step": torch.zeros(shape, device=p.device),
-                                     "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            beta1, beta2 = group["betas"]
-            grads = [p.grad for p in params]
-            active = [getattr(p, "active", torch.ones((), device=p.device)) for p in params]
+            masks = [may_move(p) for p in params]
+            active = [torch.ones((), device=p.device) if mask is None else mask for p, mask in zip(params, masks)]
             if hasattr(self, "found_inf"):  # as torch's fused AdamW: 1 = this step's gradients are bad, nothing moves
                 active = torch._foreach_mul(active, 1 - self.found_inf)
-            step, m, v = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
-            torch._foreach_add_(step, active)  # a = 0 leaves step, m, v and p as they are
+            for p, a in zip(params, active):
+                if not self.state[p]:
+                    self.state[p] = {"steps": torch.zeros_like(a), "exp_avg": torch.zeros_like(p),
+                                     "exp_avg_sq": torch.zeros_like(p)}
+            beta1, beta2 = group["betas"]
+            grads = [p.grad for p in params]
+            steps, m, v = ([self.state[p][k] for p in params] for k in ("steps", "exp_avg", "exp_avg_sq"))
+            torch._foreach_add_(steps, active)  # a = 0 leaves steps, m, v and p as they are
             torch._foreach_lerp_(m, grads, torch._foreach_mul(active, 1 - beta1))
             torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), torch._foreach_mul(active, 1 - beta2))
-            clock = torch._foreach_clamp_min(step, 1)  # a component that never moved: 0 / 0 otherwise
+            clock = torch._foreach_clamp_min(steps, 1)  # a component that never moved: 0 / 0 otherwise
             correct1, correct2 = ([1 - c for c in torch._foreach_pow(beta, clock)] for beta in (beta1, beta2))
             size = torch._foreach_sqrt(v)
             torch._foreach_div_(size, torch._foreach_sqrt(correct2))
@@ -274,6 +374,59 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_mul_(update, torch._foreach_div(rate, correct1))
             torch._foreach_mul_(params, [1 - r for r in torch._foreach_mul(rate, group["weight_decay"])])
             torch._foreach_sub_(params, update)
+
+
+def hold_still(optimizer):
+    """Make any torch optimizer leave alone what may not move (`may_move`), and everything in a bad step (`found_inf`).
+
+    Values and state before its step come back where they may not change. What has a state of another shape than the
+    parameter's, such as a count of steps, is one for all components.
+    """
+    before = {}
+
+    def remember(optimizer, *_):
+        before.clear()
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            state = {key: value.clone() for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
+            before[p] = p.detach().clone(), state
+
+    @torch.no_grad()
+    def restore(optimizer, *_):
+        fine = 1 - getattr(optimizer, "found_inf", torch.zeros(()))
+        for p, (value, state) in before.items():
+            mask = may_move(p)
+            moves = (fine.to(p.device) * (1 if mask is None else mask)).bool()
+            p.copy_(torch.where(moves, p, value))
+            for key, now in optimizer.state[p].items():
+                if torch.is_tensor(now):
+                    old = state.get(key, torch.zeros_like(now))
+                    where = moves if now.shape == p.shape else fine.to(now.device).bool()
+                    now.copy_(torch.where(where, now, old))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(restore)
+    return optimizer
+
+
+def follow(optimizer, groups):
+    """Make the optimizer hold the parameters of `groups`, dicts with "params": state of what vanished is dropped.
+
+    What is still there keeps its state, also as a part of another stack than before; what is new starts afresh.
+    """
+    kept = {}
+    for p, state in optimizer.state.items():
+        parts = getattr(p, "parts", None)
+        for i, q in enumerate(parts or [p]):
+            kept[q] = {key: value[i] if parts and value.dim() else value for key, value in state.items()}
+    optimizer.state.clear()
+    optimizer.param_groups[:] = [optimizer.defaults | group for group in groups]
+    for group in groups:
+        for p in group["params"]:
+            parts = getattr(p, "parts", None)
+            states = [kept[q] for q in parts or [p] if q in kept]
+            if states and len(states) == len(parts or [p]):
+                optimizer.state[p] = {key: torch.stack([state[key] for state in states])
+                                      if parts and value.dim() else value for key, value in states[0].items()}
 
 
 # ---------------------------------------------------------------------------------------------- adapter files
@@ -328,108 +481,68 @@ def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a head or pooler in modules_to_save are read. LoRA on a
-    pooler or a classification head is merged there. Raises UserError for a file that is missing, damaged, does not fit
-    the model, or uses what this project does not have.
+    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a classification head in modules_to_save are read. Raises
+    UserError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    matrices = [name for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])]
-    whole = []  # a language model's head stays as it is
-    if model.head_kind != "lm":
-        whole = [name for name, _ in model.named_parameters() if name.startswith(("head.", "pooler."))]
-        matrices += [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
-    matrices = {spelling: name for name in matrices for spelling in spellings(model, name)}
-    parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
-    found, changed = {}, set()
+    names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
+             for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
+    whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
+    heads = {model.hf_name(name): model.get_parameter(name) for name in whole}
+    fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
+    found, untrained = {}, {model.hf_name(name) for name in fresh}
     for key, tensor in tensors.items():
-        path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
-        path = re.sub(r"^(base_model\.model\.)+", "", path)
+        path = key.removeprefix("base_model.model.").replace(".default", "")
         match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
-        name = parameters.get(path)
-        base = None if name is None else model.get_parameter(name)
-        if match and match[1] in matrices:
-            found.setdefault(matrices[match[1]], {})[match[2] or match[3]] = tensor
-        elif name in whole and base.shape == tensor.shape:
-            base.data.copy_(tensor)  # a copy: the tensor may be a view of the file
-            changed.add(name)
-        elif name is None or base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
-            raise UserError(f"{file}: {key!r} {list(tensor.shape)}: {_misfit(model, path, base, parameters)}")
-    untrained = [name for name in whole if name.startswith("head.") and name in model.fresh and name not in changed]
+        if match and match[1] in names:
+            found.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        elif path in heads and heads[path].shape == tensor.shape:
+            heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
+            untrained.discard(path)
+        else:
+            raise UserError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
+                            "is it the adapter's base model, with the same number of labels?")
     if untrained:
-        raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
-                        "saved without its trained head")
+        raise UserError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
+                        "without its trained head")
     layers = {}
-    for name, parts in found.items():
-        n_out, n_in = model.get_submodule(name).weight.shape
+    for path, parts in found.items():
+        n_out, n_in = model.get_submodule(names[path]).weight.shape
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         rank = next(iter(shapes.get("A", ())), 0)
         expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
-        path = model.hf_name(name, module=True)
         if rank == 0 or shapes != expected:
             raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
                             f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        made = DoraLinear if config["use_dora"] else LoraLinear
-        layer = made(model.get_submodule(name), rank, scale, config["lora_dropout"])
+        layers |= attach(model, {names[path]: rank}, alpha, config["lora_dropout"], dora=config["use_dora"],
+                         scaling="rslora" if config["use_rslora"] else "own")
         for part, tensor in parts.items():
-            getattr(layer, part).data.copy_(tensor)
-        if name.startswith("blocks."):
-            _replace(model, name, layer)
-            layers[name] = layer
-        else:  # the policies give rank to blocks alone
-            layer.merge()
-            changed.add(f"{name}.weight")
-    pooler = [name for name in whole if name.startswith("pooler.")]
-    if changed.intersection(pooler):  # it is no longer the base's and goes with the adapter when that is saved
-        model.fresh += [name for name in pooler if name not in model.fresh]
+            getattr(layers[names[path]], part).data.copy_(tensor)
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise UserError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
 
 
-def spellings(model, name):
-    """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
-    names = [model.hf_name(name, module=spelling) for spelling in (False, True)]
-    return names + [name.removeprefix(f"{model.prefix}.") for name in names]
-
-
-def _misfit(model, path, base, parameters):
-    """Why load_adapter cannot use the tensor `path`; `base` is the model's parameter of that name, if there is one."""
-    merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as --model"
-    module, first = re.sub(r"\.(lora_|weight$|bias$).*", "", path), path.split(".")[0]
-    if base is not None and model.head_kind != "lm" and path.startswith(model.head_name):
-        return f"the model is built with {list(base.shape)}, for another number of labels"
-    if base is not None:
-        return f"a trained or resized copy of the base model's {list(base.shape)} is not supported; {merge}"
-    if f"{module}.weight" in parameters:
-        return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and classification head; {merge}"
-    if first in ("classifier", "score", "lm_head", "qa_outputs"):
-        return f"a head that the model, built for this task with {model.head_name}, does not have"
-    return f"fits nothing in this {model.family} model of {len(model.blocks)} blocks; is it the adapter's base model?"
-
-
-# keys of adapter_config.json that are read, or change nothing that is computed from the tensors
-PLAIN_KEYS = ("peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r "
-              "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "
-              "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core "
-              "loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size runtime_config "
-              "ensure_weight_tying").split()
-
-
 def read_adapter(folder):
     """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
     file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file}: not found; name a folder with a PEFT adapter")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; name a folder with a PEFT adapter") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
     defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
-    config = {**defaults, **{k: v for k, v in read_json(file).items() if v is not None}}
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    other = [key for key, value in config.items() if value and key not in PLAIN_KEYS]
-    other += ["bias"] if config.get("bias", "none") != "none" else []
-    if other:
-        raise UserError(f"{file}: {', '.join(other)}: not supported, only plain LoRA, rsLoRA and DoRA are")
+    for key in ("bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+                "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
+        if config.get(key) and config[key] != "none":
+            raise UserError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
         raise UserError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
@@ -437,19 +550,14 @@ def read_adapter(folder):
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers) \
-            or not 0 <= numbers[1] < 1:
-        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers, and "
-                        "lora_dropout from 0 to below 1")
-    pickled = weights.with_suffix(".bin")
-    if not weights.is_file() and pickled.is_file():
-        raise UserError(f"{pickled}: refused, since unpickling runs code; convert it: python -c \"import torch, "
-                        f"safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('{pickled}', "
-                        f"'cpu', weights_only=True).items()}}, '{weights}')\"")
-    if not weights.is_file():
-        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json")
-    with open_weights(weights) as opened:
-        return config, {key: opened.get_tensor(key) for key in opened.keys()}
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
+        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
+    try:
+        return config, load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
+    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
+        raise UserError(f"{weights}: damaged ({error}); copy or train it again") from None
 
 
 def _pattern(patterns, path, default):

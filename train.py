@@ -3,6 +3,7 @@
     python train.py                                              # the embedded default: a small ViT, offline
     python train.py --method lelora --model llama2-7b            # any method, any model
     python train.py --method lora --model roberta-base --task cola --data glue/
+    python train.py --method my_policy.py:MyPolicy               # a policy in a file of your own
     torchrun --nproc-per-node 8 train.py --model llama3-8b       # the same numbers on 8 GPUs; --shard: FSDP
 
 Progress goes to stderr; the last line on stdout is one JSON object with the result.
@@ -22,6 +23,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -43,47 +46,59 @@ import model as models
 from model import UserError
 
 
-def setting(default, group, help, choices=None):
-    """One field of `Settings`: its default, the --help group it is listed in, its help line, its allowed values."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def setting(default, group, help, choices=None, low=0, high=2**63, above=None):
+    """One field of `Settings`: default, the --help group it is listed in, help line, allowed values or bounds.
+
+    Numbers go from `low` to below `high`, and are larger than `above`.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, **bounds})
 
 
 @dataclass
 class Settings:
     """Everything that defines a run; a field is a flag (`--batch-size`), None takes the task's or the paper's value."""
 
-    method: str = setting("lora", "what", "who decides the ranks, or a baseline", tuple(allocators.METHODS))
+    method: str = setting("lora", "what", "who decides the ranks, or a baseline: " + ", ".join(allocators.METHODS)
+                          + ", or my_policy.py:MyPolicy")
     model: str = setting("vit-digits", "what", "short name, Hub id or folder with config.json and *.safetensors")
     task: str = setting(None, "what", "task name; default by model family (digits-rot90, cola, commonsense)")
     data: str = setting(None, "what", "folder or file with the task's data; default: the cache, fetched if absent")
     out: str = setting(None, "what", "run folder; default runs/METHOD-MODEL-TASK-SEED")
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
-    rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods")
-    alpha: float = setting(None, "adapter", "LoRA alpha; the update is scaled by alpha / r")
-    dropout: float = setting(None, "adapter", "dropout on the adapter's input")
+    rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
+    alpha: float = setting(None, "adapter", "LoRA alpha; the update is scaled by alpha / r", above=0)
+    dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
     targets: list = setting(None, "adapter", "projections to adapt, of query,key,value,out,gate,up,down; "
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
     scaling: str = setting("nominal", "adapter", "scale: alpha / r, alpha / r_i, or rsLoRA's alpha / sqrt(r)",
                            ("nominal", "own", "rslora"))
+    ranks: str = setting(None, "adapter", "for --method lora: a run folder whose final ranks to take, or {name: rank} "
+                                          "in JSON")
+    ranks_shuffled: bool = setting(False, "adapter", "deal the ranks of --ranks to other matrices, by the seed")
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
     init: str = setting("lora", "adapter", "start at W's r largest (pissa) or smallest (milora) singular components; "
                                            "then without --dropout", ("lora", "pissa", "milora"))
     dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
-    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over that of A; the paper suggests 16")
+    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over that of A; the paper suggests 16",
+                                     above=0)
     freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
 
-    epochs: float = setting(None, "optimization", "passes over the training set")
-    steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs")
-    batch_size: int = setting(None, "optimization", "examples per forward pass, of all processes together")
-    accumulate: int = setting(1, "optimization", "forward passes per optimizer step")
-    lr: float = setting(None, "optimization", "peak learning rate (AdamW)")
-    weight_decay: float = setting(None, "optimization", "AdamW's decoupled weight decay")
+    epochs: float = setting(None, "optimization", "passes over the training set", above=0)
+    steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs", low=1)
+    batch_size: int = setting(None, "optimization", "examples per batch, of all processes together", low=1)
+    accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
+    optimizer: str = setting("adamw", "optimization", "muon: torch's Muon for A and B, AdamW for the rest",
+                             ("adamw", "sgd", "muon"))
+    lr: float = setting(None, "optimization", "peak learning rate", above=0)
+    weight_decay: float = setting(None, "optimization", "decoupled weight decay (with sgd, L2); none on W's own "
+                                                        "components (LeLoRA, PiSSA, MiLoRA)")
     warmup: float = setting(None, "optimization", "warm-up: below 1 a share of all steps (0.06 = 6 %%), else steps")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
     clip: float = setting(1.0, "optimization", "clip the gradient's norm to this; 0 = never")
 
-    max_length: int = setting(None, "data", "longest input in tokens; the rest is cut")
+    max_length: int = setting(None, "data", "longest input in tokens; the rest is cut", low=1)
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
     score: str = setting("generation", "data", "score generated answers, or the likeliest of the allowed ones",
@@ -94,25 +109,29 @@ class Settings:
                          ("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "machine", "compile each block with torch.compile")
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
+    forward_rows: int = setting(0, "machine", "split a batch into forward passes of at most N rows; 0 = one pass")
     shard: bool = setting(False, "machine", "under torchrun: spread the frozen weights over the devices (FSDP)")
     init_weights: str = setting("checkpoint", "machine", "random = build the architecture without weights",
                                 ("checkpoint", "random"))
-    log_every: int = setting(10, "machine", "steps between lines in metrics.jsonl and ranks.jsonl")
+    log_every: int = setting(10, "machine", "steps between lines in metrics.jsonl and ranks.jsonl", low=1)
     eval_every: int = setting(0, "machine", "steps between evaluations; 0 = each epoch, at most 10 in all")
     save_every: int = setting(0, "machine", "steps between checkpoints; 0 = with each evaluation")
-    keep: int = setting(2, "machine", "checkpoints to keep")
-    max_bad_steps: int = setting(10, "machine", "steps in a row with a non-finite loss or gradient that end the run")
+    keep: int = setting(2, "machine", "checkpoints to keep", low=1)
+    max_bad_steps: int = setting(10, "machine", "steps in a row with a non-finite loss or gradient that end the run",
+                                 low=1)
     resume: str = setting(None, "machine", "run folder to go on with from its newest checkpoint, with its own settings")
     eval_before: bool = setting(True, "machine", "evaluate before training, too")
 
-    r_min: int = setting(4, "static", "smallest rank r_min; a lower --rank is raised to it")
-    r_max: int = setting(32, "static", "largest rank; a higher --rank is cut to it")
-    adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank: the first budget over the last")
+    options: list = setting(None, "policy", "name=value,...: attributes of the policy's class to change, for a policy "
+                                            "of your own")
+    r_min: int = setting(4, "static", "smallest rank r_min; a lower --rank is raised to it", low=1)
+    r_max: int = setting(32, "static", "largest rank; a higher --rank is cut to it", low=1)
+    adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank: the first budget over the last", low=1)
     adalora_t_init: int = setting(0, "adalora", "t_i, steps before the first pruning; 0 = 10 %% of the run")
     adalora_t_final: int = setting(0, "adalora", "t_f, steps with the final budget; 0 = 50 %% of the run")
-    adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations")
-    adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity")
-    adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty")
+    adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations", low=1)
+    adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity", high=1)
+    adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
     adalora_orth: float = setting(0.5, "adalora", "gamma, weight of the orthogonality penalty")
     lalora_gamma: float = setting(1.1, "lalora", "gamma, how fast the budget grows (Eq. 5)")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
@@ -122,13 +141,13 @@ class Settings:
                                 ("norm", "fisher"))
     weightlora_keep: int = setting(0, "weightlora", "K, matrices that keep an adapter; 0 = half")
     weightlora_steps: int = setting(0, "weightlora", "T, warm-up steps; 0 = 0.5 %% of the run, at least 5")
-    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega")
+    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega", above=0)
     weightlora_threshold: str = setting("end", "weightlora", "threshold omega at every warm-up step or after the last",
                                         ("every", "end"))
     lelora_dims: list = setting(None, "lelora", "candidate dimensions; default 0, powers of 2 up to --rank")
     lelora_locations: list = setting(None, "lelora", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "lelora", "alpha of the reward, the weight of the loss's change (Eq. 4)")
-    lelora_every: int = setting(1, "lelora", "iterations between actions")
+    lelora_every: int = setting(1, "lelora", "iterations between actions", low=1)
     lelora_ablate: str = setting("none", "lelora", "learn the rank alone, or the location alone (Fig. 5a)",
                                  ("none", "rank", "location"))
     lelora_policy_lr: float = setting(1e-3, "lelora", "eta_2, the policy network's learning rate (Eq. 10)")
@@ -138,7 +157,7 @@ class Settings:
 
 
 GROUPS = {"what": "what to run", "adapter": "adapter", "optimization": "optimization (unset: the papers' values)",
-          "data": "data", "machine": "machine and logging",
+          "data": "data", "machine": "machine and logging", "policy": "policies of your own",
           "static": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
           "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)",
           "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "lelora": "lelora (LeLoRA)"}
@@ -161,17 +180,28 @@ def parser_of(settings_class, description):
     return parser
 
 
+def check_bounds(settings):
+    """Raises UserError for a number that is outside the bounds that stand beside its field."""
+    for f in dataclasses.fields(settings):
+        value, m = getattr(settings, f.name), f.metadata
+        if f.type not in (int, float) or value is None:
+            continue
+        if not m["low"] <= value < m["high"] or m["above"] is not None and not value > m["above"]:
+            least = f"above {m['above']}" if m["above"] is not None else f"from {m['low']} on"
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be a number {least} and below {m['high']:g}")
+
+
 # ---------------------------------------------------------------------------------------------- settling the settings
 
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
-    kind = config.kind
-    own = [name for name in ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora")
+    kind, policy = config.kind, allocators.policy(s.method)
+    own = [name for name in ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks")
            if getattr(s, name) != getattr(Settings, name)]
     if s.adapter and own and not s.resume:
         raise UserError(f"--adapter {s.adapter}: goes with --method lora, with ranks, alphas, dropout and targets "
-                           f"of its own: leave out --{own[0]}")
+                        f"of its own: leave out --{own[0]}")
     if s.targets is None:
         s.targets = default_targets(kind == "decoder")
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
@@ -179,7 +209,7 @@ def settle(s, config):
     takes = {"encoder": ("classify", "regress"), "decoder": ("lm", "classify", "regress"), "vit": ("image",)}[kind]
     if task.kind not in takes:
         raise UserError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
-                           f"{', '.join(takes)}: choose another model or task")
+                        f"{', '.join(takes)}: choose another model or task")
     for name, value in data.hyperparameters(task, config.family, config.hidden_size, s.method).items():
         is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
         is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
@@ -195,7 +225,7 @@ def settle(s, config):
         stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}"
         names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
         s.out = next(name for name in names if not Path(name).exists())
-    check(s)
+    check(s, policy)
     return task
 
 
@@ -204,28 +234,27 @@ def default_targets(decoder):
     return ["query", "key", "value", "up", "down"] if decoder else ["query", "value"]
 
 
-def check(s):
+def check(s, policy):
     """Refuse settings that cannot work; raises UserError with one line that names the flag."""
     def flag(name):
         return f"--{name.replace('_', '-')} {getattr(s, name)}".removesuffix(" True")
 
-    may_be_0 = ("weight_decay", "warmup", "clip", "dropout", "seed", "limit_train", "limit_eval", "eval_every",
-                "save_every", "adalora_t_init", "adalora_t_final", "adalora_beta1", "adalora_beta2", "adalora_orth",
-                "lalora_gamma", "weightlora_keep", "weightlora_steps", "lelora_reward_alpha")
-    for f in dataclasses.fields(s):
-        value, top = getattr(s, f.name), 1 if f.name in ("dropout", "adalora_beta1", "adalora_beta2") else 2**63
-        if f.type in (int, float) and value is not None and not (0 <= value < top and (value or f.name in may_be_0)):
-            least = "from 0 on" if f.name in may_be_0 else "above 0"
-            raise UserError(f"{flag(f.name)}: must be a number {least} and below {top:g}")
+    check_bounds(s)
     if not 0 < len(s.targets) == len(set(s.targets)):
         raise UserError(f"--targets {','.join(s.targets)}: name each projection once")
     if s.r_min > s.r_max:
         raise UserError(f"{flag('r_min')} is above {flag('r_max')}")
-    for name in allocators.METHODS[s.method].refuses:
+    for name in policy.refuses:
         if getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)}: has no meaning with --method {s.method}; leave it out")
     if s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"):
         raise UserError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
+    if s.ranks and s.method != "lora":
+        raise UserError(f"{flag('ranks')}: goes with --method lora, not {s.method}")
+    if s.ranks_shuffled and not s.ranks:
+        raise UserError("--ranks-shuffled: there are no --ranks to deal out")
+    if s.optimizer == "muon" and s.method in ("full", "bitfit"):
+        raise UserError(f"--optimizer muon: is for adapters' A and B, which --method {s.method} has not")
     evaluation.check_device(s.device)
     if s.shard and not dist.is_initialized():
         raise UserError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
@@ -233,9 +262,9 @@ def check(s):
         raise UserError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
     if s.shard and s.method.startswith("weightlora") and (s.dora or s.init != "lora"):
         raise UserError(f"{flag('method')} --shard: survivors would start at weights that are spread by then: leave "
-                           "out --init and --dora")
+                        "out --init and --dora")
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))
-    if taken and not s.resume and rank_and_world()[0] == 0:
+    if taken and not s.resume and process_and_count()[0] == 0:
         raise UserError(f"{flag('out')}: exists and is not empty; choose another folder or remove it")
 
 
@@ -245,7 +274,7 @@ def check(s):
 # all hold the same adapters and policy state, and decide alike. Process 0 alone prints and writes.
 
 
-def rank_and_world():
+def process_and_count():
     """This process's number and how many there are: (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -286,6 +315,8 @@ def after_process_0(s):
 
 def add_up(tensors):
     """Replace each tensor by its sum over the processes: one message for all."""
+    if process_and_count()[1] == 1:
+        return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -301,24 +332,28 @@ def agree_on(number):
     return int(largest)
 
 
-def start_alike(s, step, moving):
+def start_alike(s, step, tensors):
     """Give all processes the parameters of process 0, which draws as if it were alone; dropout differs."""
-    rank, world = rank_and_world()
-    if world > 1:
-        for p in moving:
+    process, count = process_and_count()
+    if count > 1:
+        for p in tensors:
             dist.broadcast(p.data, 0)
-    if rank:
-        torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
+    if process:
+        torch.manual_seed(int(np.random.SeedSequence((s.seed, step, process)).generate_state(1)[0]))
 
 
-def compare(step, moving, allocator):
-    """Raise RunError unless all processes hold the same parameters, gates and policy state, by their sums."""
-    state = [*moving, *allocator.state_dict().values()]
-    sums = torch.stack([t.detach().sum(dtype=torch.float64).to(allocator.device) for t in state])
+def compare(step, training):
+    """Raise RunError unless all processes hold the same parameters, vectors and policy state, by their sums."""
+    if process_and_count()[1] == 1:
+        return
+    state = state_of(training) | state_of(training.allocator, "policy")
+    state = {name: t for name, t in state.items() if not name.endswith("generator")}
+    sums = torch.stack([t.detach().sum(dtype=torch.float64).to(training.device) for t in state.values()])
     extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if not torch.equal(extremes[0], -extremes[1]):
-        raise RunError(f"step {step}: the processes no longer hold the same adapters and ranks")
+    different = [name for name, most, least in zip(state, *extremes.tolist()) if most != -least]
+    if different:
+        raise RunError(f"step {step}: the processes no longer hold the same {different[0]}", resumable=False)
 
 
 def shard(model, device):
@@ -337,7 +372,89 @@ def shard(model, device):
         fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------- a step
+
+
+class Training:
+    """What changes while a run goes on, and the step that changes it; bench.py takes the same steps.
+
+    `kind` is the task's, `allocator` the policy, `params` what the optimizers move: the adapters' stacks and a trained
+    head.
+    """
+
+    saved = ("moving", "vectors", "optimizers", "budget", "bad", "running")
+
+    def __init__(self, s, model, kind, allocator):
+        self.s, self.model, self.kind, self.allocator = s, model, kind, allocator
+        self.device = torch.device(s.device)
+        self.head = [] if kind == "lm" else list(model.head.parameters())
+        for p in allocator.parameters() + self.head:
+            p.requires_grad_(True)
+        self.budget, self.bad = Budget(allocator), BadSteps(self.device)
+        self.running = torch.zeros(2, device=self.device)  # loss since the last line in the log, its number of steps
+        self.params = allocator.parameters() + self.head
+        self.optimizers = optimizers_for(s, self.params)
+
+    @property
+    def moving(self):
+        """What differs from the base model: the trained, what a policy moves itself, and LoRA-FA's frozen A."""
+        return [p.data for p in [*self.params, *self.allocator.own, *self.allocator.drawn()]]
+
+    @property
+    def vectors(self):
+        return self.allocator.vectors()
+
+    def follow(self):
+        """Make the optimizers hold the parameters that there are now, after adapters came or went."""
+        self.params = self.allocator.parameters() + self.head
+        for optimizer, groups in zip(self.optimizers, groups_for(self.s, self.params)):
+            lora.follow(optimizer, groups)
+
+    def step(self, step, passes, rate=1.0):
+        """Take optimizer step `step` at `rate` times the peak learning rate; returns its loss and gradient norm, 0-d.
+
+        `passes` are the forward passes of this process, (inputs, labels, weight) each: weight is 1 over the number of
+        labels of the whole step, so that each label counts the same, or 0.
+        """
+        s, model, allocator = self.s, self.model, self.allocator
+        allocator.rate = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * rate * group["lr_ratio"]
+
+        loss = torch.zeros((), device=self.device)
+        for inputs, labels, weight in passes:
+            inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
+            labels = labels.to(self.device, non_blocking=True)
+            allocator.real = inputs.get("mask")
+            outputs = evaluation.logits(model, inputs)
+            part = criterion(self.kind, outputs, labels) * weight
+            penalty = allocator.penalty(inputs, labels, outputs) / (len(passes) * process_and_count()[1])
+            (part + penalty).backward()
+            loss += part.detach()
+
+        moved = [*self.params, *allocator.own]
+        lora.gather_gradients(moved)
+        grads = [p.grad for p in moved if p.grad is not None]
+        add_up([loss, *grads, *(getattr(allocator, name) for name in allocator.summed)])
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        ok = self.bad.guard(step, loss, norm, grads, self.optimizers, allocator)
+        allocator.after_backward(step)
+
+        nn.utils.clip_grads_with_norm_(self.params, s.clip or math.inf, norm.where(ok, 0))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.budget.add()
+
+        if allocator.after_step(step):
+            self.follow()
+            start_alike(s, step, self.moving)
+        for p in moved:
+            p.grad = None
+        for name in allocator.summed:
+            getattr(allocator, name).zero_()
+        self.running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
+        return loss, norm
 
 
 def criterion(kind, logits, labels):
@@ -360,33 +477,48 @@ def schedule(s, steps):
     return factor
 
 
-def optimizer_for(s, params):
-    """AdamW over the run's parameters; the masked one where a policy holds components still."""
-    groups = by_ratio(params)
-    if any(hasattr(p, "active") for p in params):
-        return lora.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+def optimizers_for(s, params):
+    """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
+    groups, options = groups_for(s, params), {"lr": s.lr, "weight_decay": s.weight_decay}
+    if s.optimizer == "sgd":
+        return [lora.hold_still(torch.optim.SGD(groups[0], momentum=0.9, **options))]
+    adamw = lora.AdamW if any(lora.may_move(p) is not None for p in params) else torch.optim.AdamW
+    fused = {"fused": True} if adamw is torch.optim.AdamW else {}
+    if s.optimizer == "adamw":
+        return [adamw(groups[0], **options, **fused)]
+    muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
+    muon.register_step_pre_hook(lambda *_: scatter_gradients(params))
+    return [lora.hold_still(muon), *[adamw(more, **options, **fused) for more in groups[1:]]]
 
 
-def by_ratio(params):
-    """Parameter groups by `lr_ratio`, the learning rate over the run's (LoRA+): 1 first, and where there is none."""
-    groups = {1: []}
+def groups_for(s, params):
+    """For each optimizer its parameter groups, by learning rate (LoRA+) and weight decay."""
+    sets = [params]
+    if s.optimizer == "muon":  # which takes matrices: the stacks' parts
+        stacks = [p for p in params if p.dim() == 3]
+        rest = [p for p in params if p.dim() != 3]
+        sets = [[part for p in stacks for part in p.parts], *[rest] * bool(rest)]
+    result = []
+    for some in sets:
+        groups = {}
+        for p in some:
+            groups.setdefault((lora.trait(p, "lr_ratio", 1), lora.trait(p, "decays", True)), []).append(p)
+        result.append([{"params": group, "lr": s.lr, "lr_ratio": ratio, "weight_decay": s.weight_decay * decays}
+                       for (ratio, decays), group in groups.items()])
+    return result
+
+
+def scatter_gradients(params):
+    """Give the parts of stacks their gradients, for an optimizer that takes matrices."""
     for p in params:
-        groups.setdefault(getattr(p, "lr_ratio", 1), []).append(p)
-    return [{"params": group, "lr_ratio": ratio} for ratio, group in groups.items()]
-
-
-def follow(optimizer, params):
-    """Make the optimizer hold exactly `params`: state of parameters that vanished is dropped, new ones start afresh."""
-    kept = {p: optimizer.state[p] for p in params if p in optimizer.state}
-    optimizer.state.clear()
-    optimizer.state.update(kept)
-    for group, now in zip(optimizer.param_groups, by_ratio(params)):
-        group["params"] = now["params"]
+        for part, grad in zip(getattr(p, "parts", ()), () if p.grad is None else p.grad):
+            part.grad = grad
 
 
 class Budget:
     """Trainable adapter parameters now, mean over steps, peak; on the device, for which only `report` waits."""
+
+    saved = ("steps", "total", "peak")
 
     def __init__(self, allocator):
         self.allocator, self.steps = allocator, 0
@@ -396,7 +528,7 @@ class Budget:
         """Count the allocation in force for one more step."""
         now = self.allocator.budget()
         self.total += now
-        self.peak = torch.maximum(self.peak, now)
+        torch.maximum(self.peak, now, out=self.peak)
         self.steps += 1
 
     def report(self):
@@ -406,8 +538,250 @@ class Budget:
         return {"now": round(now.item()), "mean": round(mean.item()), "peak": round(max(self.peak, now).item())}
 
 
+class BadSteps:
+    """Counts the steps whose loss or gradient was not finite; in such a step nothing moves.
+
+    Whether a step was bad is known on the device only, and asking would make the host wait at every step. So all that
+    follows is computed in either case, and a bad step made harmless: its gradients become zeros, the optimizers'
+    `found_inf` holds weights and moments still (as torch.amp's GradScaler does it), and policies see `allocator.ok`.
+    The counts stay on the device until `check` reads them, which waits for it.
+    """
+
+    saved = ("counts",)
+
+    def __init__(self, device):
+        self.counts = torch.zeros(4, dtype=torch.long, device=device)  # in all, in a row now, at most, the last step
+
+    def guard(self, step, loss, norm, grads, optimizers, allocator):
+        """Make the gradients harmless if their norm or the loss is not finite; returns whether all are (0-d, bool)."""
+        ok = norm.isfinite() & loss.isfinite()
+        bad = ~ok
+        for grad in grads:
+            grad.masked_fill_(bad, 0)
+        allocator.ok = ok
+        for optimizer in optimizers:
+            optimizer.found_inf = bad.float()
+        total, row, most, last = self.counts.unbind()
+        total += bad
+        row += 1
+        row *= bad
+        torch.maximum(most, row, out=most)
+        last.copy_(torch.where(bad, step, last))
+        return ok
+
+    def check(self, limit, out):
+        """The number of bad steps so far; raises RunError when `limit` or more came in a row."""
+        total, _, most, last = self.counts.tolist()
+        if most >= limit:
+            newest = next(iter(checkpoints(out)), "none yet")
+            raise RunError(f"step {last}: loss or gradient not finite for {most} steps in a row; last good checkpoint: "
+                           f"{newest}; lower --lr or look at the rows")
+        return total
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def train(training, batches, task, alive, evaluate, log):
+    """Run the optimizer over `batches`; returns {"steps", "seconds", "trainable_params", ...}.
+
+    `alive` is the run's Survival, `evaluate(step)` measures the model as it stands, `log(file, dict)` appends a line.
+    """
+    s, allocator, model = training.s, training.allocator, training.model
+    steps, per_epoch, rate_at = batches.total_steps, batches.steps_per_epoch, schedule(s, batches.total_steps)
+    eval_every = s.eval_every or max(per_epoch, math.ceil(steps / 10))
+    save_every = s.save_every or eval_every
+    done, seconds = alive.resume(training, batches)
+    start_alike(s, done, training.moving)
+    seen, started = 0, time.time() - seconds
+    forget_peak_memory(s.device)
+    model.train()
+    with alive.until_a_signal(), tqdm(
+            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
+        for step in range(done + 1, steps + 1):
+            if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
+                began = time.time()
+                evaluate(step - 1)  # after the checkpoint: killed here, a run loses no step
+                started += time.time() - began
+            passes, rows = batches.take(allocator.examples(step))
+            _, norm = training.step(step, passes, rate_at(step - 1))
+            seen += rows
+            bar.update()
+
+            logged = step % s.log_every == 0 or step == steps
+            stopping = alive.asked_to_stop()
+            saved = step % save_every == 0 or step == steps or stopping
+            if logged or saved:
+                skipped = training.bad.check(min(s.max_bad_steps, steps), s.out)
+                compare(step, training)
+            if logged or step <= 10:  # warm-up phases are short
+                numbers = allocator.log()
+                log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
+                    | {k: v for k, v in numbers.items() if isinstance(v, dict)})
+            if logged:
+                (total, good), size = training.running.tolist(), training.budget.report()
+                training.running.zero_()
+                mean_loss, rate = total / good if good else math.nan, seen / (time.time() - started - seconds)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s",
+                                    refresh=False)
+                log("metrics.jsonl", {"step": step, "epoch": round(step / per_epoch, 3), "loss": mean_loss,
+                                      "lr": s.lr * rate_at(step - 1), "grad_norm": norm.item(),
+                                      "skipped_steps": skipped, "examples_per_second": rate, "trainable_params": size}
+                    | {k: v for k, v in numbers.items() if not isinstance(v, dict)})
+            if saved:
+                alive.save(training, batches, step, time.time() - started)
+            if stopping:
+                raise Interrupted(stopping)
+    alive.asked_to_stop(now=True)  # in the last step
+    model.eval()
+    if allocator.dynamic and not allocator.allocations:
+        raise UserError(f"{s.method} never allocated in {steps} steps, so this was plain LoRA: train longer")
+    spent = time.time() - started
+    return {"steps": steps, "seconds": round(spent, 2), "trainable_params": training.budget.report(),
+            "held_params": sum(p.numel() for p in allocator.parameters()),
+            "skipped_steps": training.bad.check(math.inf, s.out),
+            "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2),
+            "peak_memory_mb": round(peak_memory(s.device) / 2**20)}
+
+
+class Batches:
+    """The training rows, epoch after epoch in an order that seed and epoch decide, as the forward passes of a step."""
+
+    saved = ("drawn",)  # batches so far
+
+    def __init__(self, s, split):
+        self.s, self.split, self.drawn, self.epoch = s, split, 0, None
+        self.per_epoch = math.ceil(len(split) / s.batch_size)
+        self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
+        self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
+        widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
+        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
+
+    def take(self, least_rows=0):
+        """The passes of the next step, see `Training.step`, and its number of rows.
+
+        A step has `accumulate` batches, fewer at the end of an epoch, or as many as hold `least_rows` rows.
+        """
+        batches, rows = [], 0
+        while not batches or len(batches) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
+            epoch, i = divmod(self.drawn, self.per_epoch)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, data.batches(self.split, self.s.batch_size, self.s.seed, epoch)
+            batches.append(self.order[i])
+            rows += len(batches[-1])
+            self.drawn += 1
+        labels = sum(data.count_labels(self.split, indices) for indices in batches)
+        process, count = process_and_count()
+        passes = []
+        for indices in batches:
+            mine = indices[process::count]  # if there are none, take part with weight 0
+            weight, mine = (1 / labels, mine) if mine else (0.0, indices[:1])
+            most = self.s.forward_rows or len(mine)
+            passes += [(*data.collate(self.split, mine[i:i + most], self.widths), weight)
+                       for i in range(0, len(mine), most)]
+        return passes, rows
+
+
+def start_at_mean(model, split):
+    """Start a new regression head at the mean training label, where it has a bias (decoders' heads have none).
+
+    From 0, the adapters push the features along the head until the mean is reached, faster than the head itself gets
+    there, and the pooler's tanh saturates: with STS-B's labels (mean 2.7) at learning rate 2e-3 nothing is learned
+    after that, here as in transformers + PEFT.
+    """
+    for name in model.fresh:
+        if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
+            model.get_parameter(name).data.fill_(split.labels.mean())
+
+
+def validation(model, kind, split, device):
+    """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
+    inputs, labels = data.collate(split, list(range(len(split))))
+    inputs, labels = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
+
+    @torch.no_grad()
+    def loss():
+        model.eval()
+        value = criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
+        model.train()
+        if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
+            dist.broadcast(value, 0)
+        return value
+
+    return loss
+
+
+def compile_blocks(model):
+    """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
+    for block in model.blocks:
+        block.compile()
+
+
+# ---------------------------------------------------------------------------------------------- state
+#
+# What a run must save is named where it is made, in `saved`; these two functions are all that reads it.
+
+
+def children(thing):
+    """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
+    if isinstance(thing, dict):
+        return thing
+    if isinstance(thing, (list, tuple)):
+        return dict(enumerate(thing))
+    if isinstance(thing, nn.Module):
+        return thing.state_dict()
+    if isinstance(thing, torch.optim.Optimizer):
+        return {i: state for i, state in thing.state_dict()["state"].items()}
+    names = [name for part in reversed(type(thing).__mro__) for name in vars(part).get("saved", ())]
+    return {name: getattr(thing, name) for name in dict.fromkeys(names)}
+
+
+def state_of(thing, name="run"):
+    """Everything that `thing` must keep over a restart as {dotted name: tensor}: tensors are the live ones."""
+    if isinstance(thing, torch.Tensor):
+        return {name: thing.detach()}
+    if isinstance(thing, torch.Generator):
+        return {name: thing.get_state()}
+    if isinstance(thing, (bool, int, float)):
+        return {name: torch.tensor(thing, dtype=torch.float64)}
+    if thing is None:
+        return {}
+    return {key: value for child, part in children(thing).items()
+            for key, value in state_of(part, f"{name}.{child}").items()}
+
+
+def restore(thing, state, name="run"):
+    """Put back what `state_of` gave, in place: whoever holds a view of a tensor goes on seeing it."""
+    if isinstance(thing, torch.Tensor):
+        thing.detach().copy_(state[name])
+    elif isinstance(thing, torch.Generator):
+        thing.set_state(state[name].cpu())
+    elif isinstance(thing, torch.optim.Optimizer):
+        held = {}
+        for key, value in state.items():
+            if key.startswith(f"{name}."):
+                i, entry = key[len(name) + 1:].split(".")
+                held.setdefault(int(i), {})[entry] = value
+        thing.load_state_dict({"state": held, "param_groups": thing.state_dict()["param_groups"]})
+    else:
+        for child, part in children(thing).items():
+            if isinstance(part, (bool, int, float)):
+                setattr(thing, child, type(part)(state[f"{name}.{child}"].item()))
+            elif part is not None:
+                restore(part, state, f"{name}.{child}")
+
+
+# ---------------------------------------------------------------------------------------------- keeping a run alive
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, though its settings are right; the message is one line for the user, exit status 1."""
+
+    def __init__(self, message, resumable=True):
+        super().__init__(message)
+        self.resumable = resumable
 
 
 class Interrupted(KeyboardInterrupt):
@@ -430,278 +804,127 @@ def stop_at_once(number):
     raise Interrupted(number)
 
 
-class BadSteps:
-    """Counts the steps whose loss or gradient was not finite; in such a step nothing moves.
+class Survival:
+    """What keeps a run alive: the lock on its folder, signals, checkpoints and going on from them."""
 
-    Whether a step was bad is known on the device only, and asking would make the host wait at every step. So all that
-    follows is computed in either case, and a bad step made harmless: its gradients become zeros, the optimizer's
-    `found_inf` holds weights and moments still (as torch.amp's GradScaler does it), and policies see `allocator.ok`.
-    The counts stay on the device until `check` reads them, which waits for it.
-    """
+    def __init__(self, s):
+        self.s, self.came, self.file = s, [], None
 
-    def __init__(self, device):
-        self.counts = torch.zeros(4, dtype=torch.long, device=device)  # in all, in a row now, at most, the last step
+    def __enter__(self):
+        return self
 
-    def guard(self, step, loss, grads, optimizer, allocator):
-        """Make the gradients harmless if one or the loss is not finite; returns whether all are (0-d, bool)."""
-        ok = torch.nn.utils.get_total_norm(grads).isfinite() & loss.isfinite()
-        bad = ~ok
-        for grad in grads:
-            grad.masked_fill_(bad, 0)
-        optimizer.found_inf, allocator.ok = bad.float(), ok
-        total, row, most, last = self.counts.unbind()
-        total += bad
-        row += 1
-        row *= bad
-        torch.maximum(most, row, out=most)
-        last.copy_(torch.where(bad, step, last))
-        return ok
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()  # and so unlocks
 
-    def check(self, s, task, split):
-        """The number of bad steps so far; raises RunError when too many came in a row."""
-        total, _, most, last = self.counts.tolist()
-        if most < min(s.max_bad_steps, total_steps(s, split)):
-            return total
-        batch = sorted(i for indices in next(stream(s, split, last - 1)) for i in indices)
-        newest = next(iter(checkpoints(s.out)), "none yet")
-        raise RunError(f"step {last}: loss or gradient not finite for {most} steps in a row, here with the rows "
-                       f"{origin(s, task, split, batch)}; last good checkpoint: {newest}; lower --lr or mend the rows")
+    def claim(self):
+        """Make the run folder this run's until the end; `self.file` is its run.json, open for writing at the end.
 
+        The lock is the system's on that file: it goes with the process, however that ends. Raises UserError when the
+        folder cannot be made, another run is at work in it, or this one has finished.
+        """
+        out = Path(self.s.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+        self.file = open(out / "run.json", "a", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
+        except OSError as error:
+            say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
+        if not self.s.resume and self.file.tell():
+            raise UserError(f"{out}: another run has begun in this folder; choose another --out")
+        if self.s.resume and (out / "result.json").exists():
+            raise UserError(f"--resume {out}: this run has finished; see its result.json")
 
-def origin(s, task, split, indices):
-    """Where the user finds these examples of the training split: "train.tsv line 18, 20"."""
-    places, found = [place for place, _ in task.reader(task, s.data, "train")], {}
-    for i in indices:
-        name, _, number = places[split.numbers[i] if split.numbers else i].rpartition(" ")
-        found.setdefault(name, []).append(number)
-    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in found.items())
+    def begin(self, about):
+        """Write run.json: from here on the run can be resumed."""
+        self.file.write(evaluation.to_json(about, indent=2) + "\n")
+        self.file.flush()
+        models.sync(Path(self.s.out) / "run.json")
+        models.sync(self.s.out)
 
+    def until_a_signal(self):
+        """A context in which the first signal asks to stop after the step; the second one stops at once."""
+        def ask(number):
+            if self.came and process_and_count()[1] == 1:  # torchrun passes on one, and kills 30 s later
+                raise Interrupted(number)
+            self.came.append(number)
+        return on_signal(ask)
 
-def update(step, loss, grads, params, optimizer, allocator, budget, bad, clip):
-    """Move the weights and the policy by the gradients that backward has left; bench.py times the same.
-
-    `grads` are those of `params`, the optimizer's, and of gates that a policy moves itself. Returns whether loss and
-    gradients were finite (0-d, bool), the norm before clipping (0-d), and whether the policy rebuilt its parameters.
-    """
-    ok = bad.guard(step, loss, grads, optimizer, allocator)
-    allocator.after_backward(step)
-    norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
-    optimizer.step()
-    budget.add()
-    rebuilt = allocator.after_step(step)
-    optimizer.zero_grad(set_to_none=True)
-    return ok, norm, rebuilt
-
-
-def train(s, task, model, allocator, split, held_out, log, evaluate):
-    """Run the optimizer over `split`; returns {"steps", "seconds", "trainable_params", ...}.
-
-    `held_out` is a Split of rows kept aside for a policy's validation loss, or None. `log(file, dict)` appends a JSON
-    line to the run folder, `evaluate(step, budget)` measures the model as it stands.
-    """
-    device, steps, (rank, world) = torch.device(s.device), total_steps(s, split), rank_and_world()
-    params = allocator.parameters() + trained_head(model, task)
-    optimizer, rate_at, budget = optimizer_for(s, params), schedule(s, steps), Budget(allocator)
-    running = torch.zeros(2, device=device)  # loss since the last line in the log, and its number of steps
-    bad = BadSteps(device)
-    steps_per_epoch = epoch_steps(s, split)
-    eval_every = s.eval_every or max(steps_per_epoch, math.ceil(steps / 10))
-    save_every = s.save_every or eval_every
-    done, seconds = 0, 0.0  # steps and training time before a restart
-    if s.resume:
-        done, seconds = load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad)
-        params = allocator.parameters() + trained_head(model, task)
-    moving = drawn_or_moving(model, allocator)
-    start_alike(s, done, moving)
-    started = time.time() - seconds
-    if held_out is not None:
-        allocator.validation_loss = validation(model, task, held_out, device)
-
-    model.train()
-    batches, seen, came = stream(s, split, done), 0, []
-    widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
-    widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
-
-    def stop_after_this_step(number):
-        if came and world == 1:  # the second signal; torchrun passes on one, and kills 30 s later
+    def asked_to_stop(self, now=False):
+        """The number of a signal that came, to any process, or 0; with `now`, to this one: raises Interrupted."""
+        number = self.came[0] if self.came else 0
+        if now and number:
             raise Interrupted(number)
-        came.append(number)
+        return number if now else agree_on(number)
 
-    with on_signal(stop_after_this_step), tqdm(
-            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
-        for step in range(done + 1, steps + 1):
-            if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
-                began = time.time()
-                evaluate(step - 1, budget.report())  # after the checkpoint: killed here, a run loses no step
-                started += time.time() - began
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * rate_at(step - 1) * group["lr_ratio"]
-            chosen = next(batches)
-            count = sum(data.count_labels(split, indices) for indices in chosen)  # each label weighs the same
-            loss = torch.zeros((), device=device)
-            for indices in chosen:
-                mine = indices[rank::world]  # if there are none, take part with weight 0
-                inputs, labels = data.collate(split, mine or indices[:1], widths)
-                labels = labels.to(device, non_blocking=True)
-                part = criterion(task.kind, evaluation.logits(model, inputs), labels) / count
-                part = part if mine else 0 * part
-                loss += part.detach()
-                (part + allocator.penalty() / (len(chosen) * world)).backward()
-            seen += sum(len(indices) for indices in chosen)
-            grads = [p.grad for p in moving if p.grad is not None]
-            if world > 1:
-                add_up([loss, *grads])
-            ok, norm, rebuilt = update(step, loss, grads, params, optimizer, allocator, budget, bad, s.clip)
-            running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
-            if rebuilt:
-                params = allocator.parameters() + trained_head(model, task)
-                moving = drawn_or_moving(model, allocator)
-                follow(optimizer, params)
-                start_alike(s, step, moving)
+    def save(self, training, batches, step, seconds):
+        """Write checkpoints/step-N: beside, synced, then renamed; only the newest `keep` stay.
 
-            bar.update()
-            logged = step % s.log_every == 0 or step == steps
-            stopping = agree_on(came[0] if came else 0)
-            saved = step % save_every == 0 or step == steps or stopping
-            if logged or saved:
-                skipped = bad.check(s, task, split)
-                if world > 1:
-                    compare(step, moving, allocator)
-            if logged or step <= 10:  # warm-up phases are short
-                numbers = allocator.log()
-                log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()}
-                    | {k: v for k, v in numbers.items() if isinstance(v, dict)})
-            if logged:
-                size, (total, good) = budget.report(), running.tolist()
-                running.zero_()
-                mean_loss, rate = total / good if good else math.nan, seen / (time.time() - started - seconds)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, budget {size['now']:,}, {rate:.0f} examples/s",
-                                    refresh=False)
-                log("metrics.jsonl", {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": mean_loss,
-                                      "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-                                      "skipped_steps": skipped, "examples_per_second": rate, "trainable_params": size}
-                    | {k: v for k, v in numbers.items() if not isinstance(v, dict)})
-            if saved and rank == 0:
-                save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, step, time.time() - started)
-            if stopping:
-                raise Interrupted(stopping)
-    if came:  # in the last step
-        raise Interrupted(came[0])
-    model.eval()
-    if allocator.dynamic and not allocator.allocations:
-        raise UserError(f"{s.method} never allocated in {steps} steps, so this was plain LoRA: train longer")
-    spent = time.time() - started
-    return {"steps": steps, "seconds": round(spent, 2), "trainable_params": budget.report(),
-            "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": bad.check(s, task, split),
-            "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2)}
+        Raises RunError when it cannot be written; those that are there stay.
+        """
+        if process_and_count()[0]:
+            return
+        s, folder = self.s, Path(self.s.out) / "checkpoints" / f"step-{step}"
+        state = state_of(training.allocator, "policy") | state_of(training) | state_of(batches, "batches")
+        state["random.cpu"] = torch.get_rng_state()
+        if s.device.startswith("cuda"):
+            state["random.cuda"] = torch.cuda.get_rng_state(s.device)
+        try:
+            for old in folder.parent.glob("*.part"):  # left by a run that was killed here
+                shutil.rmtree(old)
+            with models.whole_folder(folder) as part:
+                save_file({name: value.cpu().clone().contiguous() for name, value in state.items()},  # views, of one
+                          part / "state.safetensors")
+                about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
+                (part / "state.json").write_text(json.dumps(about))
+            models.sync(s.out)  # the name checkpoints/ itself
+            for old in checkpoints(s.out)[s.keep:]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{folder}: cannot be written ({error}): make room") from None
 
+    def resume(self, training, batches):
+        """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds), or (0, 0).
 
-def stream(s, split, done=0):
-    """Endless lists of `accumulate` batches of row indices, from step `done` on, ordered by seed and epoch."""
-    epoch, skip = divmod(done, epoch_steps(s, split))
-    while True:
-        order = data.batches(split, s.batch_size, s.seed, epoch)
-        for i in range(skip * s.accumulate, len(order), s.accumulate):
-            yield order[i:i + s.accumulate]
-        epoch, skip = epoch + 1, 0
-
-
-def epoch_steps(s, split):
-    """Optimizer steps that one pass over the split takes."""
-    return math.ceil(math.ceil(len(split) / s.batch_size) / s.accumulate)
-
-
-def total_steps(s, split):
-    """Optimizer steps of the whole run."""
-    return s.steps or max(1, math.ceil(s.epochs * epoch_steps(s, split)))
-
-
-def trained_head(model, task):
-    """Parameters of a classification or regression head, which every method trains; none for language modelling."""
-    return [] if task.kind == "lm" else list(model.head.parameters())
-
-
-def drawn_or_moving(model, allocator):
-    """What differs from the base model: the trained, gates that a policy moves itself, and LoRA-FA's frozen A."""
-    frozen = [layer.A for layer in allocator.layers.values() if not layer.A.requires_grad]
-    return [p for p in model.parameters() if p.requires_grad] + frozen
-
-
-def start_at_mean(model, split):
-    """Start a new regression head at the mean training label, where it has a bias (decoders' heads have none).
-
-    From 0, the adapters push the features along the head until the mean is reached, faster than the head itself gets
-    there, and the pooler's tanh saturates: with STS-B's labels (mean 2.7) at learning rate 2e-3 nothing is learned
-    after that, here as in transformers + PEFT.
-    """
-    for name in model.fresh:
-        if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
-            model.get_parameter(name).data.fill_(split.labels.mean())
-
-
-def validation(model, task, split, device):
-    """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
-    inputs, labels = data.collate(split, list(range(len(split))))
-    inputs, labels = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
-
-    @torch.no_grad()
-    def loss():
-        model.eval()
-        value = criterion(task.kind, evaluation.logits(model, inputs), labels) / labels.numel()
-        model.train()
-        if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
-            dist.broadcast(value, 0)
-        return value
-
-    return loss
-
-
-def compile_blocks(model):
-    """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
-    for block in model.blocks:
-        block.compile()
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-def run_state(model, task, allocator, optimizer, budget, running, bad):
-    """Everything that changes while a run goes on, besides the step: {name: tensor}, the live tensors themselves."""
-    params = allocator.parameters() + trained_head(model, task)
-    state = {f"parameter.{i}": p.data for i, p in enumerate(params)}
-    state |= {f"optimizer.{i}.{key}": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
-    state |= {f"gate.{name}": layer.gate.data for name, layer in allocator.layers.items()}
-    state |= {f"frozen.{name}": layer.A.data for name, layer in allocator.layers.items() if not layer.A.requires_grad}
-    return state | {"budget.total": budget.total, "budget.peak": budget.peak, "running": running, "bad": bad.counts}
-
-
-def save_checkpoint(s, model, task, allocator, optimizer, budget, running, bad, step, seconds):
-    """Write checkpoints/step-N into the run folder: beside, synced, then renamed; only the newest `keep` stay.
-
-    Raises RunError when it cannot be written; those that are there stay.
-    """
-    folder = Path(s.out) / "checkpoints" / f"step-{step}"
-    state = run_state(model, task, allocator, optimizer, budget, running, bad)
-    state |= {f"allocator.{name}": value for name, value in allocator.state_dict().items()}
-    state["random.cpu"] = torch.get_rng_state()
-    if s.device.startswith("cuda"):
-        state["random.cuda"] = torch.cuda.get_rng_state(s.device)
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    state |= {name: gate.clone() for name, gate in state.items() if name.startswith("gate.")}  # may be views of one
-    try:
-        for old in folder.parent.glob("*.part"):  # left by a run that was killed here
-            shutil.rmtree(old)
-        with models.whole_folder(folder) as part:
-            save_file(state, part / "state.safetensors")
-            about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
-            (part / "state.json").write_text(json.dumps(about))
-        models.sync(s.out)  # the name checkpoints/ itself
-        for old in checkpoints(s.out)[s.keep:]:
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder}: cannot be written ({error}): make room") from None
+        A damaged checkpoint is reported and the one before it is taken. Raises UserError when all are damaged.
+        """
+        s = self.s
+        if not s.resume:
+            return 0, 0.0
+        if not checkpoints(s.out):
+            say(f"{s.out} has no checkpoint yet: starting from the beginning")
+            cut_logs(s.out, 0)
+            return 0, 0.0
+        for folder in checkpoints(s.out):
+            try:
+                about = json.loads((folder / "state.json").read_text())
+                with safe_open(folder / "state.safetensors", framework="pt"):  # a lying header costs nothing
+                    if digest(folder / "state.safetensors") != about["sha256"]:
+                        raise ValueError("checksum differs")
+                state = {name: value.clone() for name, value in load_file(folder / "state.safetensors").items()}
+                break
+            except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+                say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
+        else:
+            raise UserError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
+        allocator = training.allocator
+        restore(allocator, state, "policy")
+        allocator.match_adapters()
+        allocator.restored()
+        training.follow()
+        restore(training, state)
+        restore(batches, state, "batches")
+        torch.set_rng_state(state["random.cpu"])
+        if s.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["random.cuda"], s.device)
+        cut_logs(s.out, about["step"])
+        say(f"resuming {s.out} after step {about['step']}")
+        return about["step"], about["seconds"]
 
 
 def digest(path):
@@ -715,49 +938,9 @@ def checkpoints(out):
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def load_checkpoint(s, model, task, allocator, optimizer, budget, running, bad):
-    """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds), (0, 0) without any.
-
-    A damaged checkpoint is reported and the one before it is taken. Raises UserError when all are damaged.
-    """
-    if not checkpoints(s.out):
-        say(f"{s.out} has no checkpoint yet: starting from the beginning")
-        cut_logs(s.out, 0)
-        return 0, 0.0
-    for folder in checkpoints(s.out):
-        try:
-            about = json.loads((folder / "state.json").read_text())
-            with safe_open(folder / "state.safetensors", framework="pt"):  # a lying header costs nothing
-                if digest(folder / "state.safetensors") != about["sha256"]:
-                    raise ValueError("checksum differs")
-            state = {name: value.clone() for name, value in load_file(folder / "state.safetensors").items()}
-            break
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
-    else:
-        raise UserError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
-    allocator.load_state_dict({name[10:]: value for name, value in state.items() if name.startswith("allocator.")})
-    params = allocator.parameters() + trained_head(model, task)
-    follow(optimizer, params)  # the policy may have rebuilt them
-    for i, p in enumerate(params):
-        prefix = f"optimizer.{i}."
-        optimizer.state[p] = {name[len(prefix):]: value.to(p.device) for name, value in state.items()
-                              if name.startswith(prefix)}
-    with torch.no_grad():
-        for name, tensor in run_state(model, task, allocator, optimizer, budget, running, bad).items():
-            tensor.copy_(state[name])
-    budget.steps = about["step"]
-    torch.set_rng_state(state["random.cpu"])
-    if s.device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["random.cuda"], s.device)
-    cut_logs(s.out, about["step"])
-    say(f"resuming {s.out} after step {about['step']}")
-    return about["step"], about["seconds"]
-
-
 def cut_logs(out, step):
     """Remove what was logged after the checkpoint of `step`, its evaluation included: it happens again."""
-    if rank_and_world()[0]:
+    if process_and_count()[0]:
         return
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
@@ -775,141 +958,151 @@ def run(s):
     The final numbers are those of a freshly loaded model with the saved adapter: what eval.py gives for the folder.
     Of several processes, all call this and process 0 gets the result.
     """
-    with contextlib.ExitStack() as held:  # the lock on the run folder
-        return fine_tune(s, held)
+    with Survival(s) as alive:
+        training, batches, task, splits, processor = set_up(s, alive)
+        out, process, model, allocator = Path(s.out), process_and_count()[0], training.model, training.allocator
+
+        def log(file, line):
+            if process:
+                return
+            try:
+                with open(out / file, "a", encoding="utf-8") as f:
+                    f.write(evaluation.to_json(line) + "\n")
+            except OSError as error:  # a full disk does not say where
+                raise OSError(error.errno, error.strerror, str(out / file)) from None
+
+        def evaluate(step):  # generating the answers takes long: only at the end
+            if process and not s.shard:
+                return
+            metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, processor.tokenizer, generate=False)
+            log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": training.budget.report()})
+            if step == 0:
+                say("before training: " + evaluation.summary(metrics))
+
+        result = train(training, batches, task, alive, evaluate, log)
+        if process and not s.shard:
+            return None
+        if allocator.layers:
+            allocator.check_ranks()
+            task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
+            if process == 0:
+                lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type,
+                                  head=task.kind != "lm")
+        else:
+            evaluation.save_model(model, processor, out / "model")
+        warning, train_rows = allocator.warning(), len(batches.split)
+        del model, allocator, training, batches  # the saved adapter is loaded onto a fresh base: make room for it
+        if s.shard:
+            agree_on(0)  # wait until the adapter is there
+        after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
+        if process:
+            return None
+        log("metrics.jsonl", {"step": result["steps"], "eval": after, "trainable_params": result["trainable_params"]})
+        say("after training: " + evaluation.summary(after))
+        first = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        result = {"task": task.name, "method": s.method, "model": s.model, "seed": s.seed, **after, **result,
+                  "train_rows": train_rows, "eval_rows": sum(map(len, splits.values())),
+                  "before": first["eval"] if first["step"] == 0 else None, "out": str(out)}
+        if warning:
+            result["warning"] = warning
+            say("warning: " + warning)
+        evaluation.write_cards(out)
+        models.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: it is finished
+        return result
 
 
-def fine_tune(s, held):
-    """`run`, with a place for what has to be closed however it ends."""
-    rank, world = rank_and_world()
-    if s.resume and rank == 0:
-        claim(s, held)
-    if rank:
+def set_up(s, alive):
+    """Read data and model, attach the policy, begin the run folder: (Training, Batches, task, splits, Processor).
+
+    Whatever can be wrong with settings, model or data is found before the run folder exists.
+    """
+    process, count = process_and_count()
+    if s.resume and process == 0:
+        alive.claim()
+    if process:
         after_process_0(s)
     warmup_is_ours = s.warmup is None
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
-    # whatever can be wrong with model or data is found before the run folder exists
+    policy = allocators.policy(s.method)
     rows = data.read(task, s.data, "train", s.limit_train)
-    held_rows = allocators.METHODS[s.method].held_out
-    if held_rows:  # taken out of the training set for good
-        order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
-        if len(rows) <= held_rows:
-            raise UserError(f"--method {s.method} keeps {held_rows} training rows for validation, but there are "
-                               f"only {len(rows)}: use more rows")
-        kept, rest = sorted(order[held_rows:]), sorted(order[:held_rows])
-        rows, held_out = [rows[i] for i in kept], [rows[i] for i in rest]
+    rows, validation_rows = keep_aside(s, rows, policy.validation_rows)
     evaluation.scoring(s, task)
     processor = evaluation.processor_for(s, task)
     model = evaluation.load_model(s, task, adapted=s.adapter is not None)
-    split = processor.training(rows, s.max_length)
-    held_out = processor.training(held_out, s.max_length) if held_rows else None
-    if held_rows:
-        split.numbers = [kept[i] for i in split.numbers or range(len(split))]
-    splits = processor.evaluation(s)
+    split, splits = processor.training(rows, s.max_length), processor.evaluation(s)
+    batches = Batches(s, split)
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
-        s.warmup = min(s.warmup, math.ceil(0.1 * total_steps(s, split)))
+        s.warmup = min(s.warmup, math.ceil(0.1 * batches.total_steps))
     if task.kind == "regress":
         start_at_mean(model, split)
-    allocator = allocators.METHODS[s.method](model, s, total_steps(s, split))
-    trained = allocator.parameters() + trained_head(model, task)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    if s.adapter:
+        layers = lora.load_adapter(model, s.adapter)
+        if not layers:
+            raise UserError(f"--adapter {s.adapter}: there is no matrix with an adapter in it to train")
+        s.targets = sorted({name.split(".")[-1] for name in layers}, key=lora.TARGETS.index)
+        s.dora = any(layer.magnitude is not None for layer in layers.values())
+    allocator = change_options(policy, s.options)(model, s, batches.total_steps)
+    if validation_rows:
+        aside = processor.training(validation_rows, s.max_length)
+        allocator.validation_loss = validation(model, task.kind, aside, s.device)
+    training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
     if s.compile:
         compile_blocks(model)
-
-    if world > 1 and rank == 0:
+    if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:
         shard(model, s.device)
-    out = Path(s.out)
-    if not s.resume and rank == 0:
-        file = claim(s, held)
-        about = {"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
-                 "device": device_name(s.device)}
-        file.write(evaluation.to_json(about, indent=2) + "\n")
-        file.flush()
-        models.sync(out / "run.json")
-        models.sync(out)
-    say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {total_steps(s, split):,} steps, "
-        f"{sum(p.numel() for p in trained):,} trainable of {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{s.dtype} on {device_name(s.device)}; run folder {out}")
+    if not s.resume and process == 0:
+        alive.claim()
+        alive.begin({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
+                     "device": device_name(s.device), "command": shlex.join(sys.argv), "commit": commit()})
+    trainable, all_of_them = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
+    say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
+        f"{trainable:,} trainable of {all_of_them:,} parameters, {s.dtype} on {device_name(s.device)}; "
+        f"run folder {s.out}")
+    return training, batches, task, splits, processor
 
-    def log(file, line):
-        if rank:
-            return
+
+def keep_aside(s, rows, count):
+    """(training rows, `count` rows taken out of them for good, drawn from the seed) for a policy's validation loss."""
+    if len(rows) <= count:
+        raise UserError(f"--method {s.method} keeps {count} training rows for validation, but there are only "
+                        f"{len(rows)}: use more rows")
+    order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+def change_options(policy, options):
+    """The policy's class with the attributes that `options`, a list of "name=value", change; raises UserError."""
+    changed = {}
+    for option in options or ():
+        name, _, value = option.partition("=")
+        kind = type(getattr(policy, name, None))
+        if kind not in (bool, int, float, str):
+            raise UserError(f"--options {option}: {policy.__name__} has no number, text or bool of that name")
         try:
-            with open(out / file, "a", encoding="utf-8") as f:
-                f.write(evaluation.to_json(line) + "\n")
-        except OSError as error:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(out / file)) from None
-
-    def evaluate(step, size):  # generating the answers takes long: only at the end
-        if rank and not s.shard:
-            return
-        metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, processor.tokenizer, generate=False)
-        log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": size})
-        if step == 0:
-            say("before training: " + evaluation.summary(metrics))
-
-    result = train(s, task, model, allocator, split, held_out, log, evaluate)
-    if rank and not s.shard:
-        return None
-    if s.method in ("full", "bitfit"):
-        evaluation.save_model(model, processor, out / "model")
-    elif rank == 0:
-        task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
-        lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, head=task.kind != "lm")
-    warning = allocator.warning()
-    del model, allocator, trained  # the saved adapter is loaded onto a fresh base: make room for it
-    if s.shard:
-        agree_on(0)  # wait until the adapter is there
-    after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
-    if rank:
-        return None
-    first = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    log("metrics.jsonl", {"step": result["steps"], "eval": after, "trainable_params": result["trainable_params"]})
-    say("after training: " + evaluation.summary(after))
-    result = {"task": task.name, "method": s.method, "model": s.model, "seed": s.seed, **after, **result,
-              "peak_memory_mb": round(peak_memory(s.device) / 2**20),
-              "before": first["eval"] if first["step"] == 0 else None, "out": str(out)}
-    if warning:
-        result["warning"] = warning
-        say("warning: " + warning)
-    evaluation.write_cards(out)
-    models.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: the run is finished
-    return result
-
-
-def claim(s, held):
-    """Make the run folder this run's until `held` closes; returns its run.json, open for writing at the end.
-
-    The lock is the system's on that file: it goes with the process, however that ends. Raises UserError when the
-    folder cannot be made, another run is at work in it, or this one has finished.
-    """
-    out = Path(s.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
-    file = held.enter_context(open(out / "run.json", "a", encoding="utf-8"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
-    except OSError as error:
-        say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
-    if not s.resume and file.tell():
-        raise UserError(f"{out}: another run has begun in this folder; choose another --out")
-    if s.resume and (out / "result.json").exists():
-        raise UserError(f"--resume {out}: this run has finished; see its result.json")
-    return file
+            changed[name] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+        except ValueError:
+            raise UserError(f"--options {option}: {name} is a number ({kind.__name__})") from None
+    return type(policy.__name__, (policy,), changed) if changed else policy
 
 
 def versions():
     """Versions of what a run's numbers depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def commit():
+    """The git commit of this program, with "+" if files have changed since; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + "+" * bool(changed.strip())
 
 
 def device_name(device):
@@ -919,8 +1112,17 @@ def device_name(device):
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def forget_peak_memory(device):
+    """Start measuring `peak_memory` anew, where the system can."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device):
-    """Most bytes that this process has held so far: of a GPU's memory, or resident."""
+    """Most bytes that this process has held since `forget_peak_memory`: of a GPU's memory, or resident."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident()[1]
 
 
@@ -950,11 +1152,13 @@ def main(argv=None):
             s = Settings(**vars(saved) | {"resume": s.resume, "out": s.resume})
         except TypeError as error:
             raise UserError(f"{s.resume}/run.json: of another version ({error}); start again") from None
-    for name in ("data", "adapter"):
+    for name in ("data", "adapter", "ranks"):
         if getattr(s, name) is not None:  # the run folder must find it from anywhere
             setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
+    if ":" in s.method:
+        s.method = os.path.abspath(s.method)  # with :Class at its end
     try:
         with on_signal(stop_at_once), processes():
             print(evaluation.to_json(run(s)))
@@ -962,14 +1166,15 @@ def main(argv=None):
         began = s.out and (Path(s.out) / "run.json").exists()
         if isinstance(error, OSError) and not began:
             raise
-        rank, world = rank_and_world()
+        process, count = process_and_count()
         reason, status = f"error: {error}", 1
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
-        program = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        program = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         command = f"{program} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}" if began else ""
-        if rank == 0 or isinstance(error, OSError):  # of the others, all processes know
-            say(" ".join(reason.split()) + (f"; go on with: {command}" if began else " before the run began"))
+        if process == 0 or isinstance(error, OSError):  # of the others, all processes know
+            onward = f"; go on with: {command}" if began else " before the run began"
+            say(" ".join(reason.split()) + onward * getattr(error, "resumable", True))
         raise SystemExit(status) from None
 
 

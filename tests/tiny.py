@@ -47,11 +47,9 @@ class Tiny(nn.Module):
 
 
 def settings(**changes):
-    """The run's settings that every policy reads; a test adds its policy's flags."""
-    common = dict(method="lora", targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, scaling="nominal", adapter=None,
-                  r_min=1, r_max=32, seed=0, lr=1e-2, weight_decay=0.0, init="lora", dora=False, freeze_a=False,
-                  lora_plus_ratio=1.0, device="cpu")
-    return SimpleNamespace(**{**common, **changes})
+    """Real settings of a run, small; a test adds its policy's flags."""
+    common = dict(targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, r_min=1, lr=1e-2, weight_decay=0.0, device="cpu")
+    return program.Settings(**{**common, **changes})
 
 
 def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
@@ -63,30 +61,18 @@ def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
         yield x, (x @ teacher).argmax(1)
 
 
-def optimizer_for(allocator, s):
-    """The optimizer that train.py uses for these adapters."""
-    return program.optimizer_for(s, allocator.parameters())
+def training_of(allocator):
+    """train.py's Training of a Tiny model, whose head stays frozen (as a language model's does)."""
+    return program.Training(allocator.settings, allocator.model, "lm", allocator)
 
 
-def train(model, allocator, s, data, first=1, optimizer=None, watch=None, clip=None):
-    """train.py's loop without its trimmings, from step `first`; `watch(step, loss)` runs after every step.
-
-    Returns the optimizer. As in train.py, a rebuild drops vanished parameters with their state and adds the new ones.
-    """
-    optimizer = optimizer or optimizer_for(allocator, s)
+def train(training, data, first=1, watch=None):
+    """Take train.py's steps on `data`, from step `first`; `watch(step, loss)` runs after every step."""
     for step, (x, labels) in enumerate(data, start=first):
-        loss = F.cross_entropy(model(x), labels)
-        (loss + allocator.penalty()).backward()
-        allocator.after_backward(step)
-        if clip:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-        optimizer.step()
-        if allocator.after_step(step):
-            program.follow(optimizer, allocator.parameters())
-        optimizer.zero_grad(set_to_none=True)
+        loss, _ = training.step(step, [({"x": x}, labels, 1 / len(labels))])
         if watch:
-            watch(step, loss.detach())
-    return optimizer
+            watch(step, loss)
+    return training
 
 
 @contextlib.contextmanager
