@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from model import UserError, whole_folder
+from model import UserError, open_weights, read_json, whole_folder
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -481,68 +480,108 @@ def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a classification head in modules_to_save are read. Raises
-    UserError for a file that is missing, damaged, does not fit the model, or uses what this project does not have.
+    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a head or pooler in modules_to_save are read. LoRA on a
+    pooler or a classification head is merged there. Raises UserError for a file that is missing, damaged, does not fit
+    the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    names = {model.hf_name(name, module=spelling): name for spelling in (False, True)
-             for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])}
-    whole = whole_parts(model) if model.head_kind == "classify" else []  # a language model's head stays as it is
-    heads = {model.hf_name(name): model.get_parameter(name) for name in whole}
-    fresh = [name for name in whole if name.startswith("head.") and name in model.fresh]
-    found, untrained = {}, {model.hf_name(name) for name in fresh}
+    matrices = [name for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])]
+    whole = []  # a language model's head stays as it is
+    if model.head_kind != "lm":
+        whole = [name for name, _ in model.named_parameters() if name.startswith(("head.", "pooler."))]
+        matrices += [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
+    matrices = {spelling: name for name in matrices for spelling in spellings(model, name)}
+    parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
+    found, changed = {}, set()
     for key, tensor in tensors.items():
-        path = key.removeprefix("base_model.model.").replace(".default", "")
+        path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
+        path = re.sub(r"^(base_model\.model\.)+", "", path)
         match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
-        if match and match[1] in names:
-            found.setdefault(match[1], {})[match[2] or match[3]] = tensor
-        elif path in heads and heads[path].shape == tensor.shape:
-            heads[path].data.copy_(tensor)  # a copy: the tensor may be a view of the file
-            untrained.discard(path)
-        else:
-            raise UserError(f"{file}: tensor {key!r} {list(tensor.shape)} fits nothing in this {model.family} model; "
-                            "is it the adapter's base model, with the same number of labels?")
+        name = parameters.get(path)
+        base = None if name is None else model.get_parameter(name)
+        if match and match[1] in matrices:
+            found.setdefault(matrices[match[1]], {})[match[2] or match[3]] = tensor
+        elif name in whole and base.shape == tensor.shape:
+            base.data.copy_(tensor)  # a copy: the tensor may be a view of the file
+            changed.add(name)
+        elif name is None or base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
+            raise UserError(f"{file}: {key!r} {list(tensor.shape)}: {_misfit(model, path, base, parameters)}")
+    untrained = [name for name in whole if name.startswith("head.") and name in model.fresh and name not in changed]
     if untrained:
-        raise UserError(f"{file}: no {sorted(untrained)[0]} in it, and the base model has none; the adapter was saved "
-                        "without its trained head")
+        raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
+                        "saved without its trained head")
     layers = {}
-    for path, parts in found.items():
-        n_out, n_in = model.get_submodule(names[path]).weight.shape
+    for name, parts in found.items():
+        n_out, n_in = model.get_submodule(name).weight.shape
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         rank = next(iter(shapes.get("A", ())), 0)
         expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
+        path = model.hf_name(name, module=True)
         if rank == 0 or shapes != expected:
             raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
                             f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
         alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        layers |= attach(model, {names[path]: rank}, alpha, config["lora_dropout"], dora=config["use_dora"],
-                         scaling="rslora" if config["use_rslora"] else "own")
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        made = DoraLinear if config["use_dora"] else LoraLinear
+        layer = made(model.get_submodule(name), rank, scale, config["lora_dropout"])
         for part, tensor in parts.items():
-            getattr(layers[names[path]], part).data.copy_(tensor)
+            getattr(layer, part).data.copy_(tensor)
+        if name.startswith("blocks."):
+            _replace(model, name, layer)
+            layers[name] = layer
+        else:  # the policies give rank to blocks alone
+            layer.merge()
+            changed.add(f"{name}.weight")
+    pooler = [name for name in whole if name.startswith("pooler.")]
+    if changed.intersection(pooler):  # it is no longer the base's and goes with the adapter when that is saved
+        model.fresh += [name for name in pooler if name not in model.fresh]
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise UserError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
 
 
+def spellings(model, name):
+    """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
+    names = [model.hf_name(name, module=spelling) for spelling in (False, True)]
+    return names + [name.removeprefix(f"{model.prefix}.") for name in names]
+
+
+def _misfit(model, path, base, parameters):
+    """Why load_adapter cannot use the tensor `path`; `base` is the model's parameter of that name, if there is one."""
+    merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as --model"
+    module, first = re.sub(r"\.(lora_|weight$|bias$).*", "", path), path.split(".")[0]
+    if base is not None and model.head_kind != "lm" and path.startswith(model.head_name):
+        return f"the model is built with {list(base.shape)}, for another number of labels"
+    if base is not None:
+        return f"a trained or resized copy of the base model's {list(base.shape)} is not supported; {merge}"
+    if f"{module}.weight" in parameters:
+        return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and classification head; {merge}"
+    if first in ("classifier", "score", "lm_head", "qa_outputs"):
+        return f"a head that the model, built for this task with {model.head_name}, does not have"
+    return f"fits nothing in this {model.family} model of {len(model.blocks)} blocks; is it the adapter's base model?"
+
+
+# keys of adapter_config.json that are read, or change nothing that is computed from the tensors
+PLAIN_KEYS = ("peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r "
+              "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "
+              "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core "
+              "loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size runtime_config "
+              "ensure_weight_tying").split()
+
+
 def read_adapter(folder):
     """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
     file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; name a folder with a PEFT adapter") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not file.is_file():
+        raise UserError(f"{file}: not found; name a folder with a PEFT adapter")
     defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
+    config = {**defaults, **{k: v for k, v in read_json(file).items() if v is not None}}
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
-    for key in ("bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
-                "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
-        if config.get(key) and config[key] != "none":
-            raise UserError(f"{file}: {key} is not supported, only plain LoRA and DoRA are")
+    other = [key for key, value in config.items() if value and key not in PLAIN_KEYS]
+    other += ["bias"] if config.get("bias", "none") != "none" else []
+    if other:
+        raise UserError(f"{file}: {', '.join(other)}: not supported, only plain LoRA, rsLoRA and DoRA are")
     start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
     if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
         raise UserError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
@@ -550,14 +589,19 @@ def read_adapter(folder):
     patterns = config["alpha_pattern"]
     values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
     numbers = [config["lora_alpha"], config["lora_dropout"], *values]
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers):  # nor nan
-        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
-    try:
-        return config, load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json") from None
-    except (SafetensorError, RuntimeError) as error:  # the latter: too large to be mapped
-        raise UserError(f"{weights}: damaged ({error}); copy or train it again") from None
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers) \
+            or not 0 <= numbers[1] < 1:
+        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers, and "
+                        "lora_dropout from 0 to below 1")
+    pickled = weights.with_suffix(".bin")
+    if not weights.is_file() and pickled.is_file():
+        raise UserError(f"{pickled}: refused, since unpickling runs code; convert it: python -c \"import torch, "
+                        f"safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('{pickled}', "
+                        f"'cpu', weights_only=True).items()}}, '{weights}')\"")
+    if not weights.is_file():
+        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json")
+    with open_weights(weights) as opened:
+        return config, {key: opened.get_tensor(key) for key in opened.keys()}
 
 
 def _pattern(patterns, path, default):

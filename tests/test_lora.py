@@ -286,7 +286,7 @@ def test_unusable_settings_and_files_are_one_line(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     good = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
-    for text, message in [(None, "not found"), ("{", "not valid JSON"), ("[]", "JSON object"),
+    for text, message in [(None, "not found"), ("{", "not a JSON object"), ("[]", "JSON object"),
                           (json.dumps({**good, "peft_type": "IA3"}), "IA3"), (json.dumps({**good, "lora_bias": True}), "lora_bias"),
                           (json.dumps({**good, "bias": "all"}), "bias"), (json.dumps({**good, "lora_alpha": "x"}), "numbers"),
                           (json.dumps(good), "adapter_model.safetensors")]:

@@ -59,6 +59,7 @@ ENCODERS = {
     "bert-wide": ("Bert", dict(num_attention_heads=8, hidden_size=64, hidden_act="gelu_new", type_vocab_size=3)),
     "roberta": ("Roberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1, layer_norm_eps=1e-5)),
     "roberta-pad0": ("Roberta", dict(pad_token_id=0, bos_token_id=1, hidden_act="relu", num_hidden_layers=1)),
+    "xlm-roberta": ("XLMRoberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1)),
     # 8 buckets up to a distance of 11: most of a batch's distances share one, or lie beyond the last
     "deberta": ("DebertaV2", dict(DEBERTA, pos_att_type="p2c|c2p", share_att_key=True)),
     "deberta-unshared": ("DebertaV2", dict(DEBERTA, pos_att_type=["c2p", "p2c"], share_att_key=False,
@@ -760,8 +761,8 @@ def test_sizes_of_named_architectures():
     """Sizes of the named architectures in parameters, as their papers and model cards report them."""
     expected = {"minilm": 22.7e6, "smollm2": 134.5e6,
                 "roberta-base": 125e6, "roberta-large": 355e6, "bert-base": 110e6, "bert-large": 335e6,
-                "deberta-v3-xsmall": 70.7e6, "deberta-v3-small": 141e6, "deberta-v3-base": 184e6,
-                "deberta-v3-large": 435e6,
+                "xlm-roberta-base": 278e6, "xlm-roberta-large": 560e6, "deberta-v3-xsmall": 70.7e6,
+                "deberta-v3-small": 141e6, "deberta-v3-base": 184e6, "deberta-v3-large": 435e6,
                 "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama3-8b": 8.03e9, "mistral-7b": 7.24e9,
                 "qwen2-7b": 7.62e9, "qwen3-8b": 8.19e9, "gemma-7b": 8.54e9, "vit-b16": 86e6, "vit-l16": 304e6}
     assert set(expected) == set(models.CONFIGS) == set(models.HUB)
@@ -781,6 +782,7 @@ def test_sizes_of_named_architectures():
                                         ("mistral", "CausalLM"), ("gemma", "SequenceClassification"),
                                         ("qwen3", "SequenceClassification"),
                                         ("bert", "SequenceClassification"), ("roberta", "SequenceClassification"),
+                                        ("xlm-roberta", "SequenceClassification"),
                                         ("deberta", "SequenceClassification"), ("vit", "ImageClassification")])
 def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
     prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]

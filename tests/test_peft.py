@@ -1,12 +1,14 @@
 """Adapters between this project and PEFT, in both directions: every policy, every family, continued training."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from test_lora import batch, losses, peft_layers
 from tiny import settings
 
@@ -260,7 +262,8 @@ UNSUPPORTED = {
     "IA3": peft.IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
     "LOHA": peft.LoHaConfig(target_modules=["query"]),
     "PROMPT_TUNING": peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
-    "pooler": peft.LoraConfig(target_modules=["pooler.dense"]),
+    "velora_config": peft.LoraConfig(target_modules=["query"], velora_config={"num_groups": 4}),
+    "layer_replication": peft.LoraConfig(target_modules=["query"]),
     "word_embeddings": peft.LoraConfig(target_modules=["query", "word_embeddings"]),
     "LayerNorm": peft.LoraConfig(target_modules=["query"], modules_to_save=["LayerNorm"]),
 }
@@ -269,10 +272,87 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_supported_is_one_line(name, tmp_path):
     theirs, model = pair("bert", tmp_path / "base")
-    peft.get_peft_model(theirs, UNSUPPORTED[name]).save_pretrained(tmp_path / "adapter")
+    wrapped = peft.get_peft_model(theirs, UNSUPPORTED[name])
+    for p in wrapped.parameters():
+        p.data += 0.1 * p.requires_grad
+    wrapped.save_pretrained(tmp_path / "adapter")
+    if name == "layer_replication":  # PEFT makes such adapters for decoders alone
+        edit(tmp_path / "adapter", layer_replication=[[0, 2], [1, 3]])
     with pytest.raises(UserError, match=name) as caught:
         lora.load_adapter(model, tmp_path / "adapter")
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("options", [
+    dict(target_modules="all-linear"), dict(target_modules=["pooler.dense", "value"], use_dora=True),
+    dict(target_modules=["query"], modules_to_save=["pooler", "classifier"]),
+    dict(target_modules=["query", "classifier"], modules_to_save=["pooler"], task_type=None, use_rslora=True)])
+def test_adapters_of_pooler_and_head(options, tmp_path):
+    """They are merged where they are, and saved whole again."""
+    theirs, model = pair("bert", tmp_path / "base")
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", options).eval()
+    assert all(name.startswith("blocks.") for name in lora.load_adapter(model, tmp_path / "adapter"))
+    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
+    lora.save_adapter(model, tmp_path / "again", "base", "SEQ_CLS")
+    theirs, second = pair("bert", tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "again").eval()
+    torch.testing.assert_close(loaded(**their_inputs).logits, model(**inputs), rtol=0, atol=1e-4)
+    lora.load_adapter(second, tmp_path / "again")
+    torch.testing.assert_close(second(**inputs), model(**inputs), rtol=0, atol=1e-5)
+
+
+SPELLINGS = {"no base_model": ("base_model.model.", ""), "from AutoModel": ("bert.", ""), "DDP and default": ("lora_A", "lora_A.default"),
+             "compiled": ("bert.", "_orig_mod.bert."), "whole state": ("classifier.", "classifier.modules_to_save.default.")}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings_and_copies_of_the_base(spelling, tmp_path):
+    """Tensors that equal the base's own, which PEFT saves with some tokenizers, are no reason to refuse."""
+    theirs, model = pair("bert", tmp_path / "base")
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
+    file, key = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.bert.embeddings.word_embeddings.weight"
+    tensors = load_file(file) | {key: model.embed.weight.detach().clone()}
+    save_file({name.replace(*SPELLINGS[spelling]): tensor for name, tensor in tensors.items()}, file)
+    lora.load_adapter(model, tmp_path / "adapter")
+    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("key, shape, expected", [
+    ("bert.embeddings.word_embeddings.weight", (60, 32), "trained or resized copy .* merge the adapter with PEFT"),
+    ("bert.embeddings.word_embeddings.weight", (64, 32), "trained or resized copy"),
+    ("classifier.weight", (5, 32), "another number of labels"), ("score.weight", (3, 32), "built for this task with classifier"),
+    ("bert.encoder.layer.7.attention.self.query.lora_A.weight", (4, 32), "3 blocks; is it the adapter's base model"),
+    ("bert.embeddings.word_embeddings.lora_embedding_A", (4, 60), "LoRA on .*word_embeddings is not supported")])
+def test_what_does_not_fit_has_its_own_answer(key, shape, expected, tmp_path):
+    theirs, model = pair("bert", tmp_path / "base")
+    made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"]))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{key}": torch.ones(shape)}, file)
+    with pytest.raises(UserError, match=expected) as caught:
+        lora.load_adapter(model, tmp_path / "adapter")
+    assert "\n" not in str(caught.value) and key in str(caught.value)
+
+
+def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(tmp_path):
+    theirs, model = pair("bert", tmp_path / "base")
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UserError, match="convert it") as caught:
+        lora.load_adapter(model, tmp_path / "adapter")
+    command = str(caught.value).partition("python -c ")[2]
+    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, timeout=120)
+    lora.load_adapter(model, tmp_path / "adapter")
+    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -282,6 +362,7 @@ def test_a_language_models_head_is_not_replaced(tied, tmp_path):
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path / "base")
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    wrapped.base_model.model.lm_head.modules_to_save.default.weight.data += 1
     wrapped.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="lm_head"):
         lora.load_adapter(models.load(tmp_path / "base"), tmp_path / "adapter")
