@@ -550,14 +550,15 @@ def _misfit(model, path, base, parameters):
     """Why load_adapter cannot use the tensor `path`; `base` is the model's parameter of that name, if there is one."""
     merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as --model"
     module, first = re.sub(r"\.(lora_|weight$|bias$).*", "", path), path.split(".")[0]
-    if base is not None and model.head_kind != "lm" and path.startswith(model.head_name):
+    heads = tuple(model.head_names.values())
+    if base is not None and model.head_kind != "lm" and path.startswith(heads):
         return f"the model is built with {list(base.shape)}, for another number of labels"
     if base is not None:
         return f"a trained or resized copy of the base model's {list(base.shape)} is not supported; {merge}"
     if f"{module}.weight" in parameters:
         return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and classification head; {merge}"
     if first in ("classifier", "score", "lm_head", "qa_outputs"):
-        return f"a head that the model, built for this task with {model.head_name}, does not have"
+        return f"a head that the model, built for this task with {heads[-1]}, does not have"
     return f"fits nothing in this {model.family} model of {len(model.blocks)} blocks; is it the adapter's base model?"
 
 

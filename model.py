@@ -430,7 +430,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config, head):
         super().__init__()
-        self.config, self.family, self.head_kind = config, config.family, head  # head "lm" or "classify"
+        self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.decoding = None  # what `generate` says about the checkpoint's own settings
@@ -449,7 +449,7 @@ class Transformer(nn.Module):
         return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
 
     def classify(self, x):
-        """Logits of the head, which is float32 whatever the model's dtype: x (B, D) -> (B, num_labels)."""
+        """Logits of the head, which is float32 whatever the model's dtype: x (..., D) -> (..., num_labels)."""
         return self.head(x.to(next(self.head.parameters()).dtype))
 
     def run_blocks(self, x, *inputs, first_token_only=False):
@@ -568,7 +568,7 @@ class DenseHead(nn.Module):
 
 
 class Encoder(Transformer):
-    """bert, roberta and deberta-v2 with a classification or regression (num_labels = 1) head."""
+    """bert, roberta and deberta-v2 with a head for classification, regression (num_labels = 1) or spans."""
 
     head_names = {"head": "classifier"}
     names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
@@ -587,7 +587,6 @@ class Encoder(Transformer):
         D, self.prefix = config.hidden_size, config.family
         if config.relative:
             self.prefix, self.names = "deberta", {**self.names, **self.deberta}
-            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
             self.relative_embed = nn.Embedding(2 * config.relative.span, D)
             self.relative_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.relative.norm else nn.Identity()
         self.embed = nn.Embedding(config.vocab_size, D)
@@ -596,15 +595,25 @@ class Encoder(Transformer):
         self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        if config.family == "bert":
-            self.pooler = Linear(D, D)
-        self.head = Linear(D, config.num_labels) if config.family == "bert" else DenseHead(config)
+        if head == "span":
+            self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
+        elif config.family == "bert":
+            self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
+        else:
+            self.head = DenseHead(config)
+        if head == "classify" and config.relative:
+            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
         self.max_length = config.max_positions or math.inf
         if config.family == "roberta":  # counts positions from pad_id + 1
             self.max_length -= config.pad_id + 1
 
     def forward(self, tokens, mask=None, types=None):
-        """Logits (B, num_labels); see `hidden_states` for the inputs. The head reads [CLS] or <s>, the first token."""
+        """Logits (B, num_labels) of the first token, [CLS] or <s>; see `hidden_states` for the inputs.
+
+        span: of every token (B, T, 2), as the first and as the last of an answer.
+        """
+        if self.head_kind == "span":
+            return self.classify(self.hidden_states(tokens, mask, types))
         x = self.hidden_states(tokens, mask, types, first_token_only=True)[:, 0]  # (B, D)
         return self.classify(self.pooled_dropout(torch.tanh(self.pooler(x))) if self.family == "bert" else x)
 
@@ -825,9 +834,9 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
          mapped=False):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
-    head: "lm" (decoders only) or "classify" (`num_labels` outputs, 1 for regression; by default as many as the
-    checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor from the files to `device`
-    and `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
+    head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
+    as the checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor to `device` and
+    `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
     that were initialised from `seed`. `mapped` leaves on the CPU what already has the `dtype` in the file: pages that
     all processes of a machine share and that are read when they are used. Raises UserError for anything wrong with
     the name or the checkpoint.
@@ -835,10 +844,13 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
     saved_as = str((config.raw.get("architectures") or [""])[0])
-    head = head or ("lm" if kind is Decoder and not saved_as.endswith("Classification") else "classify")
-    if head not in (["classify", "lm"] if kind is Decoder else ["classify"]):
-        raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only classify"
-                         + " or lm" * (kind is Decoder))
+    heads = {"encoder": ["classify", "span"], "vit": ["classify"], "decoder": ["lm", "classify"]}[config.kind]
+    if head is None:
+        ends = {"Classification": "classify", "QuestionAnswering": "span"}
+        head = next((kind for end, kind in ends.items() if saved_as.endswith(end)), heads[0])
+    if head not in heads:
+        raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only {' or '.join(heads)}")
+    num_labels = 2 if head == "span" else num_labels
     config.num_labels = config.num_labels if num_labels is None else num_labels
     if config.num_labels < 1:
         raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
@@ -870,10 +882,10 @@ def tied(model):
 def place(model, name, dtype, device):
     """Replace parameter `name`, on the meta device, by an uninitialised frozen one on `device`; returns it.
 
-    A classification head is float32 whatever the model's dtype: it is trained, and small steps on bfloat16 are lost.
+    A head other than a language model's is float32 whatever the model's dtype: it is trained, and small steps on bfloat16 are lost.
     """
     path, _, leaf = name.rpartition(".")
-    dtype = torch.float32 if path.startswith("head") and model.head_kind == "classify" else dtype
+    dtype = torch.float32 if path.startswith("head") and model.head_kind != "lm" else dtype
     empty = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
     setattr(model.get_submodule(path), leaf, nn.Parameter(empty, requires_grad=False))
     return model.get_parameter(name)
@@ -942,7 +954,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
     names = {model.hf_name(name, module): name for name in model.plain_names for module in (True, False)}
     if config.tied and not any(names.get(key, names.get(f"{model.prefix}.{key}")) == "embed.weight" for key in stored):
         names["lm_head.weight"] = "embed.weight"
-    missing, classify, others = set(model.plain_names), model.head_kind == "classify", set()
+    missing, trained_head, others = set(model.plain_names), model.head_kind != "lm", set()
     for path in files:
         with open_weights(path) as file:
             for key in file.keys():
@@ -953,7 +965,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
                     continue
                 kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
                 expected = list(model.get_parameter(name).shape) if name in missing else None
-                if expected and classify and name.startswith("head.") \
+                if expected and trained_head and name.startswith("head.") \
                         and shape != expected and shape[1:] == expected[1:]:
                     continue  # a head for another number of labels: starts afresh
                 if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
@@ -977,7 +989,7 @@ def read_weights(model, folder, dtype, device, mapped=False):
         config.tied = config.raw["tie_word_embeddings"] = False
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
-        if not (classify and name.startswith(("head.", "pooler."))):
+        if not (trained_head and name.startswith(("head.", "pooler."))):
             raise UserError(f"{where}: tensor '{model.hf_name(name)}' is missing; download it again")
     return fresh
 
@@ -1030,7 +1042,8 @@ def save(model, folder, shard_bytes=5_000_000_000):
         weight_map.update(dict.fromkeys(tensors, file))
 
     lm, raw = model.head_kind == "lm", dict(config.raw)
-    kind = "ForCausalLM" if lm else "ForImageClassification" if config.family == "vit" else "ForSequenceClassification"
+    classification = "ForImageClassification" if config.family == "vit" else "ForSequenceClassification"
+    kind = {"lm": "ForCausalLM", "span": "ForQuestionAnswering", "classify": classification}[model.head_kind]
     raw["architectures"] = [CLASSES[raw["model_type"]] + kind]
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if not lm and len(raw.get("id2label") or ()) != config.num_labels:

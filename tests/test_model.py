@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora  # noqa: E402
 import model as models  # noqa: E402
+import train  # noqa: E402
 from model import UserError, generate, load, read_config, resolve, save  # noqa: E402
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -165,6 +166,30 @@ def test_encoder_classification(name, labels, padding, tmp_path):
         close(ours(tokens, mask), oracle(tokens, attention_mask=hf_mask(mask)).logits)
         theirs = oracle(tokens, attention_mask=hf_mask(mask), token_type_ids=types).logits
         close(ours(tokens, mask, types), theirs)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta-unshared"])
+def test_span_head(name, padding, tmp_path):
+    """Logits of every real token and the loss equal those of transformers' question answering; so does a save."""
+    zero = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    oracle = build(*ENCODERS[name], "QuestionAnswering", **zero)
+    oracle.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    assert ours.head_kind == "span" and ours.fresh == []
+    tokens, mask = batch(padding, pad=oracle.config.pad_token_id)
+    ends = torch.tensor([[7, 7], [6, 9], [7, 8]])  # of the answers
+    theirs = oracle(tokens, attention_mask=hf_mask(mask), start_positions=ends[:, 0], end_positions=ends[:, 1])
+    logits, both = ours(tokens, mask), torch.stack((theirs.start_logits, theirs.end_logits), -1)
+    real = slice(None) if mask is None else mask
+    close(logits[real], both[real])
+    assert (train.criterion("span", logits, ends) / ends.numel() - theirs.loss).abs() < 1e-5
+    save(ours, tmp_path / "ours")
+    again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert again(tokens, attention_mask=hf_mask(mask)).start_logits[real].equal(theirs.start_logits[real])
+    fresh = load(tmp_path / "theirs", head="classify", num_labels=3)
+    assert fresh.fresh and all(n.startswith(("head.", "pooler.")) for n in fresh.fresh)
 
 
 @pytest.mark.parametrize("labels", [1, 10])
