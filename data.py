@@ -933,6 +933,47 @@ def prompts(split, indices):
     return pad([split.tokens[i][:split.starts[i]] for i in indices], split.pad_id, left=True)
 
 
+class Batches:
+    """The training rows, epoch after epoch in an order that seed and epoch decide, as the forward passes of a step.
+
+    Of several processes each takes its share of every batch.
+    """
+
+    saved = ("drawn",)  # batches so far
+
+    def __init__(self, s, split, process=0, processes=1):
+        self.s, self.split, self.drawn, self.epoch = s, split, 0, None
+        self.process, self.processes = process, processes
+        self.per_epoch = math.ceil(len(split) / s.batch_size)
+        self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
+        self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
+        widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
+        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
+
+    def take(self, least_rows=0):
+        """The passes of the next step, see train.Training.step, and its number of rows.
+
+        A step has `accumulate` batches, fewer at the end of an epoch, or as many as hold `least_rows` rows.
+        """
+        taken, rows = [], 0
+        while not taken or len(taken) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
+            epoch, i = divmod(self.drawn, self.per_epoch)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, batches(self.split, self.s.batch_size, self.s.seed, epoch)
+            taken.append(self.order[i])
+            rows += len(taken[-1])
+            self.drawn += 1
+        labels = sum(count_labels(self.split, indices) for indices in taken)
+        passes = []
+        for indices in taken:
+            mine = indices[self.process::self.processes]  # if there are none, take part with weight 0
+            weight, mine = (1 / labels, mine) if mine else (0.0, indices[:1])
+            most = self.s.forward_rows or len(mine)
+            passes += [(*collate(self.split, mine[i:i + most], self.widths), weight)
+                       for i in range(0, len(mine), most)]
+        return passes, rows
+
+
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
 def hyperparameters(task, family, size, method="lora"):

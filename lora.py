@@ -428,6 +428,98 @@ def follow(optimizer, groups):
                                       if parts and value.dim() else value for key, value in states[0].items()}
 
 
+def optimizers_for(s, params):
+    """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
+    groups, options = groups_for(s, params), {"lr": s.lr, "weight_decay": s.weight_decay}
+    if s.optimizer == "sgd":
+        return [hold_still(torch.optim.SGD(groups[0], momentum=0.9, **options))]
+    adamw = AdamW if any(may_move(p) is not None for p in params) else torch.optim.AdamW
+    fused = {"fused": True} if adamw is torch.optim.AdamW else {}
+    if s.optimizer == "adamw":
+        return [adamw(groups[0], **options, **fused)]
+    muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
+    muon.register_step_pre_hook(lambda *_: scatter_gradients(params))
+    return [hold_still(muon), *[adamw(more, **options, **fused) for more in groups[1:]]]
+
+
+def groups_for(s, params):
+    """For each optimizer its parameter groups, by learning rate (LoRA+) and weight decay."""
+    sets = [params]
+    if s.optimizer == "muon":  # which takes matrices: the stacks' parts
+        stacks = [p for p in params if p.dim() == 3]
+        rest = [p for p in params if p.dim() != 3]
+        sets = [[part for p in stacks for part in p.parts], *[rest] * bool(rest)]
+    result = []
+    for some in sets:
+        groups = {}
+        for p in some:
+            groups.setdefault((trait(p, "lr_ratio", 1), trait(p, "decays", True)), []).append(p)
+        result.append([{"params": group, "lr": s.lr, "lr_ratio": ratio, "weight_decay": s.weight_decay * decays}
+                       for (ratio, decays), group in groups.items()])
+    return result
+
+
+def scatter_gradients(params):
+    """Give the parts of stacks their gradients, for an optimizer that takes matrices."""
+    for p in params:
+        for part, grad in zip(getattr(p, "parts", ()), () if p.grad is None else p.grad):
+            part.grad = grad
+
+
+# ---------------------------------------------------------------------------------------------- state
+#
+# What a run must save is named where it is made, in `saved`; these two functions are all that reads it.
+
+
+def children(thing):
+    """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
+    if isinstance(thing, dict):
+        return thing
+    if isinstance(thing, (list, tuple)):
+        return dict(enumerate(thing))
+    if isinstance(thing, nn.Module):
+        return thing.state_dict()
+    if isinstance(thing, torch.optim.Optimizer):
+        return {i: state for i, state in thing.state_dict()["state"].items()}
+    names = [name for part in reversed(type(thing).__mro__) for name in vars(part).get("saved", ())]
+    return {name: getattr(thing, name) for name in dict.fromkeys(names)}
+
+
+def state_of(thing, name="run"):
+    """Everything that `thing` must keep over a restart as {dotted name: tensor}: tensors are the live ones."""
+    if isinstance(thing, torch.Tensor):
+        return {name: thing.detach()}
+    if isinstance(thing, torch.Generator):
+        return {name: thing.get_state()}
+    if isinstance(thing, (bool, int, float)):
+        return {name: torch.tensor(thing, dtype=torch.float64)}
+    if thing is None:
+        return {}
+    return {key: value for child, part in children(thing).items()
+            for key, value in state_of(part, f"{name}.{child}").items()}
+
+
+def restore(thing, state, name="run"):
+    """Put back what `state_of` gave, in place: whoever holds a view of a tensor goes on seeing it."""
+    if isinstance(thing, torch.Tensor):
+        thing.detach().copy_(state[name])
+    elif isinstance(thing, torch.Generator):
+        thing.set_state(state[name].cpu())
+    elif isinstance(thing, torch.optim.Optimizer):
+        held = {}
+        for key, value in state.items():
+            if key.startswith(f"{name}."):
+                i, entry = key[len(name) + 1:].split(".")
+                held.setdefault(int(i), {})[entry] = value
+        thing.load_state_dict({"state": held, "param_groups": thing.state_dict()["param_groups"]})
+    else:
+        for child, part in children(thing).items():
+            if isinstance(part, (bool, int, float)):
+                setattr(thing, child, type(part)(state[f"{name}.{child}"].item()))
+            elif part is not None:
+                restore(part, state, f"{name}.{child}")
+
+
 # ---------------------------------------------------------------------------------------------- adapter files
 
 

@@ -122,8 +122,6 @@ class Settings:
     resume: str = setting(None, "machine", "run folder to go on with from its newest checkpoint, with its own settings")
     eval_before: bool = setting(True, "machine", "evaluate before training, too")
 
-    options: list = setting(None, "policy", "name=value,...: attributes of the policy's class to change, for a policy "
-                                            "of your own")
     r_min: int = setting(4, "static", "smallest rank r_min; a lower --rank is raised to it", low=1)
     r_max: int = setting(32, "static", "largest rank; a higher --rank is cut to it", low=1)
     adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank: the first budget over the last", low=1)
@@ -157,7 +155,7 @@ class Settings:
 
 
 GROUPS = {"what": "what to run", "adapter": "adapter", "optimization": "optimization (unset: the papers' values)",
-          "data": "data", "machine": "machine and logging", "policy": "policies of your own",
+          "data": "data", "machine": "machine and logging",
           "static": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
           "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)",
           "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "lelora": "lelora (LeLoRA)"}
@@ -306,11 +304,9 @@ def processes():
 
 def after_process_0(s):
     """Others wait here until process 0 comes, which reads, fetches and complains first; they take over its --out."""
-    name = torch.zeros(4096, dtype=torch.uint8)
-    if dist.get_rank() == 0:
-        name[:len(os.fsencode(s.out))] = torch.tensor(list(os.fsencode(s.out)), dtype=torch.uint8)
-    dist.broadcast(name, 0)
-    s.out = os.fsdecode(bytes(name.tolist()).rstrip(b"\0"))
+    out = [s.out]
+    dist.broadcast_object_list(out)
+    s.out = out[0]
 
 
 def add_up(tensors):
@@ -346,7 +342,7 @@ def compare(step, training):
     """Raise RunError unless all processes hold the same parameters, vectors and policy state, by their sums."""
     if process_and_count()[1] == 1:
         return
-    state = state_of(training) | state_of(training.allocator, "policy")
+    state = lora.state_of(training) | lora.state_of(training.allocator, "policy")
     state = {name: t for name, t in state.items() if not name.endswith("generator")}
     sums = torch.stack([t.detach().sum(dtype=torch.float64).to(training.device) for t in state.values()])
     extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
@@ -393,7 +389,7 @@ class Training:
         self.budget, self.bad = Budget(allocator), BadSteps(self.device)
         self.running = torch.zeros(2, device=self.device)  # loss since the last line in the log, its number of steps
         self.params = allocator.parameters() + self.head
-        self.optimizers = optimizers_for(s, self.params)
+        self.optimizers = lora.optimizers_for(s, self.params)
 
     @property
     def moving(self):
@@ -407,7 +403,7 @@ class Training:
     def follow(self):
         """Make the optimizers hold the parameters that there are now, after adapters came or went."""
         self.params = self.allocator.parameters() + self.head
-        for optimizer, groups in zip(self.optimizers, groups_for(self.s, self.params)):
+        for optimizer, groups in zip(self.optimizers, lora.groups_for(self.s, self.params)):
             lora.follow(optimizer, groups)
 
     def step(self, step, passes, rate=1.0):
@@ -475,44 +471,6 @@ def schedule(s, steps):
         return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[s.schedule]
 
     return factor
-
-
-def optimizers_for(s, params):
-    """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
-    groups, options = groups_for(s, params), {"lr": s.lr, "weight_decay": s.weight_decay}
-    if s.optimizer == "sgd":
-        return [lora.hold_still(torch.optim.SGD(groups[0], momentum=0.9, **options))]
-    adamw = lora.AdamW if any(lora.may_move(p) is not None for p in params) else torch.optim.AdamW
-    fused = {"fused": True} if adamw is torch.optim.AdamW else {}
-    if s.optimizer == "adamw":
-        return [adamw(groups[0], **options, **fused)]
-    muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
-    muon.register_step_pre_hook(lambda *_: scatter_gradients(params))
-    return [lora.hold_still(muon), *[adamw(more, **options, **fused) for more in groups[1:]]]
-
-
-def groups_for(s, params):
-    """For each optimizer its parameter groups, by learning rate (LoRA+) and weight decay."""
-    sets = [params]
-    if s.optimizer == "muon":  # which takes matrices: the stacks' parts
-        stacks = [p for p in params if p.dim() == 3]
-        rest = [p for p in params if p.dim() != 3]
-        sets = [[part for p in stacks for part in p.parts], *[rest] * bool(rest)]
-    result = []
-    for some in sets:
-        groups = {}
-        for p in some:
-            groups.setdefault((lora.trait(p, "lr_ratio", 1), lora.trait(p, "decays", True)), []).append(p)
-        result.append([{"params": group, "lr": s.lr, "lr_ratio": ratio, "weight_decay": s.weight_decay * decays}
-                       for (ratio, decays), group in groups.items()])
-    return result
-
-
-def scatter_gradients(params):
-    """Give the parts of stacks their gradients, for an optimizer that takes matrices."""
-    for p in params:
-        for part, grad in zip(getattr(p, "parts", ()), () if p.grad is None else p.grad):
-            part.grad = grad
 
 
 class Budget:
@@ -645,44 +603,6 @@ def train(training, batches, task, alive, evaluate, log):
             "peak_memory_mb": round(peak_memory(s.device) / 2**20)}
 
 
-class Batches:
-    """The training rows, epoch after epoch in an order that seed and epoch decide, as the forward passes of a step."""
-
-    saved = ("drawn",)  # batches so far
-
-    def __init__(self, s, split):
-        self.s, self.split, self.drawn, self.epoch = s, split, 0, None
-        self.per_epoch = math.ceil(len(split) / s.batch_size)
-        self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
-        self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
-        widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
-        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
-
-    def take(self, least_rows=0):
-        """The passes of the next step, see `Training.step`, and its number of rows.
-
-        A step has `accumulate` batches, fewer at the end of an epoch, or as many as hold `least_rows` rows.
-        """
-        batches, rows = [], 0
-        while not batches or len(batches) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
-            epoch, i = divmod(self.drawn, self.per_epoch)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, data.batches(self.split, self.s.batch_size, self.s.seed, epoch)
-            batches.append(self.order[i])
-            rows += len(batches[-1])
-            self.drawn += 1
-        labels = sum(data.count_labels(self.split, indices) for indices in batches)
-        process, count = process_and_count()
-        passes = []
-        for indices in batches:
-            mine = indices[process::count]  # if there are none, take part with weight 0
-            weight, mine = (1 / labels, mine) if mine else (0.0, indices[:1])
-            most = self.s.forward_rows or len(mine)
-            passes += [(*data.collate(self.split, mine[i:i + most], self.widths), weight)
-                       for i in range(0, len(mine), most)]
-        return passes, rows
-
-
 def start_at_mean(model, split):
     """Start a new regression head at the mean training label, where it has a bias (decoders' heads have none).
 
@@ -717,60 +637,6 @@ def compile_blocks(model):
     torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
     for block in model.blocks:
         block.compile()
-
-
-# ---------------------------------------------------------------------------------------------- state
-#
-# What a run must save is named where it is made, in `saved`; these two functions are all that reads it.
-
-
-def children(thing):
-    """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
-    if isinstance(thing, dict):
-        return thing
-    if isinstance(thing, (list, tuple)):
-        return dict(enumerate(thing))
-    if isinstance(thing, nn.Module):
-        return thing.state_dict()
-    if isinstance(thing, torch.optim.Optimizer):
-        return {i: state for i, state in thing.state_dict()["state"].items()}
-    names = [name for part in reversed(type(thing).__mro__) for name in vars(part).get("saved", ())]
-    return {name: getattr(thing, name) for name in dict.fromkeys(names)}
-
-
-def state_of(thing, name="run"):
-    """Everything that `thing` must keep over a restart as {dotted name: tensor}: tensors are the live ones."""
-    if isinstance(thing, torch.Tensor):
-        return {name: thing.detach()}
-    if isinstance(thing, torch.Generator):
-        return {name: thing.get_state()}
-    if isinstance(thing, (bool, int, float)):
-        return {name: torch.tensor(thing, dtype=torch.float64)}
-    if thing is None:
-        return {}
-    return {key: value for child, part in children(thing).items()
-            for key, value in state_of(part, f"{name}.{child}").items()}
-
-
-def restore(thing, state, name="run"):
-    """Put back what `state_of` gave, in place: whoever holds a view of a tensor goes on seeing it."""
-    if isinstance(thing, torch.Tensor):
-        thing.detach().copy_(state[name])
-    elif isinstance(thing, torch.Generator):
-        thing.set_state(state[name].cpu())
-    elif isinstance(thing, torch.optim.Optimizer):
-        held = {}
-        for key, value in state.items():
-            if key.startswith(f"{name}."):
-                i, entry = key[len(name) + 1:].split(".")
-                held.setdefault(int(i), {})[entry] = value
-        thing.load_state_dict({"state": held, "param_groups": thing.state_dict()["param_groups"]})
-    else:
-        for child, part in children(thing).items():
-            if isinstance(part, (bool, int, float)):
-                setattr(thing, child, type(part)(state[f"{name}.{child}"].item()))
-            elif part is not None:
-                restore(part, state, f"{name}.{child}")
 
 
 # ---------------------------------------------------------------------------------------------- keeping a run alive
@@ -870,7 +736,7 @@ class Survival:
         if process_and_count()[0]:
             return
         s, folder = self.s, Path(self.s.out) / "checkpoints" / f"step-{step}"
-        state = state_of(training.allocator, "policy") | state_of(training) | state_of(batches, "batches")
+        state = lora.state_of(training.allocator, "policy") | lora.state_of(training) | lora.state_of(batches, "batches")
         state["random.cpu"] = torch.get_rng_state()
         if s.device.startswith("cuda"):
             state["random.cuda"] = torch.cuda.get_rng_state(s.device)
@@ -913,12 +779,12 @@ class Survival:
         else:
             raise UserError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
         allocator = training.allocator
-        restore(allocator, state, "policy")
+        lora.restore(allocator, state, "policy")
         allocator.match_adapters()
         allocator.restored()
         training.follow()
-        restore(training, state)
-        restore(batches, state, "batches")
+        lora.restore(training, state)
+        lora.restore(batches, state, "batches")
         torch.set_rng_state(state["random.cpu"])
         if s.device.startswith("cuda"):
             torch.cuda.set_rng_state(state["random.cuda"], s.device)
@@ -1031,7 +897,7 @@ def set_up(s, alive):
     processor = evaluation.processor_for(s, task)
     model = evaluation.load_model(s, task, adapted=s.adapter is not None)
     split, splits = processor.training(rows, s.max_length), processor.evaluation(s)
-    batches = Batches(s, split)
+    batches = data.Batches(s, split, process, count)
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
         s.warmup = min(s.warmup, math.ceil(0.1 * batches.total_steps))
     if task.kind == "regress":
@@ -1042,7 +908,7 @@ def set_up(s, alive):
             raise UserError(f"--adapter {s.adapter}: there is no matrix with an adapter in it to train")
         s.targets = sorted({name.split(".")[-1] for name in layers}, key=lora.TARGETS.index)
         s.dora = any(layer.magnitude is not None for layer in layers.values())
-    allocator = change_options(policy, s.options)(model, s, batches.total_steps)
+    allocator = policy(model, s, batches.total_steps)
     if validation_rows:
         aside = processor.training(validation_rows, s.max_length)
         allocator.validation_loss = validation(model, task.kind, aside, s.device)
@@ -1072,21 +938,6 @@ def keep_aside(s, rows, count):
                         f"{len(rows)}: use more rows")
     order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
-
-
-def change_options(policy, options):
-    """The policy's class with the attributes that `options`, a list of "name=value", change; raises UserError."""
-    changed = {}
-    for option in options or ():
-        name, _, value = option.partition("=")
-        kind = type(getattr(policy, name, None))
-        if kind not in (bool, int, float, str):
-            raise UserError(f"--options {option}: {policy.__name__} has no number, text or bool of that name")
-        try:
-            changed[name] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-        except ValueError:
-            raise UserError(f"--options {option}: {name} is a number ({kind.__name__})") from None
-    return type(policy.__name__, (policy,), changed) if changed else policy
 
 
 def versions():
