@@ -168,6 +168,8 @@ class Allocator:
         now = {name: (layer.rank, layer.generation) for name, layer in self.layers.items()}
         saved = dict(zip(self.names, zip(self.capacity.tolist(), self.generation.tolist())))
         wrong, current = [name for name in self.names if saved[name] != now.get(name, (0, 0))], self.current.clone()
+        if not wrong:  # the stacks stay those that the policy may hold
+            return
         self.drop([name for name in wrong if name in self.layers])
         for generation in sorted({saved[name][1] for name in wrong} - {0}):
             self.add({name: saved[name][0] for name in wrong if saved[name][1] == generation}, generation=generation)
@@ -365,7 +367,7 @@ class AdaLora(Allocator):
 
     def smoothen(self, average, value, weight):
         """Move the running average by `weight` towards the value; not at all after a bad step."""
-        average += (value - average) * (weight * self.ok)
+        average += (value - average) * (weight * self.ok.double())
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""

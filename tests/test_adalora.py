@@ -1,26 +1,26 @@
 """AdaLoRA against PEFT's AdaLoraModel over whole schedules, and what DESIGN promises beyond it."""
 
 import copy
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import allocators
 import lora
-from tiny import Tiny, batches, optimizer_for, settings, train
+from allocators import AdaLora
 from model import UserError
 
 
 def flags(**changes):
-    ours = dict(method="adalora", adalora_init_ratio=1.5, adalora_t_init=0, adalora_t_final=0, adalora_delta_t=10,
-                adalora_beta1=0.85, adalora_beta2=0.85, adalora_orth=0.5, weight_decay=0.01)
-    return settings(**{**ours, **changes})
+    return settings(**{"method": "adalora", "weight_decay": 0.01, **changes})
+
+
+def build(s, steps, seed=0, **model_options):
+    torch.manual_seed(seed)
+    return AdaLora(Tiny(seed=seed, **model_options), s, steps)
 
 
 class WithLoss(nn.Module):
@@ -65,28 +65,35 @@ CASES = [  # seed, blocks, targets, steps, flags
 ]
 
 
+def converted(allocator, dtype):
+    """Turn the policy, its model and the stacks, of which the model holds views, to `dtype`."""
+    allocator.model.to(dtype)
+    for stack in allocator.parameters():
+        stack.data = stack.data.to(dtype)
+        for part, view in zip(stack.parts, stack.data):
+            part.data = view
+    allocator.smooth, allocator.unsure = ([t.to(dtype) for t in ts] for ts in (allocator.smooth, allocator.unsure))
+
+
 @pytest.mark.parametrize("seed,blocks,targets,steps,changes", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
     """Same start, batches and AdamW: same losses, penalties, scores, and the same triplets kept at every allocation."""
     s = flags(targets=targets, **changes)
-    torch.manual_seed(seed)
-    ours = Tiny(blocks=blocks, seed=seed)
-    base = copy.deepcopy(ours)
-    allocator = allocators.METHODS["adalora"](ours, s, steps)
-    theirs = peft_model(base.to(dtype), s, steps, allocator.t_init, steps - allocator.end)
-    ours.to(dtype)
-    allocator.smooth, allocator.unsure = ([t.to(dtype) for t in ts] for ts in (allocator.smooth, allocator.unsure))
+    allocator = build(s, steps, seed, blocks=blocks)
+    theirs = peft_model(Tiny(blocks=blocks, seed=seed).to(dtype), s, steps, allocator.t_init, steps - allocator.end)
+    converted(allocator, dtype)
     pairs = {name: theirs.model.model.get_submodule(name) for name in allocator.names}
     for name, layer in pairs.items():
         mine = allocator.layers[name]
         for a, b in ((layer.lora_A, mine.A), (layer.lora_B, mine.B)):
             a["default"].data.copy_(b.data)
-        assert not layer.lora_E["default"].any() and not mine.gate.any()
+        assert not layer.lora_E["default"].any() and not mine.g.any()
     trained = [p for name, p in theirs.named_parameters() if "lora_" in name]
     assert all(p.requires_grad for p in trained)
     other = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
-    optimizer = optimizer_for(allocator, s)
+    training = training_of(allocator)
+    (optimizer,) = training.optimizers
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-9, atol=1e-12)
     ranking, allocations, pruned = theirs.rankallocator, 0, 0
 
@@ -99,8 +106,10 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
         pattern = theirs.peft_config["default"].rank_pattern
         other.zero_grad()
 
-        loss, penalty = F.cross_entropy(ours(x), labels), allocator.penalty()
+        # as Training.step, which takes the loss in float32
+        loss, penalty = F.cross_entropy(allocator.model(x), labels), allocator.penalty({"x": x}, labels, None)
         (loss + penalty).backward()
+        lora.gather_gradients(training.params)
         optimizer.step()
         allocator.after_step(step)
         optimizer.zero_grad()
@@ -118,7 +127,7 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
             assert error.max() < (1e-9 if dtype == torch.float64 else 1e-5), step
         for name, layer in pairs.items():
             zero = layer.lora_E["default"].view(-1) == 0
-            assert torch.equal(allocator.layers[name].gate == 0, zero), (step, name)
+            assert torch.equal(allocator.layers[name].g == 0, zero), (step, name)
             pruned += int(zero.sum())
     assert allocations == allocator.allocations >= 2 and pruned > 0
     assert allocator.current.sum() == s.rank * len(allocator.names)
@@ -131,7 +140,7 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
                          [(100, 4, 1.5, 10, 30), (37, 3, 2.0, 0, 0), (500, 2, 1.5, 50, 1)])
 def test_budget_falls_as_pefts_does(steps, rank, ratio, t_init, t_final):
     s = flags(rank=rank, adalora_init_ratio=ratio, adalora_t_init=t_init, adalora_t_final=t_final)
-    allocator = allocators.METHODS["adalora"](Tiny(), s, steps)
+    allocator = build(s, steps)
     theirs = peft_model(Tiny(), s, steps, allocator.t_init, steps - allocator.end).rankallocator
     assert theirs.init_bgt == allocator.kept.numel() == len(allocator.names) * round(ratio * rank)
     for step in range(allocator.t_init + 1, steps + 1):
@@ -139,29 +148,22 @@ def test_budget_falls_as_pefts_does(steps, rank, ratio, t_init, t_final):
     assert allocator.triplets(allocator.end) == rank * len(allocator.names)
 
 
-def run(s, steps, seed=0, **options):
-    torch.manual_seed(seed)
-    model = Tiny(seed=seed)
-    allocator = allocators.METHODS["adalora"](model, s, steps)
-    return model, allocator, lambda data, **more: train(model, allocator, s, data, **{**options, **more})
-
-
 def test_start_is_the_pretrained_model_and_every_part_is_trained():
-    x = torch.randn(5, 12)
-    model, allocator, _ = run(flags(targets=["query", "up"]), 50)
-    assert torch.equal(model(x), Tiny()(x))
+    allocator, x = build(flags(targets=["query", "up"]), 50), torch.randn(5, 12)
+    assert torch.equal(allocator.model(x), Tiny()(x))
     layer = allocator.layers["blocks.0.up"]
     assert layer.rank == 6 and layer.scale == 8 / 4 and 0.01 < layer.A.std() < 0.03 and 0.01 < layer.B.std() < 0.03
-    assert {id(p) for p in allocator.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
+    parts = {id(part) for p in allocator.parameters() for part in p.parts}
+    assert parts == {id(p) for p in allocator.model.parameters() if p.requires_grad}
     assert sum(p.numel() for p in allocator.parameters()) == 3 * (6 * (12 + 12 + 1) + 6 * (12 + 20 + 1))
 
 
 def test_a_pruned_triplet_can_return_until_the_last_allocation_and_not_after():
-    s = flags(adalora_delta_t=2, adalora_t_init=2, adalora_t_final=20, lr=3e-2)
-    model, allocator, go = run(s, 60)
+    allocator = build(flags(adalora_delta_t=2, adalora_t_init=2, adalora_t_final=20, lr=3e-2), 60)
+    addresses = [(p, p.data_ptr()) for p in allocator.parameters()]
     history = []
-    go(batches(60), watch=lambda step, loss: history.append(
-        (allocator.kept.bool(), torch.stack([layer.gate.detach() for layer in allocator.layers.values()]) == 0)))
+    train(training_of(allocator), batches(60), watch=lambda *_: history.append(
+        (allocator.kept.bool(), torch.stack([layer.g.detach() for layer in allocator.layers.values()]) == 0)))
     returned = [(later & ~earlier).any() for (earlier, _), (later, _) in zip(history, history[1:])]
     assert any(returned[:39]) and not any(returned[39:])
     assert all(torch.equal(zero, ~kept) for kept, zero in history[39:])
@@ -169,68 +171,43 @@ def test_a_pruned_triplet_can_return_until_the_last_allocation_and_not_after():
     assert any((~history[step][0] & ~history[step][1]).any() for step in between)
     A, B = allocator.layers["blocks.0.query"].factors()
     assert len(A) == B.shape[1] == allocator.ranks()["blocks.0.query"]
+    # all in place: the parameters that the optimizer and a compiled graph hold are the same tensors from start to end
+    assert all(p is now and p.data_ptr() == at for (p, at), now in zip(addresses, allocator.parameters()))
 
 
-def test_gate_changes_in_place():
-    """The parameters that the optimizer and a compiled graph hold are the same tensors from start to end."""
-    _, allocator, go = run(flags(), 40)
-    before = [(p, p.data_ptr()) for p in allocator.parameters()]
-    go(batches(40))
-    assert allocator.allocations > 1
-    for (p, address), now in zip(before, allocator.parameters()):
-        assert p is now and p.data_ptr() == address
-
-
-def test_an_allocation_that_a_skipped_step_missed_is_made_up_for():
-    """train.py skips a step whose loss is not finite; if that was the last allocation's, the next step makes it."""
-    _, allocator, go = run(flags(adalora_t_final=10), 40)
-    optimizer = go(batches(29))
-    go(batches(10, seed=1), first=31, optimizer=optimizer)
-    assert allocator.end == 30 and allocator.last == 31
+def test_a_step_that_is_not_finite_leaves_no_trace():
+    allocator = build(flags(adalora_delta_t=4), 40)
+    training = train(training_of(allocator), batches(6))
+    before = [t.clone() for t in (*allocator.smooth, *allocator.unsure, *training.moving)]
+    train(training, [(torch.full((4, 12), torch.nan), torch.zeros(4, dtype=torch.long))], first=7)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*allocator.smooth, *allocator.unsure, *training.moving)))
+    train(training, batches(33, seed=1), first=8)
     assert allocator.current.sum() == 4 * len(allocator.names)
 
 
 @pytest.mark.parametrize("stop", [3, 17, 24, 33])
 def test_resumed_run_is_the_same_to_the_bit(stop):
-    steps, s = 40, flags(adalora_delta_t=3, adalora_t_init=5, adalora_t_final=12)
-    data = list(batches(steps))
-    model, allocator, go = run(s, steps)
-    go(data)
-    half, first, go = run(s, steps)
-    optimizer = go(data[:stop])
-    saved = copy.deepcopy((first.state_dict(), half.state_dict(), optimizer.state_dict()))
-    assert all(isinstance(value, torch.Tensor) for value in saved[0].values())
-
-    again, second, go = run(s, steps, seed=0)
-    torch.manual_seed(99)
-    second.load_state_dict(saved[0])
-    again.load_state_dict(saved[1])
-    optimizer = optimizer_for(second, s)
-    optimizer.load_state_dict(saved[2])
-    go(data[stop:], first=stop + 1, optimizer=optimizer)
-    assert second.allocations == allocator.allocations and second.ranks() == allocator.ranks()
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(a, b), name
-    assert all(torch.equal(a, b) for a, b in zip(allocator.state_dict().values(), second.state_dict().values()))
+    s = flags(adalora_delta_t=3, adalora_t_init=5, adalora_t_final=12)
+    whole, parts = resumes_to_the_same_bits(lambda: build(s, 40), list(batches(40)), stop)
+    assert whole.allocations == parts.allocations > 5
 
 
 @pytest.mark.parametrize("steps,changes", [(100, dict(adalora_t_init=50, adalora_t_final=50)), (1, {}),
-                                           (20, dict(adalora_t_final=25)), (30, dict(adalora_t_init=-1)),
-                                           (30, dict(adalora_init_ratio=0.5)), (30, dict(adalora_delta_t=0))])
+                                           (20, dict(adalora_t_final=25)), (30, dict(adalora_t_init=-1))])
 def test_a_schedule_without_room_is_refused(steps, changes):
     with pytest.raises(UserError, match="--adalora") as caught:
-        allocators.METHODS["adalora"](Tiny(), flags(**changes), steps)
+        build(flags(**changes), steps)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 7])
 def test_very_short_runs_still_allocate(steps):
-    _, allocator, go = run(flags(), steps)
-    go(batches(steps))
+    allocator = build(flags(), steps)
+    train(training_of(allocator), batches(steps))
     assert allocator.allocations == 1 and allocator.current.sum() == 4 * len(allocator.names)
 
 
 def test_no_triplets_to_prune_keeps_all():
-    _, allocator, go = run(flags(adalora_init_ratio=1.0), 30)
-    go(batches(30))
+    allocator = build(flags(adalora_init_ratio=1.0), 30)
+    train(training_of(allocator), batches(30))
     assert allocator.allocations and set(allocator.ranks().values()) == {4}

@@ -1,13 +1,16 @@
 """A tiny stand-in for a model, settings and the training loop, so that tests of the policies take no time."""
 
 import contextlib
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load, save
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train as program
 
 
@@ -48,8 +51,8 @@ class Tiny(nn.Module):
 
 def settings(**changes):
     """Real settings of a run, small; a test adds its policy's flags."""
-    common = dict(targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, r_min=1, lr=1e-2, weight_decay=0.0, device="cpu")
-    return program.Settings(**{**common, **changes})
+    common = dict(targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, r_min=1, lr=1e-2, weight_decay=0.0)
+    return program.Settings(**{**common, "device": "cpu", **changes})
 
 
 def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
@@ -73,6 +76,41 @@ def train(training, data, first=1, watch=None):
         if watch:
             watch(step, loss)
     return training
+
+
+def checkpoint(training):
+    """What train.py writes into a checkpoint and finds there again."""
+    state = program.state_of(training.allocator, "policy") | program.state_of(training)
+    state["random.cpu"] = torch.get_rng_state()
+    return load(save({name: t.clone().contiguous() for name, t in state.items()}))
+
+
+def resumed(allocator, state):
+    """The Training of a newly built policy that goes on from `state`, in the order of train.py's resume."""
+    training = training_of(allocator)
+    program.restore(allocator, state, "policy")
+    allocator.match_adapters()
+    allocator.restored()
+    training.follow()
+    program.restore(training, state)
+    torch.set_rng_state(state["random.cpu"])
+    return training
+
+
+def resumes_to_the_same_bits(build, data, stop):
+    """Train the policy that `build()` returns at once and with a restart after `stop` steps; gives (whole, parts)."""
+    whole = train(training_of(build()), data)
+    expected = checkpoint(whole)
+    state = checkpoint(train(training_of(build()), data[:stop]))
+    parts = train(resumed(build(), state), data[stop:], first=stop + 1)
+    found = checkpoint(parts)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    a, b = (training.model.state_dict() for training in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert whole.allocator.ranks() == parts.allocator.ranks() and whole.budget.report() == parts.budget.report()
+    return whole.allocator, parts.allocator
 
 
 @contextlib.contextmanager
