@@ -242,7 +242,7 @@ def contender(b, base, kind, name):
         return peft_contender(b, base, kind, name[5:])
     method, _, mode = name.partition("/")
     plain = method in ("floor", "uniform+validation", "dora")
-    s = settings_for(b, "lora" if plain else method, compile=mode == "compiled", dora=method == "dora")
+    s = settings_for(b, "lora" if plain else method, compile="on" if mode == "compiled" else "off", dora=method == "dora")
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
@@ -268,7 +268,7 @@ def contender(b, base, kind, name):
             allocator.validation_loss = train.validation(model, kind, aside, s.device)
         also = (lambda step: allocator.validation_loss()) if method == "uniform+validation" else None
         made = Contender(s, model, training=train.Training(s, model, kind, allocator), also=also)
-    if s.compile:
+    if s.compile == "on":
         train.compile_blocks(model)
     return made
 

@@ -948,7 +948,7 @@ class Batches:
         self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
         self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
         widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
-        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile else None
+        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile == "on" else None
 
     def take(self, least_rows=0):
         """The passes of the next step, see train.Training.step, and its number of rows.

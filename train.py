@@ -107,9 +107,11 @@ class Settings:
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
                          ("auto", "float32", "bfloat16"))
-    compile: bool = setting(False, "machine", "compile each block with torch.compile")
+    compile: str = setting("auto", "machine", "compile each block with torch.compile; auto = on a GPU",
+                           ("auto", "on", "off"))
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
-    forward_rows: int = setting(0, "machine", "split a batch into forward passes of at most N rows; 0 = one pass")
+    forward_rows: int = setting(0, "machine", "split a batch into forward passes of at most N rows; 0 = as many as fit "
+                                              "a GPU's memory; recompute activations where no row does")
     shard: bool = setting(False, "machine", "under torchrun: spread the frozen weights over the devices (FSDP)")
     init_weights: str = setting("checkpoint", "machine", "random = build the architecture without weights",
                                 ("checkpoint", "random"))
@@ -214,11 +216,20 @@ def settle(s, config):
         if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
     s.device = evaluation.auto_device() if s.device == "auto" else s.device
-    if dist.is_initialized() and s.device.startswith("cuda"):
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    cuda = s.device.startswith("cuda")
+    if dist.is_initialized() and cuda:
+        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= there:
+            raise UserError(f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: there are {there} GPUs here")
+        s.device = f"cuda:{own}"
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
-        s.dtype = "bfloat16" if s.device.startswith("cuda") and s.method not in ("full", "bitfit") else "float32"
+        adapters = cuda and s.method not in ("full", "bitfit")
+        s.dtype = "bfloat16" if adapters and torch.cuda.is_bf16_supported() else "float32"
+    if cuda and s.dtype == "float32":
+        torch.set_float32_matmul_precision("high")  # TF32: on a GPU several times as fast
+    if s.compile == "auto":
+        s.compile = "on" if cuda else "off"
     if not s.out:
         stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}"
         names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
@@ -406,28 +417,32 @@ class Training:
         for optimizer, groups in zip(self.optimizers, lora.groups_for(self.s, self.params)):
             lora.follow(optimizer, groups)
 
+    def forward_backward(self, passes):
+        """Leave the gradients of the loss at the layers; returns it, a 0-d tensor."""
+        loss = torch.zeros((), device=self.device)
+        for inputs, labels, weight in passes:
+            inputs = {name: sent(t, self.device) for name, t in inputs.items()}
+            labels = sent(labels, self.device)
+            self.allocator.real = inputs.get("mask")
+            outputs = evaluation.logits(self.model, inputs)
+            part = criterion(self.kind, outputs, labels) * weight
+            penalty = self.allocator.penalty(inputs, labels, outputs) / (len(passes) * process_and_count()[1])
+            (part + penalty).backward()
+            loss += part.detach()
+        return loss
+
     def step(self, step, passes, rate=1.0):
         """Take optimizer step `step` at `rate` times the peak learning rate; returns its loss and gradient norm, 0-d.
 
         `passes` are the forward passes of this process, (inputs, labels, weight) each: weight is 1 over the number of
         labels of the whole step, so that each label counts the same, or 0.
         """
-        s, model, allocator = self.s, self.model, self.allocator
+        s, allocator = self.s, self.allocator
         allocator.rate = rate
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * rate * group["lr_ratio"]
-
-        loss = torch.zeros((), device=self.device)
-        for inputs, labels, weight in passes:
-            inputs = {name: t.to(self.device, non_blocking=True) for name, t in inputs.items()}
-            labels = labels.to(self.device, non_blocking=True)
-            allocator.real = inputs.get("mask")
-            outputs = evaluation.logits(model, inputs)
-            part = criterion(self.kind, outputs, labels) * weight
-            penalty = allocator.penalty(inputs, labels, outputs) / (len(passes) * process_and_count()[1])
-            (part + penalty).backward()
-            loss += part.detach()
+        loss = self.forward_backward(passes)
 
         moved = [*self.params, *allocator.own]
         lora.gather_gradients(moved)
@@ -451,6 +466,52 @@ class Training:
             getattr(allocator, name).zero_()
         self.running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
         return loss, norm
+
+
+def sent(tensor, device):
+    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait and collates the next."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def fit_memory(training, batches):
+    """On a GPU, settle how many rows a forward pass takes: as many of the longest ones as its memory holds.
+
+    Where no single row fits, activations are recomputed and it is tried again. Tried for real, forward and backward.
+    """
+    s, model, batch = training.s, training.model, min(training.s.batch_size, len(batches.split))
+    if training.device.type != "cuda" or s.forward_rows:
+        return
+    s.forward_rows = rows = math.ceil(batch / process_and_count()[1])
+    longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
+    later = 3 * sum(p.nbytes for p in training.params)  # stacked gradients and two moments
+    held = torch.empty(later, dtype=torch.uint8, device=training.device)
+    model.train()
+    while True:
+        before = torch.cuda.get_rng_state(training.device)
+        try:
+            training.forward_backward([(*data.collate(batches.split, longest[:s.forward_rows], batches.widths), 0.0)])
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        torch.cuda.set_rng_state(before, training.device)
+        for p in [*model.parameters(), *training.params]:
+            p.grad = None
+        torch.cuda.empty_cache()
+        if fits:
+            break
+        if s.forward_rows == 1 and model.checkpointing:
+            raise UserError(f"--max-length {s.max_length}: one row does not fit the memory of {s.device}: lower it")
+        if s.forward_rows == 1:
+            s.checkpointing = model.checkpointing = True
+            s.forward_rows = 2 * rows
+        s.forward_rows = math.ceil(s.forward_rows / 2)
+    for name in training.allocator.summed:
+        getattr(training.allocator, name).zero_()
+    s.forward_rows = -agree_on(-s.forward_rows)
+    del held
+    if s.forward_rows < rows or s.checkpointing:
+        say(f"memory: forward passes of {s.forward_rows} rows" + ", activations recomputed" * s.checkpointing)
 
 
 def criterion(kind, logits, labels):
@@ -845,7 +906,15 @@ def run(s):
             if step == 0:
                 say("before training: " + evaluation.summary(metrics))
 
-        result = train(training, batches, task, alive, evaluate, log)
+        try:
+            result = train(training, batches, task, alive, evaluate, log)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            newest = next(iter(checkpoints(out)), "none yet")
+            raise RunError(f"step {training.budget.steps + 1}: out of memory ({str(error).splitlines()[0]}); try "
+                           f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}, --checkpointing or a lower "
+                           f"--max-length; last checkpoint: {newest}") from None
         if process and not s.shard:
             return None
         if allocator.layers:
@@ -857,6 +926,8 @@ def run(s):
         else:
             evaluation.save_model(model, processor, out / "model")
         warning, train_rows = allocator.warning(), len(batches.split)
+        if s.compile == "on":
+            torch._dynamo.reset()  # it holds on to the model
         del model, allocator, training, batches  # the saved adapter is loaded onto a fresh base: make room for it
         if s.shard:
             agree_on(0)  # wait until the adapter is there
@@ -914,12 +985,13 @@ def set_up(s, alive):
         allocator.validation_loss = validation(model, task.kind, aside, s.device)
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
-    if s.compile:
+    if s.compile == "on":
         compile_blocks(model)
     if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:
         shard(model, s.device)
+    fit_memory(training, batches)
     if not s.resume and process == 0:
         alive.claim()
         alive.begin({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
