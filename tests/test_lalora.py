@@ -1,23 +1,17 @@
 """La-LoRA against a float64 NumPy transcription of Eqs. 5-10, and what its gates promise."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
-from tiny import Tiny, batches, settings, train
+from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
 
 import allocators
 
-FLAGS = dict(method="lalora", lalora_gamma=1.0, lalora_budget="grow", lalora_fidelity="step", lalora_score="norm")
 
-
-def build(seed=0, steps=200, blocks=4, **changes):
-    s = settings(**{**FLAGS, **changes})
-    torch.manual_seed(seed)
-    model = Tiny(blocks=blocks, seed=seed)
-    return model, allocators.LaLora(model, s, steps), s
+def build(**changes):
+    torch.manual_seed(0)
+    s = settings(**{"method": "lalora", "lalora_gamma": 1.0, **changes})
+    return allocators.LaLora(Tiny(blocks=4), s, 200)
 
 
 class Oracle:
@@ -77,13 +71,16 @@ class Oracle:
         return ranks
 
 
-def factors(allocator, which):
-    """Adapter tensors per block, as float64 arrays."""
+def by_block(allocator, values):
+    """Values (A, B) of the matrices, in model order, as float64 arrays per block."""
     blocks = [[] for _ in range(allocator.blocks)]
-    for (name, block, _), layer in zip(allocator.sites, allocator.layers.values()):
-        pair = (layer.A, layer.B) if which == "data" else (layer.A.grad, layer.B.grad)
+    for (_, block, _), pair in zip(allocator.sites, values):
         blocks[block].append(tuple(t.detach().double().numpy().copy() for t in pair))
     return blocks
+
+
+def weights_of(allocator):
+    return by_block(allocator, [(layer.A, layer.B) for layer in allocator.layers.values()])
 
 
 @pytest.mark.parametrize("changes", [
@@ -92,32 +89,36 @@ def factors(allocator, which):
     dict(targets=["query", "up", "down"]),
 ], ids=str)
 def test_follows_the_papers_equations(changes):
-    model, allocator, s = build(**{"rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
-    oracle = Oracle(factors(allocator, "data"), allocator.blocks, s.rank, s.lalora_gamma, s.lalora_budget,
+    allocator = build(**{"rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
+    s = allocator.settings
+    oracle = Oracle(weights_of(allocator), allocator.blocks, s.rank, s.lalora_gamma, s.lalora_budget,
                     s.lalora_fidelity, s.lalora_score)
     history = [list(oracle.ranks)]
     see = allocator.after_backward
 
     def after_backward(step):
         if s.lalora_score == "fisher":
-            oracle.see_gradients(factors(allocator, "grad"))
+            grads = {name: pair for stack in allocator.stacks
+                     for name, *pair in zip(stack.layers, stack.A.grad, stack.B.grad)}
+            oracle.see_gradients(by_block(allocator, [grads[name] for name in allocator.names]))
         see(step)
 
     allocator.after_backward = after_backward
 
     def watch(step, loss):
-        oracle.step(factors(allocator, "data"))
+        oracle.step(weights_of(allocator))
         ranks = allocator.block_ranks.tolist()
         assert allocator.budget_rank.item() == pytest.approx(oracle.D, rel=1e-5), step
         assert ranks == oracle.ranks, step
         assert sum(ranks) == round(allocator.budget_rank.item())
         assert all(1 <= rank <= s.rank for rank in ranks)
         for (name, block, _), layer in zip(allocator.sites, allocator.layers.values()):
-            assert layer.gate.tolist() == [1.0] * ranks[block] + [0.0] * (s.rank - ranks[block])
+            assert layer.g.tolist() == [1.0] * ranks[block] + [0.0] * (s.rank - ranks[block])
             assert allocator.ranks()[name] == ranks[block]
+        allocator.check_ranks()
         history.append(ranks)
 
-    train(model, allocator, s, batches(200), watch=watch)
+    train(training_of(allocator), batches(200), watch=watch)
     assert len(history) == 201 and allocator.allocations == 200
     if s.rank > 1 and s.lalora_budget == "grow":  # the run exercised what it claims to
         moves = np.diff(np.array(history), axis=0)
@@ -126,39 +127,42 @@ def test_follows_the_papers_equations(changes):
 
 
 def test_budget_shrinks_with_the_norms_and_stays_at_least_one_per_block():
-    model, allocator, s = build(rank=6, lr=2e-2, lalora_gamma=2.0)
-    train(model, allocator, s, batches(60))
-    seen = [allocator.budget_rank.item()]
-    s.lr, s.weight_decay = 1e-2, 5.0  # decay dominates: norms fall
-    train(model, allocator, s, batches(60), first=61, watch=lambda *_: seen.append(allocator.budget_rank.item()))
+    allocator, seen = build(rank=6, lr=2e-2, lalora_gamma=2.0), []
+    training = train(training_of(allocator), batches(60))
+    seen.append(allocator.budget_rank.item())
+    allocator.settings.lr = 1e-2
+    for group in training.optimizers[0].param_groups:
+        group["weight_decay"] = 5.0  # decay dominates: norms fall
+    train(training, batches(60), first=61, watch=lambda *_: seen.append(allocator.budget_rank.item()))
     assert seen[0] > 12 and seen[0] > seen[1] > seen[2] > seen[5]
     assert min(seen) == seen[-1] == allocator.blocks
 
 
 def test_masked_components_stand_still_and_come_back_as_they_were():
-    model, allocator, s = build(rank=8, lr=5e-3, weight_decay=0.2, lalora_score="fisher")  # its ranks move most
-    left, returned = {}, 0  # (layer, component) -> what it was when it was masked
+    allocator = build(rank=8, lr=5e-3, weight_decay=0.2, lalora_score="fisher")  # its ranks move most
+    training = train(training_of(allocator), batches(1))
+    (optimizer,), left, returned = training.optimizers, {}, 0  # (layer, component) -> what it was when it was masked
 
-    def snapshot(layer, k):
-        state = [optimizer.state[p] for p in (layer.A, layer.B)]
-        a = [layer.A[k].detach(), *(state[0][key][k] for key in ("exp_avg", "exp_avg_sq", "step"))]
-        b = [layer.B[:, k].detach(), *(state[1][key][:, k] for key in ("exp_avg", "exp_avg_sq")), state[1]["step"][k]]
-        return [t.clone() for t in a + b]
-
-    optimizer = train(model, allocator, s, batches(1))
+    def snapshot(stack, i, k):
+        a, b = (optimizer.state[p] for p in (stack.A, stack.B))
+        found = [stack.A.data[i, k], *(a[key][i, k] for key in ("exp_avg", "exp_avg_sq", "steps")), stack.B.data[i, :, k],
+                 *(b[key][i, :, k] for key in ("exp_avg", "exp_avg_sq", "steps"))]
+        return [t.clone() for t in found]
 
     def watch(step, loss):
         nonlocal returned
-        for name, layer in allocator.layers.items():
-            for k in range(s.rank):
-                if layer.gate[k] == 0 and (name, k) not in left:
-                    left[name, k] = snapshot(layer, k)
-                elif (name, k) in left:
-                    assert all(torch.equal(was, now) for was, now in zip(left[name, k], snapshot(layer, k))), (name, k)
-                    if layer.gate[k] == 1:  # back: it has not moved yet; from the next step on it does
-                        returned += bool(left.pop((name, k))[4].abs().sum() > 0)
+        for stack in allocator.stacks:
+            for i, (name, layer) in enumerate(stack.layers.items()):
+                for k in range(allocator.nominal):
+                    now, was = snapshot(stack, i, k), left.get((name, k))
+                    if was is None and layer.g[k] == 0:
+                        left[name, k] = now
+                    elif was is not None:
+                        assert all(torch.equal(a, b) for a, b in zip(was, now)), (name, k)
+                        if layer.g[k] == 1:  # back: it has not moved yet; from the next step on it does
+                            returned += bool(left.pop((name, k))[4].abs().sum() > 0)
 
-    train(model, allocator, s, batches(120, seed=1), first=2, optimizer=optimizer, watch=watch)
+    train(training, batches(120, seed=1), first=2, watch=watch)
     assert returned > 10  # components that had been trained, masked and taken back
 
 
@@ -176,50 +180,34 @@ def test_whole_ranks_are_exact_for_any_shares():
 
 
 def test_squared_norms_of_mixed_shapes():
-    pairs = [(torch.randn(3, d), torch.randn(m, 3)) for d, m in ((5, 7), (5, 4), (2, 7), (5, 7), (9, 9))]
-    got = allocators.squared_norms(pairs)
-    assert got.dtype == torch.float64 and got.shape == (2, 5, 3)
-    for i, (a, b) in enumerate(pairs):
-        np.testing.assert_allclose(got[0, i], (a.double() ** 2).sum(1), rtol=1e-6)
-        np.testing.assert_allclose(got[1, i], (b.double() ** 2).sum(0), rtol=1e-6)
+    allocator = build(targets=["query", "up", "down", "out"])
+    for p in allocator.parameters():
+        p.data.normal_()
+        p.grad = torch.randn_like(p)
+    got = {key: allocator.squared_norms(key) for key in ("data", "grad")}
+    assert len(allocator.stacks) == 3 and got["data"].dtype == torch.float64 and got["data"].shape == (2, 16, 4)
+    for stack in allocator.stacks:
+        for i, (name, layer) in enumerate(stack.layers.items()):
+            for key, A, B in (("data", layer.A.data, layer.B.data), ("grad", stack.A.grad[i], stack.B.grad[i])):
+                rows, columns = got[key][:, allocator.names.index(name)]
+                np.testing.assert_allclose(rows, (A.double() ** 2).sum(1), rtol=1e-6)
+                np.testing.assert_allclose(columns, (B.double() ** 2).sum(0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("score", ["norm", "fisher"])
 def test_resumes_to_the_same_bits(score):
-    def everything(allocator):
-        return [t for layer in allocator.layers.values() for t in (layer.A.data, layer.B.data, layer.gate)]
-
-    def run(stop):
-        model, allocator, s = build(rank=6, lr=2e-2, weight_decay=0.1, lalora_score=score)
-        data = list(batches(60))
-        optimizer = train(model, allocator, s, data[:stop])
-        if stop < 60:
-            tensors = [t.clone() for t in everything(allocator)]
-            kept, moments = load(save(allocator.state_dict())), copy.deepcopy(optimizer.state_dict())
-            model, allocator, s = build(rank=6, lr=2e-2, weight_decay=0.1, lalora_score=score)
-            for t, value in zip(everything(allocator), tensors):
-                t.copy_(value)
-            allocator.load_state_dict(kept)
-            optimizer = train(model, allocator, s, [])
-            optimizer.load_state_dict(moments)
-            train(model, allocator, s, data[stop:], first=stop + 1, optimizer=optimizer)
-        return allocator
-
-    whole, parts = run(60), run(23)
-    assert whole.block_ranks.unique().numel() > 1 and parts.allocations == whole.allocations == 60
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
+    whole, _ = resumes_to_the_same_bits(
+        lambda: build(rank=6, lr=2e-2, weight_decay=0.1, dropout=0.1, lalora_score=score), list(batches(60)), 23)
+    assert whole.block_ranks.unique().numel() > 1 and whole.allocations == 60
 
 
 def test_gradients_that_are_not_finite_leave_no_trace_in_the_fisher_score():
-    model, allocator, s = build(rank=6, lalora_score="fisher")
-    train(model, allocator, s, batches(3))
-    for p, bad in zip(allocator.parameters(), (float("nan"), float("inf"), 1.0)):
-        p.grad = torch.full_like(p, bad)
-    for p in allocator.parameters()[3:]:
-        p.grad = torch.ones_like(p)
-    allocator.after_backward(4)  # the loop then skips the step
-    for p in allocator.parameters():
-        p.grad = None
-    train(model, allocator, s, batches(3), first=5)
+    allocator = build(rank=6, lalora_score="fisher")
+    training = train(training_of(allocator), batches(3))
+    before = [t.clone() for t in (allocator.fisher, allocator.block_ranks)]
+    (x, labels), = batches(1)
+    x[0, 0] = torch.inf
+    train(training, [(x, labels)], first=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, (allocator.fisher, allocator.block_ranks)))
+    train(training, batches(3), first=5)
     assert allocator.fisher.isfinite().all() and allocator.block_ranks.sum() == round(allocator.budget_rank.item())
