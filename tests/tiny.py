@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lora
 import train as program
 
 
@@ -51,8 +52,8 @@ class Tiny(nn.Module):
 
 def settings(**changes):
     """Real settings of a run, small; a test adds its policy's flags."""
-    common = dict(targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, r_min=1, lr=1e-2, weight_decay=0.0)
-    return program.Settings(**{**common, "device": "cpu", **changes})
+    common = dict(targets=["query", "value"], rank=4, alpha=8.0, dropout=0.0, r_min=1, lr=1e-2, clip=0.0)
+    return program.Settings(**{**common, "weight_decay": 0.0, "device": "cpu", **changes})
 
 
 def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
@@ -80,7 +81,7 @@ def train(training, data, first=1, watch=None):
 
 def checkpoint(training):
     """What train.py writes into a checkpoint and finds there again."""
-    state = program.state_of(training.allocator, "policy") | program.state_of(training)
+    state = lora.state_of(training.allocator, "policy") | lora.state_of(training)
     state["random.cpu"] = torch.get_rng_state()
     return load(save({name: t.clone().contiguous() for name, t in state.items()}))
 
@@ -88,11 +89,11 @@ def checkpoint(training):
 def resumed(allocator, state):
     """The Training of a newly built policy that goes on from `state`, in the order of train.py's resume."""
     training = training_of(allocator)
-    program.restore(allocator, state, "policy")
+    lora.restore(allocator, state, "policy")
     allocator.match_adapters()
     allocator.restored()
     training.follow()
-    program.restore(training, state)
+    lora.restore(training, state)
     torch.set_rng_state(state["random.cpu"])
     return training
 
