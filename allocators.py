@@ -39,8 +39,8 @@ class Allocator:
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
     validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
-    saved = ("allocations", "current", "capacity", "generation")  # what a restart needs, each class adding its own:
-    # names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors, numbers,
+    saved = ("allocations", "current", "capacity", "generation", "calls")  # what a restart needs, each class adding its
+    # own: names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors, numbers,
     # modules, optimizers or generators
     summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
@@ -60,7 +60,8 @@ class Allocator:
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         self.capacity = torch.zeros(len(self.names), dtype=torch.long)  # 0: no adapter
-        self.generation = torch.zeros(len(self.names), dtype=torch.long)  # which call of `add` made it
+        self.generation = torch.zeros(len(self.names), dtype=torch.long)  # which of the calls of `add` made it
+        self.calls = 0
         self.layers, self.stacks, self.own = {}, [], []  # own: parameters that the policy moves itself
         self.setup()
 
@@ -125,7 +126,10 @@ class Allocator:
 
     def take_over(self, layers, generation=None):
         """Make adapters that are on the model, {name: layer}, this policy's."""
-        s, generation = self.settings, generation or 1 + int(self.generation.max())
+        s = self.settings
+        if generation is None:
+            self.calls += 1
+            generation = self.calls
         for name, layer in layers.items():
             layer.A.requires_grad_(not s.freeze_a)
             layer.B.lr_ratio = s.lora_plus_ratio

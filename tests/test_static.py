@@ -1,17 +1,14 @@
 """Static shapes: ranks against the Adaptive LoRA paper's formulas in exact fractions, and exact parameter counts."""
 
-import sys
 from fractions import Fraction
 from math import floor
-from pathlib import Path
 
 import pytest
 import torch
+from tiny import Tiny, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 import lora
-from tiny import Tiny, settings
 from model import UserError
 
 ALL = ["query", "key", "value", "out", "up", "down"]
@@ -65,15 +62,17 @@ def test_the_papers_own_setting_has_the_ranks_it_implies():
 @pytest.mark.parametrize("method", ["lora"] + SHAPES)
 def test_trainable_parameters_are_exact(method):
     model = Tiny(blocks=7, dim=24, hidden=40)
-    s = settings(method=method, targets=ALL, rank=12, r_min=3, r_max=14)
+    s, x = settings(method=method, targets=ALL, rank=12, r_min=3, r_max=14), torch.randn(6, 24)
+    before = model(x)
     allocator = allocators.METHODS[method](model, s, steps=10)
+    assert torch.equal(model(x), before)
     sizes = {kind: 24 + 40 if kind in ("up", "down") else 48 for kind in ALL}
     rank = lambda i, kind: 12 if method == "lora" else paper(method, i, 7, kind not in ("up", "down"), 12, 3, 14)
     expected = sum(rank(i, kind) * sizes[kind] for i in range(7) for kind in ALL)
     assert sum(p.numel() for p in allocator.parameters()) == expected
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
     assert allocator.budget().item() == expected
-    assert not allocator.dynamic and allocator.penalty() == 0 and allocator.after_step(1) is False
+    assert not allocator.dynamic
 
 
 @pytest.mark.parametrize("scaling,scale", [("nominal", lambda r: 8 / 12), ("own", lambda r: 8 / r),
@@ -84,19 +83,6 @@ def test_scale_is_alpha_over_the_nominal_rank_unless_asked_otherwise(scaling, sc
     assert len({layer.rank for layer in layers.values()}) == 4
     for layer in layers.values():
         assert layer.scale == pytest.approx(scale(layer.rank))
-        layer.B.data.normal_()
-        x = torch.randn(5, layer.in_features)
-        expected = x @ (layer.weight + scale(layer.rank) * layer.B @ layer.A).T + layer.bias
-        assert torch.allclose(layer(x), expected, atol=1e-5)
-
-
-def test_a_fresh_adapter_changes_nothing():
-    x = torch.randn(6, 12)
-    for method in ["lora"] + SHAPES:
-        model = Tiny()
-        before = model(x)
-        allocators.METHODS[method](model, settings(method=method), 10)
-        assert torch.equal(model(x), before)
 
 
 def test_one_block_gets_the_base_rank():

@@ -1,30 +1,29 @@
 """WeightLoRA(+) and its random control: omega against StoIHT in NumPy, and what is left of the model afterwards."""
 
-import copy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 import lora
-from tiny import Tiny, batches, optimizer_for, settings, train
 from model import UserError
 
 ALL = ["query", "key", "value", "out", "up", "down"]
 
 
 def build(method="weightlora", steps=60, blocks=3, seed=0, **changes):
-    s = settings(**{**dict(method=method, weightlora_keep=0, weightlora_steps=0, weightlora_lr=5.0,
-                           weightlora_threshold="end", weight_decay=0.01, seed=seed), **changes})
+    s = settings(**{"method": method, "weight_decay": 0.01, "seed": seed, **changes})
     torch.manual_seed(seed)
-    model = Tiny(blocks=blocks, seed=seed)
-    return model, allocators.METHODS[method](model, s, steps), s
+    return allocators.METHODS[method](Tiny(blocks=blocks, seed=seed), s, steps)
+
+
+def take(allocator, step, gradient):
+    """A step in which omega has this gradient and A and B stand still; returns what after_step does."""
+    allocator.own[0].grad = torch.tensor(np.array(gradient, np.float32))[:, None]
+    return allocator.after_step(step)
 
 
 def hard_threshold(omega, keep):
@@ -36,18 +35,14 @@ def hard_threshold(omega, keep):
 @pytest.mark.parametrize("threshold", ["every", "end"])
 @pytest.mark.parametrize("n_kinds,keep,warmup,lr", [(2, 0, 12, 5.0), (6, 4, 20, 0.3), (3, 1, 7, 50.0), (1, 3, 5, 5.0)])
 def test_omega_follows_stoiht_under_random_gradients(threshold, n_kinds, keep, warmup, lr):
-    model, allocator, s = build(targets=ALL[:n_kinds], weightlora_keep=keep, weightlora_steps=warmup, weightlora_lr=lr,
-                                weightlora_threshold=threshold)
+    allocator = build(targets=ALL[:n_kinds], weightlora_keep=keep, weightlora_steps=warmup, weightlora_lr=lr,
+                      weightlora_threshold=threshold)
     n = 3 * n_kinds
     K = keep or n // 2
     omega, random, returned = np.ones(n), np.random.default_rng(n), False
     for step in range(1, warmup + 1):
         g = random.normal(0, 0.1, n).astype(np.float32) * (step > 1)
-        for gate, value in zip(allocator.gates, g):
-            gate.grad = torch.tensor([value])
-        allocator.after_backward(step)
-        assert all(gate.grad is None for gate in allocator.gates)
-        assert allocator.after_step(step) is (step == warmup)
+        assert take(allocator, step, g) is (step == warmup)
         zero, omega = omega == 0, omega - lr * g.astype(np.float64)
         if threshold == "every" or step == warmup:
             omega = hard_threshold(omega, K)
@@ -55,32 +50,29 @@ def test_omega_follows_stoiht_under_random_gradients(threshold, n_kinds, keep, w
         np.testing.assert_array_equal(allocator.omega.numpy(), omega)
         assert allocator.log()["omega"] == dict(zip(allocator.names, omega.tolist()))
         if step < warmup:
-            for name, w in zip(allocator.names, omega):
-                assert model.get_submodule(name).gate.item() == np.float32(w)
-    assert set(lora.adapters(model)) == {name for name, w in zip(allocator.names, omega) if w != 0}
+            for layer, w in zip(allocator.layers.values(), omega):
+                assert layer.g.item() == np.float32(w)
+    kept = {name for name, w in zip(allocator.names, omega) if w != 0}
+    assert set(lora.adapters(allocator.model)) == set(allocator.layers) == kept
     assert returned == (threshold == "every" and K < n and lr >= 5)  # a zeroed omega goes on receiving gradients
 
 
 @pytest.mark.parametrize("threshold", ["every", "end"])
 def test_omega_follows_stoiht_in_real_training(threshold):
     """The gradient is that of the loss at the step's own A, B and omega: d loss / d omega_i = <dL/dW_i, s B_i A_i>."""
-    model, allocator, s = build(targets=["query", "value", "up"], weightlora_steps=25, weightlora_threshold=threshold,
-                                weightlora_lr=1.0, lr=3e-2)
-    optimizer, omega = optimizer_for(allocator, s), np.ones(9)
+    allocator = build(targets=["query", "value", "up"], weightlora_steps=25, weightlora_threshold=threshold,
+                      weightlora_lr=1.0, lr=3e-2, clip=0.1)
+    training, omega = training_of(allocator), np.ones(9)
     for step, (x, labels) in enumerate(batches(25), start=1):
-        merged, deltas = copy.deepcopy(model).double(), []
-        for name in allocator.names:
-            layer = merged.get_submodule(name)
-            deltas.append(layer.scale * (layer.B @ layer.A).detach())
-            linear = nn.Linear(layer.in_features, layer.out_features).double()
-            linear.weight.data = layer.weight + layer.gate.double() * deltas[-1]
-            linear.bias.data = layer.bias.data
-            merged.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], linear)
+        merged, deltas = Tiny().double(), []
+        for name, layer in allocator.layers.items():
+            deltas.append(layer.scale * (layer.B.double() @ layer.A.double()).detach())
+            merged.get_submodule(name).weight.add_(layer.g.item() * deltas[-1]).requires_grad_(True)
         F.cross_entropy(merged(x.double()), labels).backward()
         g = np.array([(merged.get_submodule(name).weight.grad * delta).sum().item()
                       for name, delta in zip(allocator.names, deltas)])
 
-        train(model, allocator, s, [(x, labels)], first=step, optimizer=optimizer, clip=0.1)
+        train(training, [(x, labels)], first=step)
         omega = omega - g
         if threshold == "every" or step == 25:
             omega = hard_threshold(omega, 4) if step > 1 else omega  # B = 0: all tied at 1
@@ -95,24 +87,26 @@ def test_omega_follows_stoiht_in_real_training(threshold):
 
 def test_ties_stay_in_the_warm_up_and_go_to_the_first_at_the_end():
     for threshold in ("every", "end"):
-        model, allocator, _ = build(weightlora_steps=3, weightlora_keep=2, weightlora_threshold=threshold)
+        allocator = build(weightlora_steps=3, weightlora_keep=2, weightlora_threshold=threshold)
         for step, gradient in enumerate([[0.0] * 6, [0.0, 0.1, -0.1, 0.1, 0.1, 0.1], [0.0] * 6], start=1):
-            for gate, g in zip(allocator.gates, gradient):
-                gate.grad = torch.tensor([g])
-            allocator.after_backward(step)
-            allocator.after_step(step)
+            take(allocator, step, gradient)
             if threshold == "every" and step < 3:
                 assert [w != 0 for w in allocator.omega.tolist()] == ([True] * 6 if step == 1 else
                                                                       [True, False, True, False, False, False])
         assert list(allocator.layers) == ["blocks.0.query", "blocks.1.query"]
-    model, allocator, _ = build(weightlora_steps=2, weightlora_keep=3, weightlora_threshold="end", weightlora_lr=4.0)
-    for step in (1, 2):
-        for gate, g in zip(allocator.gates, [0.125, 0.0, 0.125, 0.375, 0.0, 0.125]):
-            gate.grad = torch.tensor([g * (step == 2)])
-        allocator.after_backward(step)
-        allocator.after_step(step)
+    allocator = build(weightlora_steps=2, weightlora_keep=3, weightlora_threshold="end", weightlora_lr=4.0)
+    take(allocator, 1, [0.0] * 6)
+    take(allocator, 2, [0.125, 0.0, 0.125, 0.375, 0.0, 0.125])
     assert allocator.omega.tolist() == [0.5, 1, 0.5, -0.5, 1, 0.5]  # four are tied with the third
     assert list(allocator.layers) == [allocator.names[i] for i in (0, 1, 4)]
+
+
+def test_early_omegas_that_float32_could_not_tell_apart_are_told_apart():
+    """While the learning rate warms up omega moves by less than float32 resolves near 1: that must not make ties."""
+    allocator = build(weightlora_steps=2, weightlora_keep=1)
+    for step in (1, 2):
+        take(allocator, step, [-1e-10 * i for i in range(6)])
+    assert list(allocator.layers) == ["blocks.2.value"]
 
 
 @pytest.mark.parametrize("method", ["weightlora", "weightlora+"])
@@ -120,14 +114,14 @@ def test_ties_stay_in_the_warm_up_and_go_to_the_first_at_the_end():
                          [(["query", "value"], 0), (ALL, 1), (ALL, 18), (["up", "down", "key"], 5), (["out"], 0)])
 @pytest.mark.parametrize("threshold", ["every", "end"])
 def test_after_the_warm_up_nothing_is_left_of_the_others(method, targets, keep, threshold):
-    model, allocator, s = build(method, targets=targets, weightlora_keep=keep, weightlora_steps=6,
-                                weightlora_threshold=threshold)
-    plain = Tiny()
+    allocator = build(method, targets=targets, weightlora_keep=keep, weightlora_steps=6,
+                      weightlora_threshold=threshold)
+    model, plain = allocator.model, Tiny()
     tensors = {name: (model.get_submodule(name).weight, model.get_submodule(name).bias) for name in allocator.names}
     n, rank = 3 * len(targets), {"weightlora": 4, "weightlora+": 8}[method]
     K = keep or n // 2
     assert allocator.ranks() == {name: 4 for name in allocator.names} and allocator.dynamic
-    optimizer = train(model, allocator, s, batches(10))
+    training = train(training_of(allocator), batches(10))
     assert allocator.allocations == 1
     survivors = set(allocator.layers)
     assert len(survivors) == K and survivors == set(lora.adapters(model))
@@ -140,7 +134,7 @@ def test_after_the_warm_up_nothing_is_left_of_the_others(method, targets, keep, 
         assert torch.equal(module.weight, plain.get_submodule(name).weight) and not module.weight.requires_grad
         if name in survivors:
             assert isinstance(module, lora.LoraLinear) and module.rank == rank and module.scale == 8 / 4
-            assert torch.equal(module.gate, torch.ones(rank)) and not module.gate.requires_grad
+            assert module.g is None
             expected += rank * sum(module.weight.shape)
         else:
             assert type(module) is nn.Linear and not module.bias.requires_grad
@@ -148,18 +142,20 @@ def test_after_the_warm_up_nothing_is_left_of_the_others(method, targets, keep, 
             assert not any(value for key, value in vars(module).items() if "hook" in key)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == allocator.budget().item() == expected
-    assert set(trained) == set(optimizer.param_groups[0]["params"]) == set(optimizer.state)
-    assert len(trained) == 2 * K
+    (optimizer,) = training.optimizers
+    assert {id(p) for p in trained} == {id(q) for p in optimizer.param_groups[0]["params"] for q in p.parts}
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) and len(trained) == 2 * K
+    allocator.check_ranks()
 
 
 @pytest.mark.parametrize("method", ["weightlora", "weightlora+"])
 def test_survivors_train_exactly_as_standard_lora_from_a_fresh_start(method):
-    model, allocator, s = build(method, targets=["query", "value", "up"], weightlora_steps=5, dropout=0.1)
-    data = list(batches(30))
-    model.train()
-    optimizer = train(model, allocator, s, data[:5])
-    assert all(not layer.B.any() and layer.A.any() for layer in allocator.layers.values())
-    assert not optimizer.state and model.training and all(layer.training for layer in allocator.layers.values())
+    allocator = build(method, targets=["query", "value", "up"], weightlora_steps=5, dropout=0.1)
+    s, data = allocator.settings, list(batches(30))
+    allocator.model.train()
+    training = train(training_of(allocator), data[:5])
+    assert all(not layer.B.any() and layer.A.any() and layer.training for layer in allocator.layers.values())
+    assert not training.optimizers[0].state and allocator.model.training
 
     standard = Tiny()
     rank = 8 if method == "weightlora+" else 4
@@ -170,10 +166,10 @@ def test_survivors_train_exactly_as_standard_lora_from_a_fresh_start(method):
     params = [p for layer in layers.values() for p in (layer.A, layer.B)]
     other = torch.optim.AdamW(params, lr=s.lr, weight_decay=0.01, fused=True)
     state = torch.get_rng_state()
-    train(model, allocator, s, data[5:], first=6, optimizer=optimizer)
+    train(training, data[5:], first=6)
     torch.set_rng_state(state)
     for x, labels in data[5:]:
-        F.cross_entropy(standard(x), labels).backward()
+        (F.cross_entropy(standard(x), labels, reduction="sum") * (1 / len(labels))).backward()
         other.step()
         other.zero_grad()
     for name, layer in layers.items():
@@ -184,28 +180,17 @@ def test_survivors_train_exactly_as_standard_lora_from_a_fresh_start(method):
 @pytest.mark.parametrize("blocks,targets", [(3, ["query", "value"]), (4, ALL), (2, ["up"])])
 def test_plus_has_the_parameters_of_uniform_lora(blocks, targets):
     """When n is even; exactly so when all matrices are of one size, since rank units are what is kept equal (n r)."""
-    model, allocator, s = build("weightlora+", blocks=blocks, targets=targets)
-    uniform = allocators.METHODS["lora"](Tiny(blocks=blocks), s, 60)
-    train(model, allocator, s, batches(6))
+    allocator, uniform = (build(method, blocks=blocks, targets=targets) for method in ("weightlora+", "lora"))
+    train(training_of(allocator), batches(6))
     assert allocator.current.sum() == uniform.current.sum() == 4 * len(allocator.names)
     if targets != ALL:
         assert sum(p.numel() for p in allocator.parameters()) == sum(p.numel() for p in uniform.parameters())
         assert allocator.budget() == uniform.budget()
 
 
-@pytest.mark.parametrize("method", ["weightlora", "weightlora+", "random"])
-def test_same_seed_same_selection(method):
-    chosen = []
-    for _ in range(2):
-        model, allocator, s = build(method)
-        train(model, allocator, s, batches(8))
-        chosen.append(list(allocator.layers))
-    assert chosen[0] == chosen[1] and len(chosen[0]) == 3
-
-
 @pytest.mark.parametrize("steps,expected", [(3, 2), (5, 4), (6, 5), (60, 5), (1000, 5), (1400, 7), (10000, 50)])
 def test_warm_up_is_half_a_percent_but_at_least_five_steps(steps, expected):
-    assert build(steps=steps)[1].warmup == expected
+    assert build(steps=steps).warmup == expected
 
 
 @pytest.mark.parametrize("method,changes,flag", [
@@ -226,67 +211,31 @@ def test_what_cannot_work_is_refused(method, changes, flag):
 @pytest.mark.parametrize("threshold", ["every", "end"])
 @pytest.mark.parametrize("stop", [1, 3, 6, 7, 12])
 def test_resumed_run_is_the_same_to_the_bit_in_both_phases(method, threshold, stop):
-    """As train.py resumes: the policy's state first, then adapters, optimizer and random generator."""
     options = dict(method=method, steps=18, weightlora_steps=6, weightlora_threshold=threshold)
-    data = list(batches(18))
-    model, allocator, s = build(**options)
-    train(model, allocator, s, data)
-
-    half, first, s = build(**options)
-    optimizer = train(half, first, s, data[:stop])
-    saved = copy.deepcopy((first.state_dict(), half.state_dict(), optimizer.state_dict()))
-    random = torch.get_rng_state()
-    assert all(isinstance(value, torch.Tensor) for value in saved[0].values())
-    again, second, s = build(**options)
-    torch.manual_seed(99)
-    second.load_state_dict(saved[0])
-    assert again.state_dict().keys() == half.state_dict().keys() and second.ranks() == first.ranks()
-    if stop < 6:
-        assert all(torch.equal(a, b) for a, b in zip(first.gates, second.gates))
-    again.load_state_dict(saved[1])
-    optimizer = optimizer_for(second, s)
-    optimizer.load_state_dict(saved[2])
-    torch.set_rng_state(random)
-    train(again, second, s, data[stop:], first=stop + 1, optimizer=optimizer)
-    assert second.allocations == 1 and second.log() == allocator.log()
-    assert model.state_dict().keys() == again.state_dict().keys()
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(a, b), name
+    whole, parts = resumes_to_the_same_bits(lambda: build(**options), list(batches(18)), stop)
+    assert parts.allocations == 1 and parts.log() == whole.log()
 
 
-def test_a_skipped_step_leaves_no_gradient_behind_and_delays_the_rebuild():
-    """train.py skips a step whose loss is not finite: after_step is not called, and nothing of it may stay in omega."""
-    model, allocator, s = build(weightlora_steps=5)
-    data = list(batches(6))
-    optimizer = train(model, allocator, s, data[:4])
+def test_a_step_that_is_not_finite_leaves_omega_and_delays_nothing():
+    allocator = build(weightlora_steps=5)
+    data = list(batches(7))
+    training = train(training_of(allocator), data[:3])
     omega = allocator.omega.clone()
-    (F.cross_entropy(model(data[4][0]), data[4][1]) * float("nan")).backward()
-    allocator.after_backward(5)
-    optimizer.zero_grad(set_to_none=True)
+    data[3][0][0, 0] = torch.nan
+    train(training, data[3:4], first=4)
     assert torch.equal(allocator.omega, omega) and len(allocator.layers) == 6
-    train(model, allocator, s, data[5:], first=6, optimizer=optimizer)
+    train(training, data[4:], first=5)
     assert allocator.omega.isfinite().all() and len(allocator.layers) == 3 and allocator.allocations == 1
-
-
-def test_early_omegas_that_float32_could_not_tell_apart_are_told_apart():
-    """While the learning rate warms up omega moves by less than float32 resolves near 1: that must not make ties."""
-    model, allocator, _ = build(weightlora_steps=2, weightlora_keep=1)
-    for step in (1, 2):
-        for i, gate in enumerate(allocator.gates):
-            gate.grad = torch.tensor([-1e-10 * i])
-        allocator.after_backward(step)
-        allocator.after_step(step)
-    assert list(allocator.layers) == ["blocks.2.value"]
 
 
 @pytest.mark.parametrize("keep,K", [(0, 9), (1, 1), (18, 18), (5, 5)])
 def test_random_control_draws_from_the_seed_alone(keep, K):
     chosen = set()
     for seed in range(6):
-        model, allocator, s = build("random", targets=ALL, weightlora_keep=keep, seed=seed)
-        assert len(allocator.layers) == K == len(lora.adapters(model)) and not allocator.dynamic
+        allocator = build("random", targets=ALL, weightlora_keep=keep, seed=seed)
+        assert len(allocator.layers) == K == len(lora.adapters(allocator.model)) and not allocator.dynamic
         assert allocator.ranks() == {name: 4 * (name in allocator.layers) for name in allocator.names}
         torch.rand(3)
-        assert list(allocators.METHODS["random"](Tiny(), s, 60).layers) == list(allocator.layers)
+        assert list(allocators.RandomLora(Tiny(), allocator.settings, 60).layers) == list(allocator.layers)
         chosen.add(tuple(allocator.layers))
     assert (len(chosen) > 1) == (K < 18)
