@@ -381,9 +381,11 @@ def hold_still(optimizer):
     Values and state before its step come back where they may not change. What has a state of another shape than the
     parameter's, such as a count of steps, is one for all components.
     """
-    before = {}
+    before, bad = {}, torch.zeros(())
 
     def remember(optimizer, *_):
+        nonlocal bad
+        bad = vars(optimizer).pop("found_inf", bad)  # some optimizers refuse to see it
         before.clear()
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             state = {key: value.clone() for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
@@ -391,7 +393,7 @@ def hold_still(optimizer):
 
     @torch.no_grad()
     def restore(optimizer, *_):
-        fine = 1 - getattr(optimizer, "found_inf", torch.zeros(()))
+        fine = 1 - bad
         for p, (value, state) in before.items():
             mask = may_move(p)
             moves = (fine.to(p.device) * (1 if mask is None else mask)).bool()
