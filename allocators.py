@@ -40,8 +40,8 @@ class Allocator:
     validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
     saved = ("allocations", "current", "capacity", "generation", "calls")  # what a restart needs, each class adding its
-    # own: names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors, numbers,
-    # modules, optimizers or generators
+    # own: names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors,
+    # numbers, modules, optimizers or generators
     summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step

@@ -1,13 +1,11 @@
 """The LoRA layer, its optimizer and its files, against PEFT and torch."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny import Tiny
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora
 import model as models
 from model import UserError
@@ -111,20 +109,17 @@ def test_twenty_adamw_steps_equal_pefts(family, rslora, tmp_path):
     assert moved > 1e-4  # the comparison is not one of zeros
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gate_masks_and_scales_components(family, tmp_path):
-    _, model = pair(family, tmp_path)
-    layers = lora.attach(model, {"blocks.1.query": 5, "blocks.2.value": 3}, alpha=10, nominal=5)
-    layer, x = layers["blocks.1.query"], torch.randn(4, 7, 32)
+def test_g_switches_off_and_scales_components():
+    layer, x = lora.attach(Tiny(), {"blocks.1.query": 5}, alpha=10)["blocks.1.query"], torch.randn(4, 7, 12)
     layer.B.data.normal_()
-    layer.gate.copy_(torch.tensor([1.0, 0.0, 0.5, 0.0, -2.0]))
-    update = 2.0 * layer.B.detach() @ torch.diag(layer.gate) @ layer.A.detach()
-    expected = x @ (layer.weight + update).T + layer.bias if layer.bias is not None else x @ (layer.weight + update).T
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-    A, B = layer.factors()
-    assert len(A) == 3  # the two gated-off components are left out
-    torch.testing.assert_close(layer.scale * B @ A, update, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.delta(), update, rtol=1e-5, atol=1e-5)
+    for g, rank in ((torch.tensor([1.0, 0.0, 0.5, 0.0, -2.0]), 3), (torch.tensor([0.7]), 5), (torch.zeros(1), 0)):
+        layer.g = g
+        update = 2.0 * layer.B.detach() @ torch.diag(g.expand(5)) @ layer.A.detach()
+        torch.testing.assert_close(layer(x), x @ (layer.weight + update).T + layer.bias, rtol=1e-4, atol=1e-4)
+        A, B = layer.factors()
+        assert len(A) == rank == layer.active_rank()  # what is switched off is left out
+        torch.testing.assert_close(layer.scale * B @ A, update, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.delta(), update, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_on_the_adapters_input_only():
@@ -143,29 +138,28 @@ def test_dropout_is_on_the_adapters_input_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_unmerge(dtype, tmp_path):
-    FAMILIES["roberta"]().save_pretrained(tmp_path)
-    model = models.load(tmp_path, "classify", 3, dtype=dtype)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+def test_merge_and_detach(dtype):
+    model = Tiny().to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     layers = lora.attach(model, {name: 4 for name, _, _ in lora.sites(model, ["query", "up"])}, alpha=8)
     for layer in layers.values():
         layer.B.data.normal_(std=0.05)
         assert layer.A.dtype == layer.B.dtype == torch.float32
-    tokens = torch.randint(5, 60, (3, 9))
-    plain = model(tokens)
-    for layer in layers.values():
+    x = torch.randn(3, 12, dtype=dtype)
+    plain = model(x)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for name, layer in layers.items():
+        merged = layer.weight.float() + layer.delta()
         layer.merge()
-    tolerance = 1e-4 if dtype == torch.float32 else 0.15
-    torch.testing.assert_close(model(tokens), plain, rtol=tolerance, atol=tolerance)
-    for layer in layers.values():
-        layer.unmerge()
-    torch.testing.assert_close(model(tokens), plain, rtol=tolerance, atol=tolerance)
-    for name in list(layers):
-        lora.detach(model, name)
-    assert not lora.adapters(model) and model.state_dict().keys() == before.keys()
-    rounding = 1e-6 if dtype == torch.float32 else 2e-2
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=rounding, atol=rounding)
+        layer.merge()  # once is enough
+        assert torch.equal(layer.weight, merged.to(dtype))
+    torch.testing.assert_close(model(x), plain, rtol=tolerance, atol=tolerance)
+
+    other = Tiny().to(dtype)
+    for name in lora.attach(other, dict.fromkeys(layers, 4), alpha=8):
+        lora.detach(other, name)
+    assert not lora.adapters(other) and other.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_parameter_counts_and_gradients(tmp_path):
@@ -179,8 +173,8 @@ def test_parameter_counts_and_gradients(tmp_path):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_rank_zero_stays_plain(tmp_path):
-    _, model = pair("vit", tmp_path)
+def test_rank_zero_stays_plain():
+    model = Tiny()
     plain = model.blocks[0].query
     layers = lora.attach(model, {"blocks.0.query": 0, "blocks.1.query": 2}, alpha=4)
     assert list(layers) == ["blocks.1.query"] and model.blocks[0].query is plain
@@ -201,34 +195,43 @@ def test_optimizer_without_masks_is_torchs_adamw():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
-def test_masked_components_stand_still_and_keep_their_own_clock():
-    """A component behaves as under torch's AdamW fed only the steps at which it was active."""
+@pytest.mark.parametrize("stack", [False, True])
+def test_masked_components_stand_still_and_keep_their_own_clock(stack):
+    """A component behaves as under torch's AdamW fed only the steps at which it was active, also within a stack."""
     torch.manual_seed(1)
-    layer = lora.LoraLinear(torch.nn.Linear(6, 5), 4, 1.0)
-    layer.B.data.normal_()
-    active = torch.ones(4)
-    layer.mask_updates(active)
-    optimizer = lora.AdamW([layer.A, layer.B], lr=1e-2, weight_decay=0.2)
-    rows = [torch.nn.Parameter(layer.A.detach()[k].clone()) for k in range(4)]
-    columns = [torch.nn.Parameter(layer.B.detach()[:, k].clone()) for k in range(4)]
-    alone = [torch.optim.AdamW([r, c], lr=1e-2, weight_decay=0.2) for r, c in zip(rows, columns)]
+    layers = {str(i): lora.LoraLinear(torch.nn.Linear(6, 5), 4, 1.0) for i in range(2)}
+    masks = torch.ones(2, 4)
+    for layer, mask in zip(layers.values(), masks):
+        layer.B.data.normal_()
+        layer.mask_updates(mask)
+    pairs = [(layer.A, layer.B) for layer in layers.values()]
+    rows = [[torch.nn.Parameter(A.detach()[k].clone()) for k in range(4)] for A, _ in pairs]
+    columns = [[torch.nn.Parameter(B.detach()[:, k].clone()) for k in range(4)] for _, B in pairs]
+    alone = [[torch.optim.AdamW(both, lr=1e-2, weight_decay=0.2) for both in zip(*some)] for some in zip(rows, columns)]
+    held = [p for pair in pairs for p in pair]
+    if stack:
+        (whole,) = lora.stacks(layers)
+        held = whole.parameters()
+    optimizer = lora.AdamW(held, lr=1e-2, weight_decay=0.2)
     for step in range(60):
-        active.copy_((torch.rand(4) < 0.4).float())
-        layer.A.grad, layer.B.grad = torch.randn(4, 6), torch.randn(5, 4)
-        before = layer.A.detach().clone(), layer.B.detach().clone()
-        moments = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in (layer.A, layer.B) if optimizer.state[p]]
+        masks.copy_(torch.rand(2, 4) < 0.4)
+        before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+        grads = [(torch.randn(4, 6), torch.randn(5, 4)) for _ in pairs]
+        for (A, B), grad in zip(pairs, grads):
+            A.grad, B.grad = (g.clone() for g in grad)
+        lora.gather_gradients(held)
         optimizer.step()
-        still = active == 0
-        assert torch.equal(layer.A[still], before[0][still]) and torch.equal(layer.B[:, still], before[1][:, still])
-        for state, old, select in zip((optimizer.state[layer.A], optimizer.state[layer.B]), moments,
-                                      (lambda t: t[still], lambda t: t[..., still])):
-            assert all(torch.equal(select(state[k]), select(old[k])) for k in old)
-        for k in range(4):
-            if active[k]:
-                rows[k].grad, columns[k].grad = layer.A.grad[k].clone(), layer.B.grad[:, k].clone()
-                alone[k].step()
-    torch.testing.assert_close(layer.A.detach(), torch.stack([r.detach() for r in rows]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.B.detach(), torch.stack([c.detach() for c in columns], 1), rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        for i, (A, B) in enumerate(pairs):
+            still = masks[i] == 0
+            assert torch.equal(A[still], before[i][0][still]) and torch.equal(B[:, still], before[i][1][:, still])
+            for k in range(4):
+                if masks[i, k]:
+                    rows[i][k].grad, columns[i][k].grad = grads[i][0][k].clone(), grads[i][1][:, k].clone()
+                    alone[i][k].step()
+    for i, (A, B) in enumerate(pairs):
+        torch.testing.assert_close(A.detach(), torch.stack([r.detach() for r in rows[i]]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(B.detach(), torch.stack([c.detach() for c in columns[i]], 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,7 +242,8 @@ def test_adapter_files_load_in_peft(family, tmp_path):
     layers = lora.attach(model, ranks, alpha=6, nominal=4)
     for i, layer in enumerate(layers.values()):
         layer.B.data.normal_(std=0.2)
-        layer.gate[0] = 0.0 if i == 3 else 0.7  # the fourth has rank 4: one component is off
+        layer.g = torch.ones(layer.rank)
+        layer.g[0] = 0.0 if i == 3 else 0.7  # the fourth has rank 4: one component is off
     if family != "llama":
         for p in model.head.parameters():
             p.data.normal_()
