@@ -11,12 +11,14 @@ quality starts train.py for each run, takes its flags, too, and skips the runs t
 
 import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import functools
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -62,20 +64,18 @@ class Bench:
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
                                 ("random", "checkpoint"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
-    batch_size: int = setting(8, "what", "examples per step")
-    length: int = setting(128, "what", "tokens per example")
+    batch_size: int = setting(8, "what", "examples per step", low=1)
+    length: int = setting(128, "what", "tokens per example", low=4)
     fill: float = setting(1.0, "what", "mean share of real tokens; below 1 the rows differ in length and are padded")
-    rank: int = setting(8, "what", "nominal rank")
+    rank: int = setting(8, "what", "nominal rank", low=1)
     targets: list = setting(None, "what", "projections to adapt; default: train.py's for the family")
-    dropout: float = setting(0.0, "what", "of the model and of the adapters")
+    dropout: float = setting(0.0, "what", "of the model and of the adapters", high=1)
     new_tokens: int = setting(32, "what", "tokens that inference generates")
     seed: int = setting(0, "what", "of weights and data")
-    rounds: int = setting(15, "how", "timed steps per contender, interleaved")
-    warmup: int = setting(3, "how", "steps before, at least 3")
+    rounds: int = setting(15, "how", "timed steps per contender, interleaved", low=1)
+    warmup: int = setting(3, "how", "steps before", low=3)
     modes: list = setting(None, "how", "eager, compiled or both; default eager on a CPU, both on a GPU")
     peft: bool = setting(True, "how", "PEFT beside it, where it is installed")
-    memory: bool = setting(True, "how", "peak memory, from one more process per contender")
-    profile: bool = setting(False, "how", "print the operators that a step's time goes to")
     device: str = setting("auto", "machine", "cpu, cuda ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
                          ("auto", "float32", "bfloat16"))
@@ -85,30 +85,22 @@ class Bench:
 # ---------------------------------------------------------------------------------------------- models and data
 
 
-@contextlib.contextmanager
-def folder_for(b):
-    """A folder with the model's config.json, as --layers and --dropout say; weights and tokenizer are linked."""
+def base_model(b):
+    """The frozen model that all contenders share, and its task's kind; settles --targets."""
     config, folder = models.find_config(b.model, b.init_weights)
-    raw = dict(config.raw)
+    raw = config.raw | dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+                                      "classifier_dropout"), b.dropout)
     if b.layers:
         raw["num_hidden_layers"] = b.layers
         raw.pop("layer_types", None)
-    raw |= dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-                          "classifier_dropout"), b.dropout)
-    with tempfile.TemporaryDirectory() as made:
-        for file in folder.iterdir() if folder else ():
-            if file.name != "config.json" and (b.init_weights == "checkpoint" or "safetensors" not in file.name):
-                (Path(made) / file.name).symlink_to(file.resolve())
-        (Path(made) / "config.json").write_text(json.dumps(raw))
-        yield made
-
-
-def base_model(b, folder):
-    """The frozen model that all contenders share, and its task's kind; settles --targets."""
-    decoder = models.find_config(folder, b.init_weights)[0].kind == "decoder"
-    head, labels = ("lm", None) if decoder else ("classify", 2)
-    base = models.load(folder, head, labels, getattr(torch, b.dtype), b.device, b.init_weights, b.seed)
+    decoder = config.kind == "decoder"
     b.targets = b.targets or train.default_targets(decoder)
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "config.json").write_text(json.dumps(raw))
+        for file in folder.glob("*.safetensors*") if b.init_weights == "checkpoint" else ():
+            (Path(made) / file.name).symlink_to(file.resolve())
+        base = models.load(made, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
+                           b.device, b.init_weights, b.seed)
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
@@ -262,7 +254,7 @@ def contender(b, base, kind, name):
 
         made = Contender(s, model, params, loss=loss)
     else:
-        allocator = allocators.METHODS[s.method](model, s, 1000)
+        allocator = allocators.policy(s.method)(model, s, 1000)
         if method in ("lelora", "uniform+validation"):
             aside = random_split(b, base, kind, allocators.LeLora.validation_rows)
             allocator.validation_loss = train.validation(model, kind, aside, s.device)
@@ -350,47 +342,36 @@ def contender_names(b, methods):
 
 
 def speed(b):
-    """Step time, memory and what a GPU waits for, of every method, the floor and PEFT, interleaved in one process."""
+    """Step time of every method, the floor and PEFT, interleaved in one process, and what a GPU waits for."""
     names = contender_names(b, b.methods or list(allocators.METHODS))
-    few = dataclasses.replace(b, rounds=2)
-    peaks = {name: measure_alone(few, name)["peak_mb"] for name in tqdm(names * b.memory, "memory", file=sys.stderr)}
-    with folder_for(b) as folder:
-        base, kind = base_model(b, folder)
-        runners = {name: contender(b, base, kind, name) for name in names}
+    base, kind = base_model(b)
+    runners = {name: contender(b, base, kind, name) for name in names}
     batches = batches_for(b, base, kind)
     with tqdm(total=len(names) * (b.warmup + b.rounds), desc="steps", file=sys.stderr) as bar:
         for i in range(b.warmup + b.rounds):  # interleaved: what else the machine does hits all alike
             for runner in runners.values():
                 runner.timed_step(batches[i % len(batches)])
                 bar.update()
-    peak = peak_flops(b)
-    tokens = statistics.mean(real_tokens(inputs) for inputs, _ in batches)
-    rows = []
+    tokens, rows = statistics.mean(real_tokens(inputs) for inputs, _ in batches), []
     for name, r in runners.items():
         seconds = statistics.median(r.times[b.warmup:])
         method, _, mode = name.partition("/")
-        row = {"contender": name, "step_ms": 1e3 * seconds,
-               "to_lora": ratio(b, r, runners.get("lora/compiled" if mode == "compiled" else "lora")),
-               "to_floor": ratio(b, r, runners.get("floor/compiled" if mode == "compiled" else "floor")),
-               "to_peft": ratio(b, r, runners.get(f"peft/{method}")), "tokens_per_second": tokens / seconds,
-               "mfu": flops(base, method, b.length, tokens) / seconds / peak, "trainable": r.trainable}
+        end = "/compiled" * (mode == "compiled")
+        row = {"contender": name, "step_ms": 1e3 * seconds}
+        for key, other in {"to_lora": "lora" + end, "to_floor": "floor" + end, "to_peft": f"peft/{method}"}.items():
+            row[key] = ratio(b, r, runners.get(other))
         if method == "lelora":
-            row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + name[6:]])
+            row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + end])
+        row |= {"tokens_per_second": tokens / seconds, "trainable": r.trainable}
         if mode == "compiled":
             row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
         if b.device.startswith("cuda"):
             row["synchronisations"] = synchronisations(r, batches[0])
-        if b.profile:
-            profile(r, name, batches[0])
         policy = r.policy_seconds(batches[0])  # the last: it moves the policy on
         row["policy_percent"] = None if policy is None else 100 * policy / seconds
-        if b.memory:
-            row |= {"peak_mb": peaks[name]}
-            row |= {"peak_to_peft": peaks[name] / peaks[f"peft/{method}"]} if f"peft/{method}" in peaks else {}
-        row |= {"first_loss": r.losses[0], "last_loss": r.losses[-1]}
-        rows.append(row)
+        rows.append(row | {"first_loss": r.losses[0], "last_loss": r.losses[-1]})
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in ("first_loss", "last_loss")]
-    return rows, columns, {"peak_gflops": peak / 1e9, "tokens": tokens}
+    return rows, columns, {"tokens": tokens}
 
 
 def ratio(b, r, other):
@@ -400,34 +381,6 @@ def ratio(b, r, other):
 
 def real_tokens(inputs):
     return len(inputs["pixels"]) if "pixels" in inputs else int(inputs["mask"].sum())  # images count as one
-
-
-def flops(base, method, length, tokens):
-    """FLOPs that a step needs: per token 2 for a weight forward, 2 backward, 2 for its gradient if it is trained, and
-    attention's products forward and twice that backward. An encoder's last block needs keys and values only.
-    """
-    c, lm, first = base.config, base.head_kind == "lm", base.blocks[0]
-    if base.family == "vit":
-        length = base.positions.shape[1]
-        tokens = tokens * length
-    weights = sum(p.numel() for p in first.parameters() if p.dim() > 1)
-    last = weights if lm else first.key.weight.numel() + first.value.weight.numel()
-    products = (c.layers - 1) * weights + last
-    attention = 4 * length * c.heads * c.head_dim * (c.layers / 2 if lm else c.layers - 1)  # causal: half
-    return tokens * ((6 if method == "full" else 4) * products + 3 * attention)
-
-
-def peak_flops(b):
-    """The fastest of a few large matrix products in the run's dtype, as operations per second."""
-    n, best = 8192 if b.device.startswith("cuda") else 2048, 0.0
-    x, layer = torch.randn(n, n, device=b.device).to(getattr(torch, b.dtype)), models.Linear(n, n, bias=False)
-    layer.weight = nn.Parameter(x, requires_grad=False)
-    for product in (layer, x.mm) * 3:
-        product(x)
-        began = clock(b.device)
-        product(x)
-        best = max(best, 2 * n ** 3 / (clock(b.device) - began))
-    return best
 
 
 def synchronisations(runner, batch):
@@ -440,16 +393,6 @@ def synchronisations(runner, batch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in caught)
-
-
-def profile(runner, name, batch):
-    """Print the operators that one step spends its time in."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with torch.profiler.profile(activities=activities) as watched:
-        runner.step(batch)
-    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    say(f"{name}\n{watched.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)}")
 
 
 # ---------------------------------------------------------------------------------------------- one process per point
@@ -474,15 +417,8 @@ def one(b, name):
     if name.startswith("peft/"):
         import peft, transformers  # noqa: F401 - their code is no part of a step's memory
     start = train.resident()[0]
-    with folder_for(b) as folder:
-        base, kind = base_model(b, folder)
-        if name in VARIANTS:
-            model = variant(b, base, kind, name)
-            del base
-            reset_peak(b.device)
-            generate(b, model)
-            return {"peak_mb": peak_bytes(b.device, start) / 2**20}
-        runner = contender(b, base, kind, name)
+    base, kind = base_model(b)
+    runner = contender(b, base, kind, name)
     batches, size = batches_for(b, base, kind, 2), nbytes(base.parameters())
     del base
     for i in range(b.warmup):
@@ -524,24 +460,23 @@ VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
 
 
 def inference(b):
-    """Time to first token, inter-token latency, tokens per second, memory, one sequence at a time (La-LoRA, Table 13).
+    """Time to first token, inter-token latency, tokens per second, one sequence at a time (La-LoRA, Table 13).
 
     Uniform LoRA as it is trained, with half the rank as a policy may leave it, and merged, beside the base model.
     """
-    alone = {name: measure_alone(b, name) for name in tqdm(VARIANTS, "memory", file=sys.stderr)} if b.memory else {}
-    with folder_for(b) as folder:
-        base, kind = base_model(b, folder)
+    base, kind = base_model(b)
     runners = {name: variant(b, base, kind, name) for name in VARIANTS}
     times = {name: [] for name in VARIANTS}
     for i in tqdm(range(b.warmup + b.rounds), "generating", file=sys.stderr):
         for name, model in runners.items():
             times[name].append(generate(b, model))
     rows = []
-    for name in VARIANTS:
+    for name, model in runners.items():
         first, between = (statistics.median(t[i] for t in times[name][b.warmup:]) for i in (0, 1))
-        rows.append({"variant": name, "ttft_ms": 1e3 * first, "itl_ms": 1e3 * between, "tokens_per_second":
-                     b.new_tokens / (first + (b.new_tokens - 1) * between), **alone.get(name, {})})
-    return rows, ["variant", "ttft_ms", "itl_ms", "tokens_per_second", *["peak_mb"] * b.memory], {}
+        rows.append({"variant": name, "ttft_ms": 1e3 * first, "itl_ms": 1e3 * between,
+                     "tokens_per_second": b.new_tokens / (first + (b.new_tokens - 1) * between),
+                     "weights_mb": nbytes(model.parameters()) / 2**20})
+    return rows, list(rows[0]), {}
 
 
 def variant(b, base, kind, name):
@@ -592,53 +527,66 @@ def memory(b):
     return rows, ["batch", "length", "contender", "peak_mb", "weights_mb", "step_ms", "policy_ms"], {}
 
 
-# ---------------------------------------------------------------------------------------------- quality
+# ---------------------------------------------------------------------------------------------- quality: its runs
 
 
 @dataclass
 class Comparison:
     """Which runs `quality` compares; all flags besides are train.py's and hold for every run."""
 
-    tasks: list = setting(None, "comparison", "the columns; default: the model's own")
-    methods: str = setting("all", "comparison", "the rows: methods, where need be with flags of their own, as in "
-                                                "'lora,lora --init pissa,lalora --lalora-gamma 1'; or all")
-    seeds: int = setting(5, "comparison", "runs of each, with seeds 0, 1, ...")
-    match_budget: bool = setting(False, "comparison", "choose the other methods' ranks, and alphas in proportion, "
-                                                      "for mean trainable parameters within 5 %% of uniform LoRA's")
-    metric: str = setting(None, "comparison", "the number to compare; default: the task's headline")
-    jobs: int = setting(1, "comparison", "runs at a time; they share out the GPUs or the CPU's cores")
-    results: str = setting("runs/quality.jsonl", "comparison", "finished runs, a line each; their folders lie beside")
-
-
-LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
-VARIED = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a", "adapter"}  # what makes --method lora another one
-LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
+    methods: str = setting("all", "rows", "methods, where need be with flags of their own, as in "
+                                          "'lora,lora --init pissa,lalora --lalora-gamma 1'; or all")
+    steps: list = setting(None, "rows", "numbers of optimizer steps, as in 250,1000,4000: each row once for each")
+    tasks: list = setting(None, "columns", "default: the model's own")
+    metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
+    seeds: int = setting(5, "fairness", "runs of each, with seeds 0, 1, ...", low=1)
+    match_budget: bool = setting(False, "fairness", "choose the other methods' ranks, and alphas in proportion, for mean "
+                                                    "trainable parameters within 5 %% of uniform LoRA's")
+    tune: str = setting(None, "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it what "
+                                          "is best on average over seeds that are not reported")
+    tune_seeds: int = setting(2, "fairness", "runs of each choice, with seeds 1000, 1001, ...", low=1)
+    tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
+    split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
+    run: bool = setting(True, "runs", "make the runs that are missing; without, print what there is")
+    keep_old: bool = setting(False, "runs", "take results that another version of the program has made")
+    jobs: int = setting(1, "runs", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
+    results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
+    runs: str = setting("runs/quality", "runs", "folder of their run folders")
+    csv: str = setting(None, "output", "file for a line per run with all of its numbers")
+    picture: str = setting(None, "output", "PNG file for quality over --steps")
 
 
 class Run:
-    """One run of train.py: `row` and `task` are its place in the table, `flags` all that it is told but --out.
+    """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
     `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
     `columns` are the tasks it is evaluated on, by default the one it is trained on.
     """
 
-    def __init__(self, row, task, seed, flags, results, columns=None):
+    def __init__(self, row, task, seed, flags, folder, columns=None):
         self.row, self.task, self.seed, self.columns = row, task, seed, columns or [task]
-        self.flags = [*flags, "--task", task, "--seed", str(seed)]
-        self.s = settings_of(self.flags)
+        self.flags, self.folder, self.times = list(flags), Path(folder), 1.0  # rank over the one that was told
+        self.s = settings_of(self.words())
         if self.s.out or self.s.resume:
             raise UserError("--out and --resume are the comparison's own; leave them out")
-        self.settings = {k: v for k, v in vars(self.s).items() if v != getattr(train.Settings, k)}
-        self.plain = self.s.method == "lora" and not self.settings.keys() & VARIED
+        self.settings = changed(vars(self.s))
         self.key = json.dumps(self.settings, sort_keys=True)
-        content = hashlib.sha256(self.key.encode()).hexdigest()
-        name = re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
-        self.out = Path(results).with_suffix("") / name
+        self.source = evaluation.source_hash(self.s.method)
+        content = hashlib.sha256((self.key + self.source).encode()).hexdigest()
+        self.out = self.folder / re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
+
+    def words(self):
+        """All that train.py is told but --out."""
+        return [*self.flags, "--task", self.task, "--seed", str(self.seed)]
+
+    def again(self, seed, *flags):
+        """The same with another seed and more flags, which override those before."""
+        return Run(self.row, self.task, seed, [*self.flags, *flags], self.folder)
 
     def begin_or_resume(self):
         """The command line that makes this run, or what an interruption left of it."""
         begun = (self.out / "run.json").exists()
-        return ["train.py", *(["--resume", str(self.out)] if begun else [*self.flags, "--out", str(self.out)])]
+        return ["train.py", *(["--resume", str(self.out)] if begun else [*self.words(), "--out", str(self.out)])]
 
     def evaluate_on(self, task):
         """The command line that evaluates the finished run on another task than its own."""
@@ -646,27 +594,30 @@ class Run:
         samples = ["--samples", str(self.out / (task + (".json" if "generator" in columns else ".jsonl")))]
         return ["eval.py", str(self.out), "--task", task, *samples * bool(columns)]
 
+    def perform(self, env):
+        """Do what is left of it in processes of its own; returns its line for the results.
 
-def quality(argv):
-    """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
-    parser = train.parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
-    parser.usage = "%(prog)s quality [flags] [train.py's flags]"
-    own, flags = parser.parse_known_args(argv)
-    q = Comparison(**vars(own))
-    check_shared(flags)
-    evaluation.check_least(vars(q), seeds=1, jobs=1)
-    names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
-    rows = list(allocators.METHODS) if q.methods == "all" else re.split(rf",\s*(?=(?:{names})(?:[\s,]|$))", q.methods)
-    if q.tasks is None:
-        s = settings_of(flags)
-        q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
-    runs = [Run(row, task, seed, [*flags, "--method", *shlex.split(row)], q.results)
-            for row in rows for task in q.tasks for seed in range(q.seeds)]
-    runs = matched(runs, q) if q.match_budget else runs
-    failed = make(runs, q)
-    text, about = summarise(runs, finished(q.results), q.metric, failed)
-    Path(q.results).with_suffix(".md").write_text(text, encoding="utf-8")
-    return text, about
+        Raises subprocess.CalledProcessError.
+        """
+        def call(words):
+            command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
+            return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True).stdout
+
+        def read(name):
+            return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+        if not (self.out / "result.json").exists():
+            call(self.begin_or_resume())
+        settled = changed(read("run.json")["settings"])
+        for name in ("out", "model", "data", "adapter", "ranks"):  # absolute paths, of this machine
+            settled.pop(name, None)
+        line = {"row": self.row, "settings": self.settings, "settled": settled, "source": self.source,
+                **read("result.json")}
+        for task in self.columns:
+            if not numbers_of(line, task):
+                printed = call(self.evaluate_on(task)).splitlines()[-1]
+                line.setdefault("evaluated", {})[task] = json.loads(printed)
+        return line
 
 
 @functools.cache
@@ -679,6 +630,11 @@ def settings_of(flags):
     return train.Settings(**vars(train_parser().parse_args(flags)))
 
 
+def changed(settings):
+    """Those of a run's settings that are not train.py's defaults."""
+    return {name: value for name, value in settings.items() if value != getattr(train.Settings, name, None)}
+
+
 def check_shared(flags):
     """Raises UserError for flags that differ between the runs of a comparison."""
     for flag, instead in {"--method": "--methods", "--task": "--tasks", "--seed": "--seeds"}.items():
@@ -686,62 +642,61 @@ def check_shared(flags):
             raise UserError(f"{flag} differs between the runs that are compared: use {instead}")
 
 
-def finished(results):
-    """The lines of a results file, by their settings as JSON; what is no such line, or half of one, is skipped."""
-    lines = {}
-    if Path(results).exists():
-        for line in Path(results).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                about = json.loads(line)
-                lines[json.dumps(about["settings"], sort_keys=True)] = about
+def finished(q, old=None):
+    """The lines of the results, by their settings as JSON; what is no such line, or half of one, is skipped.
+
+    Those that another version of the program made are there if `old`, by default with --keep-old and --no-run.
+    """
+    old = q.keep_old or not q.run if old is None else old
+    lines, file = {}, Path(q.results)
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            key = json.dumps(line["settings"], sort_keys=True)
+            line.setdefault("settled", line["settings"])
+            current = line.get("source") == evaluation.source_hash(line["settings"].get("method", "lora"))
+            if current or (old and key not in lines):
+                lines[key] = line
     return lines
 
 
 def make(runs, q):
-    """Make the runs that the results lack, q.jobs at a time; returns {name: last line on stderr} of those that failed.
+    """Make the runs that the results lack, q.jobs at a time; returns {name: what went wrong} of those that failed.
 
     A run that was begun goes on from its last checkpoint. Ctrl-C reaches the runs, too: they stop at a checkpoint.
     """
-    done, failed, lock, devices = finished(q.results), {}, threading.Lock(), queue.Queue()
-    waiting = list({run.key: run for run in runs if run.key not in done}.values())
-    for i in range(q.jobs):
-        devices.put(i)
-    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // q.jobs))} | os.environ if q.jobs > 1 else dict(os.environ)
-    Path(q.results).parent.mkdir(parents=True, exist_ok=True)
+    runs = {run.key: run for run in runs}
+    done, current = finished(q), finished(q, old=False)
+    old = runs.keys() & finished(q, old=True).keys() - current.keys()
+    if old:
+        say(f"note: {len(old)} of {len(runs)} results are of another version of the program: "
+            + ("taken as they are" if old <= done.keys() else "made again; --keep-old takes them as they are"))
+    if not q.run:
+        return {}
+    waiting = [run for key, run in runs.items() if key not in done]
+    failed, lock, free = {}, threading.Lock(), queue.Queue()
+    for env in environments(q.jobs):
+        free.put(env)
+    for folder in (Path(q.results).parent, Path(q.runs)):
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def one_run(run):
-        device = devices.get()
-        gpus = torch.cuda.device_count()
-        gpus = {"CUDA_VISIBLE_DEVICES": str(device % gpus)} if gpus > 1 else {}
-
-        def call(words):
-            command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
-            process = subprocess.run(command, env=env | gpus, capture_output=True, text=True, errors="replace")
-            if process.returncode:
-                failed[run.out.name] = last_line(process.stderr)
-                say(f"{run.out.name}: {failed[run.out.name]}")
-            return process.stdout if process.returncode == 0 else None
-
+    def attempt(run):
+        env, log = free.get(), Path(f"{run.out}.stderr.txt")
         try:
-            if not (run.out / "result.json").exists() and call(run.begin_or_resume()) is None:
-                return
-            about = {"row": run.row, "settings": run.settings} | json.loads((run.out / "result.json").read_text())
-            for task in run.columns:
-                if not numbers_of(about, task):
-                    printed = call(run.evaluate_on(task))
-                    if printed is None:
-                        return
-                    about.setdefault("evaluated", {})[task] = json.loads(printed.splitlines()[-1])
-            with lock, open(q.results, "a+b") as file:
-                file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")  # by a process that was killed
-                file.write(b"\n" * torn + evaluation.to_json(about).encode() + b"\n")
+            line = run.perform(env)
+            log.unlink(missing_ok=True)
+            with lock:
+                append(q.results, line)
+        except subprocess.CalledProcessError as error:
+            log.write_text(error.stderr, encoding="utf-8")
+            failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
+            say(f"{run.out.name}: {failed[run.out.name]}")
         finally:
-            devices.put(device)
+            free.put(env)
 
     with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", file=sys.stderr) as bar:
         try:
-            for future in as_completed([pool.submit(one_run, run) for run in waiting]):
+            for future in as_completed([pool.submit(attempt, run) for run in waiting]):
                 future.result()
                 bar.update()
         except KeyboardInterrupt:
@@ -751,12 +706,181 @@ def make(runs, q):
     return failed
 
 
+def append(file, line):
+    """Add a line to a file of JSON lines, after what a process that was killed may have left of one."""
+    with open(file, "a+b") as f:
+        f.seek(max(0, f.tell() - 1))
+        torn = f.read() not in (b"", b"\n")
+        f.write(b"\n" * torn + evaluation.to_json(line).encode() + b"\n")
+
+
+def environments(jobs):
+    """The environment of each of `jobs` processes: they share out the cores, and the GPUs that this one may use."""
+    cores = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    here = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",")
+    shares = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if len(gpus) > 1 else {} for i in range(jobs)]
+    return [cores | os.environ | share for share in shares]
+
+
+def quality(argv):
+    """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
+    parser = train.parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
+    parser.usage = "%(prog)s quality [flags] [train.py's flags]"
+    own, flags = parser.parse_known_args(argv)
+    q = Comparison(**vars(own))
+    check_shared(flags)
+    train.check_bounds(q)
+    if q.picture and len(q.steps or ()) < 2:
+        raise UserError("--picture shows quality over the number of steps: name some, as in --steps 250,1000,4000")
+    methods = list(allocators.METHODS)
+    if q.methods != "all":  # a comma may be part of a flag
+        names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
+        methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
+    if q.tasks is None:
+        s = settings_of(flags)
+        q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
+    rows = {method: shlex.split(method) for method in methods}
+    if q.steps:
+        rows = {f"{row} --steps {n}" if len(q.steps) > 1 else row: [*words, "--steps", n]
+                for row, words in rows.items() for n in q.steps}
+    cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
+    for cell in cells:
+        allocators.policy(cell.s.method)  # complains before the first run
+    failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own
+    if q.match_budget:
+        cells, failed = match_budget(cells, q)
+        free |= {"rank", "alpha"}
+    if q.tune:
+        cells, chosen, why = tune(cells, q)
+        failed |= why
+        free |= set(grid_of(q.tune)[0])
+    half = ["--eval-half", "report"] * q.split_eval
+    runs = [cell.again(seed, *half) for cell in cells for seed in range(q.seeds)]
+    failed |= make(runs, q)
+    done = finished(q)
+    about = summarise(runs, done, q.metric, free) | {"chosen": chosen, "failed": failed}
+    if q.csv:
+        write_csv(q.csv, runs, done)
+    if q.picture:
+        draw(q.picture, runs, about)
+    return markdown(about), about
+
+
+# ---------------------------------------------------------------------------------------------- quality: a fair choice
+
+
+def match_budget(cells, q):
+    """(the cells with ranks whose mean budget is within 5 % of uniform LoRA's, what failed); a cell is a row and task.
+
+    A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
+    then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
+    grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
+    """
+    told, references, failed = {}, {}, {}
+    for cell in cells:
+        s = copy.copy(cell.s)
+        train.settle(s, models.find_config(s.model, s.init_weights)[0])
+        if s.method not in ("full", "bitfit"):
+            told[cell] = s
+        if cell.row.split(" --steps ")[0] == "lora":
+            references[cell.task, cell.s.steps] = cell
+    if not references:
+        raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
+
+    def at(cell, rank):
+        times = rank / told[cell].rank
+        run = cell.again(0, "--rank", str(rank), "--alpha", f"{told[cell].alpha * times:g}")
+        run.times = times
+        return run
+
+    ranks = {cell: s.rank for cell, s in told.items()}
+    sizes = {cell: {} for cell in told}  # mean budgets by rank, infinite where the run failed
+    for _ in range(6):
+        trials = {cell: at(cell, ranks[cell]) for cell in told}
+        failed |= make(trials.values(), q)
+        done = finished(q)
+        for cell, run in trials.items():
+            sizes[cell][ranks[cell]] = done[run.key]["trainable_params"]["mean"] if run.key in done else math.inf
+        for cell in told:
+            reference = references[cell.task, cell.s.steps]
+            aim = sizes[reference][told[reference].rank]
+            if aim == math.inf:
+                raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
+            ranks[cell] = min(sizes[cell], key=lambda rank: abs(sizes[cell][rank] / aim - 1))
+            off = sizes[cell][ranks[cell]] / aim - 1
+            closer = max(1, round(ranks[cell] / (1 + off)))
+            if abs(off) > 0.05 and closer not in sizes[cell]:
+                ranks[cell] = closer
+        if all(ranks[cell] in sizes[cell] for cell in told):
+            break
+    return [at(cell, ranks[cell]) if cell in told else cell for cell in cells], failed
+
+
+def grid_of(text):
+    """Every choice of a grid "lr=1e-3,2e-3 alpha=8,16", as {setting: value as text}."""
+    axes = {}
+    for word in text.split():
+        name, _, values = word.partition("=")
+        if not hasattr(train.Settings, name.replace("-", "_")) or not all(values.split(",")):
+            raise UserError(f"--tune {word}: write settings and their values, as in 'lr=5e-4,1e-3 alpha=8,16'")
+        axes[name.replace("-", "_")] = values.split(",")
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def tune(cells, q):
+    """(the cells with the best choice of the grid, {row: {task: what that is}}, what failed).
+
+    The best is that by the mean of the metric over --tune-seeds, if all of them finished. The grid's alphas are meant
+    for the rank that was told, and grow with --match-budget's.
+    """
+    more = ["--eval-half", "tune"] * q.split_eval
+    if q.tune_rows:
+        more += ["--limit-train", str(q.tune_rows)]
+    trials = {cell: {} for cell in cells}  # {cell: {choice: its runs}}; a choice is a tuple of flags
+    for cell, choices in trials.items():
+        for values in grid_of(q.tune):
+            flags = []
+            for name, value in values.items():
+                if name == "alpha" and cell.times != 1:
+                    value = f"{float(value) * cell.times:g}"
+                flags += ["--" + name.replace("_", "-"), value]
+            choices[tuple(flags)] = [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
+    failed = make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
+    done, tuned, chosen = finished(q), [], {}
+    for cell, choices in trials.items():
+        means = {}
+        for flags, runs in choices.items():
+            metrics, values = scores(runs, done, q.metric)
+            numbers = list(values.get((cell.row, cell.task), {}).values())
+            if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
+                means[flags] = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
+        if means:
+            best = max(means, key=means.get)
+            tuned.append(cell.again(0, *best))
+            chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(best)} (of {len(choices) * q.tune_seeds} runs)"
+        else:
+            say(f"{cell.row}, {cell.task}: left out, no choice of --tune has finished with all its seeds")
+    return tuned, chosen, failed
+
+
+# ---------------------------------------------------------------------------------------------- quality: its table
+
+
+LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
+LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
+VARIANTS = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a"}  # settings that go with any policy
+POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
+    f.name for f in dataclasses.fields(train.Settings)
+    if f.metadata["group"] in ("static", "adalora", "lalora", "weightlora", "lelora")}
+
+
 def numbers_of(line, column):
     """The metrics that a finished run's line has for a task: its own, a part of its own, or another one evaluated."""
     if line["task"] == column:
         return line
     parts = {key.removesuffix(f"_{column}"): value for key, value in line.items() if key.endswith(f"_{column}")}
-    return parts or line.get("evaluated", {}).get(column)
+    return parts or line.get("evaluated", {}).get(column, {})
 
 
 def scores(runs, done, metric=None):
@@ -764,77 +888,127 @@ def scores(runs, done, metric=None):
 
     `metric` None takes each task's headline. Raises UserError for one that a run does not have.
     """
-    tasks = list(dict.fromkeys(column for run in runs for column in run.columns))
-    found = {(run.row, column, run.seed): numbers_of(done[run.key], column) or {}
-             for run in runs for column in run.columns if run.key in done}
-    metrics = {task: metric or next((m for m in data.TASKS[task].metrics if not found or any(
-        m in numbers for (_, column, _), numbers in found.items() if column == task)), "loss") for task in tasks}
-    values = {(run.row, column): {} for run in runs for column in [*tasks, *["average"] * (len(tasks) > 1)]}
-    for (row, task, seed), numbers in found.items():  # none if another program scores the task
-        if metrics[task] in numbers:
-            value = numbers[metrics[task]]
-            values[row, task][seed] = math.nan if value is None else value  # JSON has no nan
-        elif metric:
-            raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
-    for row, column in values:
-        if column == "average":
-            seeds = sorted(set.intersection(*(set(values[row, task]) for task in tasks)))
-            values[row, column] = {seed: statistics.fmean(values[row, task][seed] for task in tasks) for seed in seeds}
+    tasks = list(dict.fromkeys(task for run in runs for task in run.columns))
+    metrics, values = dict.fromkeys(tasks, metric), {}
+    for run in runs:
+        for task in run.columns if run.key in done else ():
+            numbers = numbers_of(done[run.key], task)
+            if metric and metric not in numbers:
+                raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
+            known = [name for name in (*data.TASKS[task].metrics, "loss") if name in numbers]
+            metrics[task] = metrics[task] or next(iter(known), None)
+            if metrics[task] in numbers:  # else another program scores the task
+                value = numbers[metrics[task]]
+                values.setdefault((run.row, task), {})[run.seed] = math.nan if value is None else value
+    for row in dict.fromkeys(run.row for run in runs) if len(tasks) > 1 else ():
+        each = [values.get((row, task), {}) for task in tasks]
+        seeds = sorted(set.intersection(*map(set, each)))
+        values[row, "average"] = {seed: statistics.fmean(numbers[seed] for numbers in each) for seed in seeds}
     return metrics, values
 
 
-def summarise(runs, done, metric=None, failed=(), paper=None):
-    """(Markdown, JSON object) of the runs that are done; rows and columns are in the order of `runs`.
+def baselines(lines, free=()):
+    """{row: the row of uniform LoRA that it is compared with}, where there is one; lines: {row: {(task, seed): line}}.
 
-    Cells are means and standard deviations over seeds, in percent but for losses, with `paper`'s numbers {row: {column:
-    text}} in brackets. Each row is compared with plain uniform LoRA, over the seeds that both have; arrows mark p <=
-    LEVEL.
+    The two equal each other in every setting that either was told, as it was filled in, but for the policy's own and
+    those in `free`. Variants (PiSSA, DoRA ...) that the baseline has the row has, too: `lalora --dora` is compared with
+    `lora --dora` if that is there, else with `lora`, and so is `lora --dora`.
+    """
+    def value(line, name):
+        place = name in ("model", "data")  # in the run folder an absolute path
+        return line["settings" if place else "settled"].get(name, getattr(train.Settings, name))
+
+    def fits(line, base):
+        told = (line["settings"].keys() | base["settings"].keys()) - POLICY - VARIANTS - set(free)
+        theirs = base["settled"].keys() & VARIANTS
+        uniform = [value(each, "method") == "lora" and not {"adapter", "ranks"} & each["settings"].keys()
+                   for each in (base, line)]
+        alike = all(value(line, name) == value(base, name) for name in told | theirs)
+        return uniform[0] and alike and not (uniform[1] and theirs == line["settled"].keys() & VARIANTS)
+
+    found = {}
+    for row, own in lines.items():
+        fitting = {}
+        for name, others in lines.items():
+            both = own.keys() & others.keys()
+            if both and all(fits(own[place], others[place]) for place in both):
+                fitting[name] = len(others[min(both)]["settled"].keys() & VARIANTS)
+        if fitting:
+            found[row] = max(fitting, key=fitting.get)
+    return found
+
+
+def summarise(runs, done, metric=None, free=()):
+    """What the table says of the runs that are done, as a JSON object; rows are in the order of `runs`.
+
+    A row has for each column mean and standard deviation over seeds, and the mean difference from its baseline, over
+    the seeds that both have, with p of the sign-flip test; besides what was trained, seconds and memory.
     """
     metrics, values = scores(runs, done, metric)
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*values))
-    less, paper = metrics[columns[0]] in LOSSES, paper or {}
-    plain, rank = {run.row: run.s.rank for run in runs if run.plain}, {run.row: run.s.rank for run in runs}
-    base = {row: next((r for r in plain if plain[r] == rank[row]), next(iter(plain), None)) for row in rows}
-    means = {place: statistics.fmean(numbers.values()) for place, numbers in values.items() if numbers}
-    best = {c: (min if less else max)((m for (_, column), m in means.items() if column == c and not math.isnan(m)),
-                                      default=None) for c in columns}
-    cells, tests, about = [], 0, {"rows": {}, "metrics": metrics, "failed": dict(failed)}
-    for row in rows:
-        about["rows"][row], texts = {}, []
-        for column in columns:
-            mine, text = values[row, column], ""
-            theirs = {} if row in plain else values.get((base[row], column), {})
+    lines = {run.row: {} for run in runs}
+    for run in runs:
+        if run.key in done:
+            lines[run.row][run.task, run.seed] = done[run.key]
+    against, rows = baselines(lines, free), {}
+    for row, own in lines.items():
+        rows[row] = {"against": against.get(row)}
+        for column in [*metrics, "average"]:
+            mine, theirs = values.get((row, column)), values.get((against.get(row), column), {})
             if mine:
+                rows[row][column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine),
+                                     "std": statistics.stdev(mine.values()) if len(mine) > 1 else None, "p": None}
                 pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-                mean, std = means[row, column], statistics.stdev(mine.values()) if len(mine) > 1 else None
-                p = None if not pairs or math.isnan(sum(pairs)) else sign_flip(pairs)
-                about["rows"][row][column] = {"mean": mean, "std": std, "seeds": len(mine), "p": p}
-                tests += p is not None
-                scale, digits = (1, 3) if less else (100, 1)
-                text = f"{scale * mean:.{digits}f}"
-                text = f"**{text}**" if mean == best[column] and len(rows) > 1 else text
-                text += f" ± {scale * std:.{digits}f}" if std is not None else ""
-                text += (" ↑" if sum(pairs) > 0 else " ↓") if p is not None and p <= LEVEL else ""
-            printed = paper.get(row, {}).get(column)
-            texts.append(text if printed is None else f"{text} ({printed})".strip())
-        own = [done[run.key] for run in runs if run.row == row and run.key in done]
+                if pairs and not math.isnan(sum(pairs)):
+                    rows[row][column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
         if own:
-            size = {k: statistics.fmean(line["trainable_params"][k] for line in own) for k in ("now", "mean", "peak")}
-            spent, peak = statistics.fmean(line["seconds"] for line in own), max(line["peak_memory_mb"] for line in own)
-            about["rows"][row] |= {"trainable_params": size, "seconds": spent, "peak_memory_mb": peak}
-            sizes = [f"{n:,.0f}" for n in size.values()]
-            texts += [" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]), f"{spent:,.1f}", f"{peak:,.0f}"]
-        more = ", ".join(f"{key} {value}" for key, value in paper.get(row, {}).items() if key not in columns)
-        cells.append([row, *texts, *[""] * (len(columns) + 3 - len(texts)), *[more] * bool(paper)])
-    heads = ["method", *(f"{c}, {metrics[c]}" if c in metrics else c for c in columns), "trainable: last / mean / peak"]
-    text = "\n".join(evaluation.markdown([*heads, "s", "MB", *["(the paper's other numbers)"] * bool(paper)], cells))
-    text += "\nIn brackets what the paper printed, for its own model and rows.\n" * bool(paper)
+            sizes = [line["trainable_params"] for line in own.values()]
+            rows[row] |= {"trainable_params": {k: statistics.fmean(size[k] for size in sizes) for k in sizes[0]},
+                          "seconds": statistics.fmean(line["seconds"] for line in own.values()),
+                          "peak_memory_mb": max(line["peak_memory_mb"] for line in own.values())}
+    return {"metrics": metrics, "rows": rows}
+
+
+def markdown(about):
+    """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
+    metrics, rows, chosen = about["metrics"], about["rows"], about.get("chosen", {})
+    columns = [*metrics, *["average"] * (len(metrics) > 1)]
+    less = metrics[columns[0]] in LOSSES
+    cells, tests = [], 0
+    for name, row in rows.items():
+        cell = [name]
+        for column in columns:
+            means = [other[column]["mean"] for other in rows.values() if column in other]
+            cell.append(score_text(row[column], means, less) if column in row else "")
+            tests += column in row and row[column]["p"] is not None
+        if "seconds" in row:
+            sizes = [f"{n:,.0f}" for n in row["trainable_params"].values()]
+            cell.append(" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]))
+            cell += [f"{row['seconds']:,.1f}", f"{row['peak_memory_mb']:,.0f}", row["against"] or ""]
+            cell += ["; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())] * bool(chosen)
+        cells.append(cell)
+    heads = ["method", *(f"{column}, {metrics.get(column)}".removesuffix(", None") for column in columns),
+             "trainable: last / mean / peak", "s", "MB", "compared with", *["chosen"] * bool(chosen)]
+    cells = [cell + [""] * (len(heads) - len(cell)) for cell in cells]
+    text = "\n".join(evaluation.markdown(heads, cells))
     if tests:
-        seeds = len({run.seed for run in runs})
-        text += (f"\n± standard deviation over seeds. ↑ ↓: differs from uniform LoRA by a paired sign-flip test"
-                 f" over seeds, p ≤ {LEVEL} (with {seeds} seeds p is at least {2 / 2 ** seeds:.2g}); of {tests} "
-                 f"comparisons chance alone would mark {LEVEL * tests:.1f}.\n")
-    return text, about
+        text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
+                 f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
+                 f"{LEVEL * tests:.1f}.\n")
+    return text
+
+
+def score_text(score, means, less):
+    """One cell: mean ± standard deviation, the best of the column's `means` bold, an arrow if p is at most LEVEL."""
+    scale, digits = (1, 3) if less else (100, 1)
+    text = f"{scale * score['mean']:.{digits}f}"
+    best = (min if less else max)((mean for mean in means if not math.isnan(mean)), default=None)
+    if score["mean"] == best and len(means) > 1:
+        text = f"**{text}**"
+    if score["std"] is not None:
+        text += f" ± {scale * score['std']:.{digits}f}"
+    if score["p"] is not None and score["p"] <= LEVEL:
+        text += " ↑" if score["difference"] > 0 else " ↓"
+    return text
 
 
 def sign_flip(differences):
@@ -847,53 +1021,39 @@ def sign_flip(differences):
     return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)))
 
 
-def matched(runs, q):
-    """The runs with ranks, and alphas in proportion, whose mean budget is within 5 % of that of the row `lora`.
+def write_csv(path, runs, done):
+    """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
+    rows = []
+    for line in [done[run.key] | {"row": run.row} for run in runs if run.key in done]:
+        plain = {key: value for key, value in line.items() if isinstance(value, (int, float, str))}
+        sizes = {f"trainable_{key}": value for key, value in line["trainable_params"].items()}
+        rows.append(plain | sizes | {key: value for key, value in line["settled"].items() if key not in plain})
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
-    A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
-    then at that times what was too much or too little. Those runs stay in the results and count if they fit. full and
-    bitfit have no rank. Raises UserError without the row `lora`.
-    """
-    if not any(run.row == "lora" for run in runs):
-        raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
-    told, tried = {}, {}
+
+def draw(path, runs, about):
+    """A picture of quality over the number of steps, a curve per method: mean and standard deviation over seeds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--picture needs matplotlib: pip install -r requirements-dev.txt") from None
+    curves = {}
     for run in runs:
-        if (run.row, run.task) not in told:
-            s = copy.copy(run.s)
-            train.settle(s, models.find_config(s.model, s.init_weights)[0])
-            told[run.row, run.task] = s.rank, s.alpha, run.flags, s.method in ("full", "bitfit")
-
-    def at(place, rank, seed):
-        own_rank, alpha, flags, fixed = told[place]
-        scaled = [] if fixed else ["--rank", str(rank), "--alpha", f"{alpha * rank / own_rank:g}"]
-        return Run(*place, seed, [*flags, *scaled], q.results)
-
-    ranks, asked = {place: rank for place, (rank, *_) in told.items()}, set()
-    for _ in range(6):
-        trials = {place: at(place, rank, 0) for place, rank in ranks.items()}
-        asked |= set(ranks.items())
-        make(trials.values(), q)
-        done = finished(q.results)
-        for place, trial in trials.items():
-            if trial.key in done and not told[place][3]:
-                tried.setdefault(place, {})[ranks[place]] = done[trial.key]["trainable_params"]["mean"]
-        lost = [task for _, task in told if ("lora", task) not in tried]
-        if lost:
-            raise UserError(f"--match-budget: uniform LoRA's run on {lost[0]} failed; see above")
-        off = {place: {rank: size / next(iter(tried["lora", place[1]].values())) - 1 for rank, size in sizes.items()}
-               for place, sizes in tried.items()}
-        for place, by_rank in off.items():
-            best = min(by_rank, key=lambda rank: abs(by_rank[rank]))
-            next_one = max(1, round(best / (1 + by_rank[best])))
-            ranks[place] = best if abs(by_rank[best]) <= 0.05 or (place, next_one) in asked else next_one
-        if asked.issuperset(ranks.items()):
-            break
-    for place, by_rank in off.items():
-        rank, by = min(by_rank.items(), key=lambda item: abs(item[1]))
-        say(f"{', '.join(place)}: rank {rank}, mean budget {100 * by:+.1f} % from uniform LoRA's"
-            + ": no rank tried comes closer" * (abs(by) > 0.05))
-        ranks[place] = rank
-    return [at((run.row, run.task), ranks[run.row, run.task], run.seed) for run in runs]
+        method = run.row.split(" --steps ")[0]
+        curves.setdefault(method, {})[run.s.steps] = about["rows"][run.row]
+    figure = Figure(figsize=(5 * len(about["metrics"]), 4), layout="constrained")
+    for i, (task, metric) in enumerate(about["metrics"].items()):
+        axis = figure.add_subplot(1, len(about["metrics"]), i + 1, title=task, xlabel="steps", ylabel=metric)
+        for method, by_steps in curves.items():
+            points = {steps: row[task] for steps, row in by_steps.items() if task in row}
+            axis.errorbar(list(points), [point["mean"] for point in points.values()],
+                          [point["std"] or 0 for point in points.values()], label=method, marker="o", capsize=3)
+        axis.set_xscale("log")
+        axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -917,6 +1077,7 @@ def settle(b, command):
     """Fill what depends on the machine; raises UserError for what cannot work."""
     b.device = evaluation.auto_device() if b.device == "auto" else b.device
     evaluation.check_device(b.device)
+    train.check_bounds(b)
     cuda = b.device.startswith("cuda")
     if b.model is None:
         b.model = "llama2-7b" if command == "inference" else "roberta-base"
@@ -924,14 +1085,11 @@ def settle(b, command):
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods
-    for name, known in (("methods", (*allocators.METHODS, "dora")), ("modes", ("eager", "compiled"))):
-        wrong = [value for value in getattr(b, name) or () if value not in known]
-        if wrong:
-            choices = ", ".join([*known, *["all"] * (name == "methods")])
-            raise UserError(f"--{name} {wrong[0]}: choose from {choices}")
-    evaluation.check_least(vars(b), batch_size=1, length=4, rank=1, rounds=1, warmup=3, layers=0)
-    if not 0 <= b.dropout < 1 or not 0.5 <= b.fill <= 1:
-        raise UserError("--dropout must be from 0 to below 1, --fill from 0.5 to 1")
+    for method in b.methods or ():
+        if method != "dora":
+            allocators.policy(method)  # complains about one that is not known
+    if not {*b.modes} <= {"eager", "compiled"} or not 0.5 <= b.fill <= 1:
+        raise UserError("--modes are eager and compiled, --fill is from 0.5 to 1")
 
 
 def answer(command, text, about):

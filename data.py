@@ -821,8 +821,27 @@ class Processor:
     def evaluation(self, s):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
         length = None if self.task.new_tokens else s.max_length
-        return {name: encode(self.task, read(self.task, s.data, name, s.limit_eval), self.tokenizer, length, self.image)
-                for name in self.task.eval_splits}
+        splits = {}
+        for name in self.task.eval_splits:
+            rows = half(read(self.task, s.data, name, s.limit_eval), getattr(s, "eval_half", "all"))
+            splits[name] = encode(self.task, rows, self.tokenizer, length, self.image)
+        return splits
+
+
+def drawn(rows, count, seed):
+    """`count` of the rows, or all if there are fewer, drawn by the seed and in their order."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in sorted(order[:count].tolist())]
+
+
+def half(rows, which):
+    """All rows, or one of two halves that are the same in every run: "tune" to choose settings on, "report" the rest."""
+    if which == "all":
+        return rows
+    if len(rows) < 2:
+        raise UserError(f"--eval-half {which}: there are no two evaluation rows to part")
+    tune = set(np.random.default_rng(0).permutation(len(rows))[:len(rows) // 2].tolist())
+    return [row for i, row in enumerate(rows) if (i in tune) == (which == "tune")]
 
 
 def image_settings(folder):

@@ -11,6 +11,8 @@ The last line on stdout is one JSON object with the result.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import os
@@ -738,6 +740,16 @@ def to_json(value, indent=None):
             return [clean(w) for w in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
     return json.dumps(clean(value), indent=indent)
+
+
+@functools.cache
+def source_hash(method):
+    """SHA-256 of the program's own source, all *.py beside this file, and of the method's if that is a `file.py:Class`."""
+    own = Path(method.partition(":")[0]).expanduser()
+    digest = hashlib.sha256()
+    for file in [*sorted(Path(__file__).parent.glob("*.py")), *[own] * own.is_file()]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def report(s, metrics, path, samples, generator):

@@ -101,6 +101,9 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut", low=1)
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
+    sample_train: bool = setting(False, "data", "draw the rows of --limit-train by the seed")
+    eval_half: str = setting("all", "data", "evaluate on all rows, or on one of two halves drawn once for all: one to "
+                                            "tune on, one to report", ("all", "tune", "report"))
     score: str = setting("generation", "data", "score generated answers, or the likeliest of the allowed ones",
                          ("generation", "likelihood"))
 
@@ -260,6 +263,8 @@ def check(s, policy):
         raise UserError("--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out")
     if s.ranks and s.method != "lora":
         raise UserError(f"{flag('ranks')}: goes with --method lora, not {s.method}")
+    if s.sample_train and not s.limit_train:
+        raise UserError("--sample-train: how many rows? say --limit-train, too")
     if s.ranks_shuffled and not s.ranks:
         raise UserError("--ranks-shuffled: there are no --ranks to deal out")
     if s.optimizer == "muon" and s.method in ("full", "bitfit"):
@@ -962,7 +967,9 @@ def set_up(s, alive):
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
     policy = allocators.policy(s.method)
-    rows = data.read(task, s.data, "train", s.limit_train)
+    rows = data.read(task, s.data, "train", 0 if s.sample_train else s.limit_train)
+    if s.sample_train:
+        rows = data.drawn(rows, s.limit_train, s.seed)
     rows, validation_rows = keep_aside(s, rows, policy.validation_rows)
     evaluation.scoring(s, task)
     processor = evaluation.processor_for(s, task)
@@ -995,7 +1002,8 @@ def set_up(s, alive):
     if not s.resume and process == 0:
         alive.claim()
         alive.begin({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
-                     "device": device_name(s.device), "command": shlex.join(sys.argv), "commit": commit()})
+                     "device": device_name(s.device), "command": shlex.join(sys.argv), "commit": commit(),
+                     "source": evaluation.source_hash(s.method)})
     trainable, all_of_them = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
         f"{trainable:,} trainable of {all_of_them:,} parameters, {s.dtype} on {device_name(s.device)}; "

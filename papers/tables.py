@@ -32,8 +32,10 @@ class Published:
     run: bool = train.setting(False, "table", "make the runs that are not made yet")
     small: bool = train.setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
     seeds: int = train.setting(0, "table", "0 = the paper's number")
-    jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores")
-    results: str = train.setting("runs/tables.jsonl", "table", "finished runs, a line each; their folders lie beside")
+    jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
+    keep_old: bool = train.setting(False, "table", "take results that another version of the program has made")
+    results: str = train.setting("runs/tables.jsonl", "table", "file of finished runs, a line each")
+    runs: str = train.setting("runs/tables", "table", "folder of their run folders")
 
 
 def overview(tables):
@@ -71,7 +73,7 @@ def runs_of(table, flags, q):
                      "--method", row["method"], *shlex.split(own), *flags]
             columns = None if q.small else table.get("evaluate")
             for seed in range(q.seeds or table.get("seeds", 5)):
-                runs.append(bench.Run(row["row"], task, seed, words, q.results, columns))
+                runs.append(bench.Run(row["row"], task, seed, words, q.runs, columns))
     return runs
 
 
@@ -82,7 +84,7 @@ def commands(runs):
         groups.setdefault((run.row, run.task), []).append(run)
     for same in groups.values():
         seeds, last = " ".join(str(run.seed) for run in same), same[-1]
-        text += f"for seed in {seeds}; do python train.py {shlex.join(last.flags[:-1])} $seed; done\n"
+        text += f"for seed in {seeds}; do python train.py {shlex.join(last.words()[:-1])} $seed; done\n"
         for column in last.columns:
             if last.task not in (column, "commonsense"):  # which has its parts' numbers in its own result
                 text += f"python {shlex.join(last.evaluate_on(column))}\n"
@@ -90,22 +92,20 @@ def commands(runs):
 
 
 def published(name, q, flags):
-    """Print a paper's table: its commands, its numbers and ours; returns (text, JSON object)."""
+    """A paper's table: its commands, its numbers and ours; returns (text, JSON object)."""
     table = find(json.loads(TABLES.read_text(encoding="utf-8"), parse_float=str), name, q.small)  # numbers as printed
-    paper = {row["row"]: row.get("paper", {}) for row in table["rows"]}
     text = f"{table['paper']}: {table['title']}\n"
     text += "".join(f"{table[key]}\n" for key in ("note", "lacks", "command") if key in table)
-    runs = runs_of(table, flags, q)
-    if not runs:
-        rows = [{"method": row} | numbers for row, numbers in paper.items()]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        return f"{text}\n{bench.table(rows, columns)}", {"table": name}
-    failed = bench.make(runs, q) if q.run else {}
-    told, about = bench.summarise(runs, bench.finished(q.results), table.get("metric"), failed, paper)
-    ours = {run.row for run in runs}
-    left = [f"not here: {row} {' '.join(map(str, numbers.values()))}\n"
-            for row, numbers in paper.items() if row not in ours]
-    return f"{text}{commands(runs)}\n{told}{''.join(left)}", about | {"table": name}
+    runs, about = runs_of(table, flags, q), {}
+    text += commands(runs)
+    rows = [{"the paper's": row["row"]} | row.get("paper", {}) for row in table["rows"]]
+    if rows:
+        text += f"\n{bench.table(rows, list(dict.fromkeys(key for row in rows for key in row)))}\n"
+    if runs:
+        failed = bench.make(runs, q)
+        about = bench.summarise(runs, bench.finished(q), table.get("metric")) | {"failed": failed}
+        text += f"\n{bench.markdown(about)}"
+    return text, about | {"table": name}
 
 
 def main(argv=None):
@@ -117,7 +117,7 @@ def main(argv=None):
     own, flags = parser.parse_known_args(argv[named:])
     q = Published(**vars(own))
     bench.check_shared(flags)
-    evaluation.check_least(vars(q), seeds=0, jobs=1)
+    train.check_bounds(q)
     if named:
         bench.answer("table", *published(argv[0], q, flags))
     else:

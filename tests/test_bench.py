@@ -1,7 +1,10 @@
 """bench.py's commands on tiny models, its counts against what autograd and torch say, and the fast paths it led to."""
 
+import copy
+import csv
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench  # noqa: E402
+import data  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
@@ -49,8 +53,7 @@ def make(folder, method="lora", **changes):
     """(settings, contender, batches) of one method on the tiny model."""
     b = bench.Bench(**dict(model=str(folder), rank=4, length=12, batch_size=4, device="cpu", methods=[method]) | changes)
     bench.settle(b, "speed")
-    with bench.folder_for(b) as changed:
-        base, kind = bench.base_model(b, changed)
+    base, kind = bench.base_model(b)
     return b, bench.contender(b, base, kind, method), bench.batches_for(b, base, kind)
 
 
@@ -58,12 +61,12 @@ def test_speed(folder, tmp_path, capsys):
     """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
     methods = ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"]
     result = bench_run(capsys, tmp_path, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
-                       "--rounds", 1, "--no-memory", "--fill", 0.7)
+                       "--rounds", 1, "--fill", 0.7)
     rows = {row["contender"]: row for row in result["rows"]}
     assert [*rows][:8] == ["floor", *methods, "uniform+validation"]
     n = len(rows["floor"]) and rows["lora"]["trainable"]
     for name, row in rows.items():
-        assert row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] > 0, name
+        assert row["step_ms"] > 0 and row["tokens_per_second"] > 0, name
         if name in methods:
             assert row["policy_percent"] >= 0 and row["to_floor"] > 0
     assert rows["weightlora"]["to_lora"] > 0 and n > rows["floor"]["trainable"]
@@ -74,21 +77,14 @@ def test_speed(folder, tmp_path, capsys):
 
 
 def test_all_methods_are_known(roberta, tmp_path, capsys):
-    result = bench_run(capsys, tmp_path, "speed", "--model", roberta, "--methods", "all", "--rounds", 1, "--no-memory",
+    result = bench_run(capsys, tmp_path, "speed", "--model", roberta, "--methods", "all", "--rounds", 1,
                        "--no-peft", "--batch-size", 2)
     assert {*bench.allocators.METHODS} <= {row["contender"] for row in result["rows"]}
 
 
-def test_a_process_of_its_own(roberta):
-    """The memory of one contender is measured in a fresh process: at least the weights, and no imports."""
-    b, _, _ = make(roberta, rounds=1)
-    row = bench.measure_alone(b, "lora", rank=2)
-    assert row["step_ms"] > 0 and row["policy_ms"] >= 0 and 0.1 < row["weights_mb"] < row["peak_mb"] < 200
-
-
 def test_inference(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    result = bench_run(capsys, tmp_path, "inference", "--model", tmp_path, "--rounds", 1, "--no-memory", "--new-tokens", 4)
+    result = bench_run(capsys, tmp_path, "inference", "--model", tmp_path, "--rounds", 1, "--new-tokens", 4)
     assert [row["variant"] for row in result["rows"]] == list(bench.VARIANTS)
     assert all(row["ttft_ms"] > 0 and row["itl_ms"] > 0 for row in result["rows"])
     b, runner, _ = make(tmp_path)
@@ -105,16 +101,17 @@ def test_inference(tmp_path, capsys):
 
 
 def test_memory(roberta, tmp_path, capsys):
-    """A row per shape and method; more tokens take more."""
+    """A row per shape and method, measured in a fresh process: at least the weights, and no imports."""
     result = bench_run(capsys, tmp_path, "memory", "--model", roberta, "--methods", "lora", "--no-peft", "--rounds", 1,
-                       "--batch-size", 8)
-    peaks = {(row["contender"], row["batch"], row["length"]): row["peak_mb"] for row in result["rows"]}
-    assert {*peaks} == {(name, *shape) for name in ("floor", "lora") for shape in ((8, 12), (4, 12), (8, 6))}
-    assert all(peak > 0.1 for peak in peaks.values())
+                       "--batch-size", 1)
+    rows = {(row["contender"], row["batch"], row["length"]): row for row in result["rows"]}
+    assert {*rows} == {(name, 1, length) for name in ("floor", "lora") for length in (12, 6)}
+    for row in rows.values():
+        assert row["step_ms"] > 0 and 0.1 < row["weights_mb"] < row["peak_mb"] < 200
 
 
 @pytest.mark.parametrize("flags", [["speed", "--methods", "nothing"], ["speed", "--batch-size", "0"], ["quick"],
-                                   ["speed", "--fill", "0.2"], ["inference", "--model", "vit-digits", "--no-memory"]])
+                                   ["speed", "--fill", "0.2"], ["inference", "--model", "vit-digits"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.evaluation.command(lambda: bench.main(flags))
@@ -195,7 +192,7 @@ def test_plain_attention_equals_the_kernel(groups, masking):
     assert (trained - evaluated).abs().max() < 1e-5
 
 
-# ---- quality and table
+# ---- quality and the papers' tables
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
@@ -206,60 +203,129 @@ def test_sign_flip_equals_scipys_permutation_test(n):
                                     vectorized=True, n_resamples=np.inf, alternative="two-sided").pvalue
     assert bench.sign_flip(x - y) == pytest.approx(wanted)
     assert bench.sign_flip(np.ones(5)) == 2 / 32 and bench.sign_flip([1, -1]) == 1
-    assert abs(bench.sign_flip(np.tile(x - y, 20)) - min(1, wanted)) < 1  # many: drawn, not enumerated
+    assert bench.sign_flip(np.tile([1.0, -1.0], 20)) == 1 and bench.sign_flip(np.ones(20)) < 1e-3  # drawn, not enumerated
 
 
-SMALL = ["--limit-train", "64", "--limit-eval", "32", "--epochs", "2", "--eval-every", "1000", "--no-eval-before",
-         "--device", "cpu"]
+SMALL = ["--limit-train", "64", "--limit-eval", "32", "--eval-every", "1000", "--no-eval-before", "--device", "cpu"]
 
 
 def compare(capsys, tmp_path, *flags):
-    """What the command prints: its table's cells as {row: [text]} and its JSON object."""
-    bench.main([*flags, "--results", str(tmp_path / "r.jsonl"), *SMALL])
-    lines = capsys.readouterr().out.splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    return {row[0]: row[1:] for row in cells}, json.loads(lines[-1])
+    """What the command prints: its table's cells as {row: [text]}, its JSON object and what it says."""
+    bench.main(["quality", *flags, "--results", str(tmp_path / "results" / "r.jsonl"), "--runs", str(tmp_path / "runs"), *SMALL])
+    out, err = capsys.readouterr()
+    cells = [line[2:-2].split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}, json.loads(out.splitlines()[-1]), err
+
+
+def results(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "results" / "r.jsonl").read_text().splitlines()]
 
 
 def test_quality(tmp_path, capsys, monkeypatch):
     """Two processes at a time; matched budgets; what is there is not made again, what was cut off is."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    asked = ["quality", "--methods", "lora,weightlora,lora --rank 4 --scaling rslora", "--seeds", "2", "--jobs", "2",
-             "--match-budget"]
-    cells, about = compare(capsys, tmp_path, *asked)
-    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    asked = ["--methods", "lora,weightlora,lora --rank 4 --scaling rslora", "--seeds", "2", "--jobs", "2", "--epochs", "2",
+             "--match-budget", "--csv", str(tmp_path / "runs.csv")]
+    cells, about, _ = compare(capsys, tmp_path, *asked)
+    lines = results(tmp_path)
     assert len(lines) == len({json.dumps(line["settings"]) for line in lines}) and "peak_memory_mb" in lines[0]
     n = about["rows"]["lora"]["trainable_params"]["mean"]
     assert n == about["rows"]["lora --rank 4 --scaling rslora"]["trainable_params"]["mean"]
     mean = about["rows"]["weightlora"]["trainable_params"]["mean"]
     assert abs(mean / n - 1) <= 0.05  # all matrices in the warm-up, then half of them
-    mine = [line["accuracy"] for line in lines if line["settings"].get("method") == "weightlora"
-            and line["trainable_params"]["mean"] == mean]
-    assert len(mine) == 2 and about["rows"]["weightlora"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
-    assert cells["weightlora"][0].startswith(f"{100 * np.mean(mine):.1f} ± {100 * np.std(mine, ddof=1):.1f}") or \
-        cells["weightlora"][0].startswith("**")
-    assert (tmp_path / "r.md").read_text().startswith("| method | digits-rot90, accuracy |")
+    mine = {line["seed"]: line["accuracy"] for line in lines if line["settings"].get("method") == "weightlora"
+            and line["trainable_params"]["mean"] == mean}
+    mine = [mine[seed] for seed in (0, 1)]
+    assert about["rows"]["weightlora"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
+    text = cells["weightlora"][0].replace("**", "")
+    assert text.startswith(f"{100 * np.mean(mine):.1f} ± {100 * np.std(mine, ddof=1):.1f}")
+    assert [cells[row][4] for row in about["rows"]] == ["", "lora", "lora"]  # whose ranks differ, as they should
+    with open(tmp_path / "runs.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == [row for row in about["rows"] for _ in range(2)]
+    assert [float(row["accuracy"]) for row in rows[2:4]] == mine and int(rows[2]["rank"]) > 8
+    assert not [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
 
-    kept = (tmp_path / "r.jsonl").read_bytes()
+    file = tmp_path / "results" / "r.jsonl"
+    kept = file.read_bytes()
     monkeypatch.setattr(bench.subprocess, "run", None)  # nothing may be started
     assert compare(capsys, tmp_path, *asked)[1] == about
-    (tmp_path / "r.jsonl").write_bytes(kept[:-9])  # the run's folder has the result
+    file.write_bytes(kept[:-9])  # the run's folder has the result
     assert compare(capsys, tmp_path, *asked)[1] == about
-    assert (tmp_path / "r.jsonl").read_bytes().splitlines()[-1] + b"\n" == kept[len(kept[:-1]) - kept[:-1][::-1].find(b"\n"):]
+    assert file.read_bytes().splitlines()[-1] == kept.splitlines()[-1]
+
+
+def test_tuning(tmp_path, capsys, monkeypatch):
+    """Each row takes what is best on seeds and rows that are not reported; the picture shows it over the steps."""
+    asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
+             "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture", str(tmp_path / "steps.png")]
+    _, about, _ = compare(capsys, tmp_path, *asked)
+    rows = ["lora --steps 2", "lora --steps 12"]
+    assert [*about["rows"]] == [*about["chosen"]] == rows
+    lines = results(tmp_path)
+    tried = [line for line in lines if line["seed"] == 1000]
+    assert len(tried) == 4 and {line["settings"]["limit_train"] for line in tried} == {48}
+    assert {(line["seed"], line["settings"]["eval_half"], line["eval_rows"]) for line in lines} == {
+        (1000, "tune", 16), (0, "report", 16)}
+    for row in rows:
+        accuracies = {line["settings"]["lr"]: line["accuracy"] for line in tried if line["row"] == row}
+        best = "1e-2" if accuracies[1e-2] > accuracies[1e-9] else "1e-9"  # the first of equals
+        assert about["chosen"][row] == {"digits-rot90": f"--lr {best} (of 2 runs)"}
+        (reported,) = [line for line in lines if line["seed"] == 0 and line["row"] == row]
+        assert reported["settings"]["lr"] == float(best) and reported["settings"]["limit_train"] == 64
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(bench.subprocess, "run", None)
+    shutil.rmtree(tmp_path / "runs")
+    assert compare(capsys, tmp_path, *asked, "--no-run")[1] == about  # from the results file alone
+
+
+def test_halves_and_samples_of_rows():
+    rows = [{"row": i // 2} for i in range(11)]  # some are equal
+    tune, report = data.half(rows, "tune"), data.half(rows, "report")
+    assert len(tune) == 5 and sorted(map(id, tune + report)) == sorted(map(id, rows)) and tune == data.half(rows, "tune")
+    assert data.half(rows, "all") == rows
+    some = [data.drawn(rows, 6, seed) for seed in (0, 0, 1)]
+    assert some[0] == some[1] != some[2] and [len(set(map(id, part))) for part in some] == [6] * 3
+    assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0) == rows
+
+
+def test_results_of_other_source_are_made_again(tmp_path, capsys, monkeypatch):
+    asked = ["--methods", "lora", "--seeds", "1", "--steps", "1"]
+    assert "another version" not in compare(capsys, tmp_path, *asked)[2]
+    (tmp_path / "eval.py").write_text("1")
+    monkeypatch.setattr(bench.evaluation, "__file__", str(tmp_path / "eval.py"))
+    bench.evaluation.source_hash.cache_clear()
+    assert "taken as they are" in compare(capsys, tmp_path, *asked, "--keep-old")[2] and len(results(tmp_path)) == 1
+    assert "1 of 1 results are of another version of the program: made again" in compare(capsys, tmp_path, *asked)[2]
+    first, second = results(tmp_path)
+    assert first["source"] != second["source"] and first["settings"] == second["settings"]
+    assert "another version" not in compare(capsys, tmp_path, *asked)[2] and len(results(tmp_path)) == 2
+    bench.evaluation.source_hash.cache_clear()
 
 
 def test_a_failed_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        compare(capsys, tmp_path, "quality", "--methods", "lora,lora --rank 4000", "--seeds", "1")
-    out = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert stopped.value.code == 1 and "lower the rank" in next(iter(out["failed"].values()))
-    assert out["rows"]["lora"]["digits-rot90"]["seeds"] == 1 and "digits-rot90" not in out["rows"]["lora --rank 4000"]
+        compare(capsys, tmp_path, "--methods", "lora,lora --rank 4000", "--seeds", "1", "--steps", "1")
+    about = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ((name, message),) = about["failed"].items()
+    log = tmp_path / "runs" / f"{name}.stderr.txt"
+    assert stopped.value.code == 1 and "lower the rank" in message and str(log) in message
+    assert "lower the rank" in log.read_text()
+    assert about["rows"]["lora"]["digits-rot90"]["seeds"] == 1 and "digits-rot90" not in about["rows"]["lora --rank 4000"]
+
+
+@pytest.mark.parametrize("named, shares", [("GPU-a,3", ["GPU-a", "3", "GPU-a"]), ("1", ["1"] * 3), ("", [""] * 3)])
+def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in bench.environments(3)] == shares
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["quality", "--task", "cola"], "use --tasks"), (["quality", "--seeds", "0"], "at least 1"),
-    (["quality", "--methods", "lora,nothing"], "invalid choice"), (["quality", "--methods", "lora", "--out", "x"], "--out"),
+    (["quality", "--task", "cola"], "use --tasks"), (["quality", "--seeds", "0"], "--seeds 0: must be"),
+    (["quality", "--methods", "lora,nothing"], "choose from"), (["quality", "--methods", "lora", "--out", "x"], "--out"),
     (["quality", "--methods", "lalora", "--match-budget"], "add lora"), (["quality", "--nonsense", "1"], "unrecognized"),
+    (["quality", "--tune", "speed=1,2"], "--tune speed=1,2"), (["quality", "--tune", "lr=1,,2"], "--tune lr=1,,2"),
+    (["quality", "--picture", "x.png", "--steps", "5"], "--steps 250"),
     (["papers/tables.py", "nothing"], "lalora-table5"),
     (["papers/tables.py", "lalora-table6", "--small"], "no small version")])
 def test_refused_comparisons(flags, message, capsys):
@@ -270,34 +336,53 @@ def test_refused_comparisons(flags, message, capsys):
     assert stopped.value.code == 2 and message in error[-1]
 
 
-def fake(row, task, seed, value, method="lora", rank=8, metric="accuracy"):
-    """(Run, its line in the results)."""
-    run = bench.Run(row, task, seed, ["--method", method, "--rank", str(rank), "--model", "roberta-base"], "r.jsonl")
-    sizes = dict.fromkeys(("now", "mean", "peak"), 100 * rank)
-    return run, {"settings": run.settings, "task": task, metric: value, "trainable_params": sizes, "seconds": 2.0,
-                 "peak_memory_mb": 10 + seed}
+def line_of(run, metric, value):
+    """What the results hold of a run, with the settings that train.py would fill in."""
+    s = copy.copy(run.s)
+    train.settle(s, models.find_config(s.model, "random")[0])
+    return {"settings": run.settings, "settled": bench.changed(vars(s)), "task": run.task, metric: value, "seconds": 2.0,
+            "trainable_params": dict.fromkeys(("now", "mean", "peak"), 100 * s.rank), "peak_memory_mb": 10}
 
 
-def test_summary_pairs_each_row_with_uniform_lora_of_its_rank():
+@pytest.mark.parametrize("rows, against", [
+    (["lora --lr 1e-3", "lora --lr 5e-3", "lalora --lr 5e-3"], [None, None, 1]),
+    (["lora", "lalora --lr 5e-3", "lalora --lr 4e-3", "lora --seed 1"], [None, 0, None, None]),  # 5e-3 is the task's own
+    (["lalora", "lora --rank 4", "lora --clip 0.5"], [None] * 3),
+    (["lora", "lalora --lalora-gamma 2", "adalora", "random", "full", "lora --ranks x"], [None, 0, 0, 0, 0, 0]),
+    (["lora --dora", "lora", "lalora --dora", "weightlora --init pissa", "lora --dora --init pissa"], [1, None, 0, 1, 0])])
+def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against, monkeypatch):
+    rows = [row for row in rows if "--ranks" not in row or hasattr(train.Settings, "ranks")]
+    runs = [bench.Run(row, "digits-rot90", 0, ["--method", *row.split()], "runs") for row in rows]
+    lines = {run.row: {0: line_of(run, "accuracy", 0.5)} for run in runs}
+    wanted = {row: rows[i] for row, i in zip(rows, against) if i is not None}
+    assert bench.baselines(lines) == wanted
+
+
+def test_summary():
+    """Differences and p are of pairs of seeds, the average over tasks is of seeds that all of them have."""
     better = [0.5, 0.6, 0.7, 0.8, 0.9]
-    made = [fake("LoRA 8", "sst2", i, v) for i, v in enumerate(better)]
-    made += [fake("LoRA 4", "sst2", i, v - 0.2, rank=4) for i, v in enumerate(better)]
-    made += [fake("ours", "sst2", i, v - 0.1, "lalora", 4) for i, v in enumerate(better)]
-    made += [fake("LoRA 8", "rte", i, 0.5) for i in range(4)] + [fake("ours", "rte", 4, None, "lalora", 4)]
-    runs, done = [run for run, _ in made], {run.key: line for run, line in made}
-    text, about = bench.summarise(runs, done, paper={"ours": {"sst2": "95.1", "average": 90.0}})
+    made = [("LoRA", "lora", "sst2", i, v) for i, v in enumerate(better)]
+    made += [("ours", "lalora", "sst2", i, v - 0.1) for i, v in enumerate(better)]
+    made += [("LoRA", "lora", "rte", i, 0.5) for i in range(4)] + [("ours", "lalora", "rte", 4, None)]
+
+    def summary(made, metric, model="roberta-base"):
+        runs, done = [], {}
+        for row, method, task, seed, value in made:
+            runs.append(bench.Run(row, task, seed, ["--method", method, "--model", model], "runs"))
+            done[runs[-1].key] = line_of(runs[-1], metric, value)
+        about = bench.summarise(runs, done)
+        return about, {line.split(" | ")[0]: line.split(" | ")[1:] for line in bench.markdown(about).splitlines()}
+
+    about, cells = summary(made, "accuracy")
     ours = about["rows"]["ours"]
     assert ours["sst2"] == {"mean": pytest.approx(0.6), "std": pytest.approx(np.std(better, ddof=1)), "seeds": 5,
-                            "p": 2 / 32}
-    assert ours["rte"]["seeds"] == 1 and ours["rte"]["p"] is None
-    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| ")}
-    assert rows["| ours"][:3] == ["60.0 ± 15.8 ↑ (95.1)", "nan", "nan (90.0)"]
-    assert rows["| LoRA 8"][:3] == ["**70.0** ± 15.8", "**50.0** ± 0.0", "**57.5** ± 6.5"]
-    assert rows["| LoRA 4"][1:3] == ["", ""] and "800" in rows["| LoRA 8"][3]
-    losses = [fake("a", "gsm8k", 0, 1.5, metric="loss"), fake("b", "gsm8k", 0, 1.25, "random", metric="loss")]
-    text, _ = bench.summarise([run for run, _ in losses], {run.key: line for run, line in losses})
-    assert "| b | **1.250** |" in text and "| a | 1.500 |" in text  # less is better, and no percent
-    assert "gsm8k, loss" in text
+                            "difference": pytest.approx(-0.1), "p": 2 / 32}
+    assert ours["rte"]["seeds"] == 1 and ours["rte"]["p"] is None and ours["against"] == "LoRA"
+    assert cells["| ours"][:3] == ["60.0 ± 15.8 ↓", "nan", "nan"]
+    assert cells["| LoRA"][:4] == ["**70.0** ± 15.8", "**50.0** ± 0.0", "**57.5** ± 6.5", "800"]
+    _, cells = summary([("a", "lora", "gsm8k", 0, 1.5), ("b", "random", "gsm8k", 0, 1.25)], "loss", "llama2-7b")
+    assert cells["| b"][0] == "**1.250**" and cells["| a"][0] == "1.500"  # less is better, and no percent
+    assert cells["| method"][0] == "gsm8k, loss"
 
 
 TABLES = json.loads(tables.TABLES.read_text())
@@ -311,7 +396,7 @@ def test_tables_of_the_papers(name, capsys):
         out = capsys.readouterr().out
         assert json.loads(out.splitlines()[-1])["table"] == name
         for row in TABLES[name]["rows"]:
-            assert row["row"] in out and all(str(v) in out for v in row.get("paper", {}).values()) or small
+            assert row["row"] in out and all(str(v) in out for v in row.get("paper", {}).values())
         for line in out.splitlines():
             words = shlex.split(line)[2:] if line.startswith("python bench.py ") else []
             for command in filter(None, line.removeprefix("python ").split(" && python ") if words else []):
@@ -332,16 +417,17 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
             out.mkdir(parents=True)
             line |= {"loss": 1.0, "accuracy_boolq": 0.75, "seconds": 1.0, "peak_memory_mb": 2,
                      "trainable_params": dict.fromkeys(("now", "mean", "peak"), 3)}
+            (out / "run.json").write_text(json.dumps({"settings": {"rank": 8, "out": str(out)}}))
             (out / "result.json").write_text(json.dumps(line))
         return bench.subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(line), "")
 
     monkeypatch.setattr(bench.subprocess, "run", fake_run)
-    q = tables.Published(results=str(tmp_path / "r.jsonl"))
-    run = bench.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.results, ["gsm8k", "boolq", "humaneval"])
+    q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
+    run = bench.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", "humaneval"])
     assert bench.make([run], q) == {}
     assert called[0][:2] == ["--model", "gemma-7b"]
     assert called[1:] == [[str(run.out), "--task", "gsm8k"],
                           [str(run.out), "--task", "humaneval", "--samples", str(run.out / "humaneval.jsonl")]]
-    text, about = bench.summarise([run], bench.finished(q.results))
+    about = bench.summarise([run], bench.finished(q))
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
-    assert "humaneval" not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in text
+    assert "humaneval" not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)
