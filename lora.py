@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import UserError, open_weights, read_json, whole_folder
+from model import UserError, open_weights, read_json, spellings, tied, whole_folder
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -533,17 +533,19 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
     modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
     """
-    tensors, rank_of, alpha_of, dropout = {}, {}, {}, 0.0
-    for name, layer in adapters(model).items():
-        A, B = layer.factors()
+    tensors, rank_of, alpha_of, dropout, layers = {}, {}, {}, 0.0, adapters(model)
+    for path, names in matrices_by_path(model).items():
+        if not layers.keys() & set(names):
+            continue
+        A, B, magnitude, scale = stack_factors([model.get_submodule(name) for name in names])
         if len(A) == 0:
             continue
-        path = model.hf_name(name, module=True)
-        rank_of[path], alpha_of[path], dropout = len(A), layer.scale * len(A), layer.dropout
+        rank_of[path], alpha_of[path] = len(A), scale * len(A)
+        dropout = next(layers[name].dropout for name in names if name in layers)
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous().cpu()
-        if layer.magnitude is not None:
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = layer.magnitude.detach().cpu()
+        if magnitude is not None:
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude.cpu()
     heads = set()
     for name in whole_parts(model) if head else []:
         path = model.hf_name(name, module=True)
@@ -552,7 +554,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
+        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
+        "fan_in_fan_out": model.family == "gpt2",  # PEFT's word for GPT-2's transposed matrices
         "use_rslora": False, "use_dora": any("magnitude" in key for key in tensors), "init_lora_weights": True,
         "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
@@ -562,6 +565,33 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     with whole_folder(Path(folder)) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def matrices_by_path(model):
+    """{path in transformers' model: our projections there, one below the other}: several for GPT-2's c_attn alone."""
+    paths = {}
+    for name, _, _ in sites(model, [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]):
+        paths.setdefault(model.hf_name(name, module=True), []).append(name)
+    return paths
+
+
+@torch.no_grad()
+def stack_factors(layers):
+    """(A, B, DoRA's lengths or None, scale) of one adapter that does what those of `layers`, one below the other, do.
+
+    Each keeps its own components: the A are stacked, the B stand along the diagonal. A plain layer has none.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    scale, dora = adapted[0].scale, adapted[0].magnitude is not None
+    As, Bs, lengths = [], [], []
+    for layer in layers:
+        A, B = layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0)
+        length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32) if dora else None
+        if layer in adapted:
+            A, B = layer.factors()
+            B, length = B * (layer.scale / scale), layer.magnitude
+        As, Bs, lengths = [*As, A.float()], [*Bs, B.float()], [*lengths, length]
+    return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, scale
 
 
 def whole_parts(model):
@@ -579,13 +609,16 @@ def load_adapter(model, folder):
     the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    matrices = [name for name, _, _ in sites(model, [t for t in TARGETS if hasattr(model.blocks[0], t)])]
+    matrices = matrices_by_path(model)
     whole = []  # a language model's head stays as it is
     if model.head_kind != "lm":
         whole = [name for name, _ in model.named_parameters() if name.startswith(("head.", "pooler."))]
-        matrices += [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
-    matrices = {spelling: name for name in matrices for spelling in spellings(model, name)}
+        linears = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
+        matrices |= {model.hf_name(name, module=True): [name] for name in linears}
+    paths = {spelling: path for path, names in matrices.items() for spelling in spellings(model, names[0])}
     parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
+    if tied(model):
+        parameters["lm_head.weight"] = "embed.weight"
     found, changed = {}, set()
     for key, tensor in tensors.items():
         path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
@@ -593,8 +626,8 @@ def load_adapter(model, folder):
         match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
         name = parameters.get(path)
         base = None if name is None else model.get_parameter(name)
-        if match and match[1] in matrices:
-            found.setdefault(matrices[match[1]], {})[match[2] or match[3]] = tensor
+        if match and match[1] in paths:
+            found.setdefault(paths[match[1]], {})[match[2] or match[3]] = tensor
         elif name in whole and base.shape == tensor.shape:
             base.data.copy_(tensor)  # a copy: the tensor may be a view of the file
             changed.add(name)
@@ -605,27 +638,13 @@ def load_adapter(model, folder):
         raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
                         "saved without its trained head")
     layers = {}
-    for name, parts in found.items():
-        n_out, n_in = model.get_submodule(name).weight.shape
-        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-        rank = next(iter(shapes.get("A", ())), 0)
-        expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
-        path = model.hf_name(name, module=True)
-        if rank == 0 or shapes != expected:
-            raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
-                            f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
-        alpha = _pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        made = DoraLinear if config["use_dora"] else LoraLinear
-        layer = made(model.get_submodule(name), rank, scale, config["lora_dropout"])
-        for part, tensor in parts.items():
-            getattr(layer, part).data.copy_(tensor)
-        if name.startswith("blocks."):
-            _replace(model, name, layer)
-            layers[name] = layer
-        else:  # the policies give rank to blocks alone
-            layer.merge()
-            changed.add(f"{name}.weight")
+    for path, parts in found.items():
+        layers |= _made_of(model, matrices[path], path, parts, config, file)
+    for name in [name for name in layers if not name.startswith("blocks.")]:  # the policies give rank to blocks alone
+        layers.pop(name).merge()
+        changed.add(f"{name}.weight")
+    for name, layer in layers.items():
+        _replace(model, name, layer)
     pooler = [name for name in whole if name.startswith("pooler.")]
     if changed.intersection(pooler):  # it is no longer the base's and goes with the adapter when that is saved
         model.fresh += [name for name in pooler if name not in model.fresh]
@@ -634,10 +653,33 @@ def load_adapter(model, folder):
     return layers
 
 
-def spellings(model, name):
-    """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
-    names = [model.hf_name(name, module=spelling) for spelling in (False, True)]
-    return names + [name.removeprefix(f"{model.prefix}.") for name in names]
+def _made_of(model, names, path, parts, config, file):
+    """The layers, {name: LoraLinear}, not yet in place, of the matrices `names` at `path`, from its tensors."""
+    linears = [model.get_submodule(name) for name in names]
+    rows, n_in = [linear.out_features for linear in linears], linears[0].in_features
+    shapes, n_out = {part: tuple(tensor.shape) for part, tensor in parts.items()}, sum(rows)
+    rank = next(iter(shapes.get("A", ())), 0)
+    expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
+    if rank == 0 or shapes != expected:
+        raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
+                        f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
+    alpha, layers = _pattern(config["alpha_pattern"], path, config["lora_alpha"]), {}
+    scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    magnitudes = parts["magnitude"].split(rows) if config["use_dora"] else [None] * len(rows)
+    for name, linear, B, magnitude in zip(names, linears, parts["B"].split(rows), magnitudes):
+        used = torch.ones(rank, dtype=torch.bool)
+        if len(names) > 1 and magnitude is None and parts["B"].any():
+            used = B.any(0)  # the other components are another matrix's
+        if not used.any():
+            continue
+        kind = LoraLinear if magnitude is None else DoraLinear
+        layer = kind(linear, int(used.sum()), scale, config["lora_dropout"])
+        layer.A.data.copy_(parts["A"][used])
+        layer.B.data.copy_(B[:, used])
+        if magnitude is not None:
+            layer.magnitude.data.copy_(magnitude)
+        layers[name] = layer
+    return layers
 
 
 def _misfit(model, path, base, parameters):
@@ -650,7 +692,7 @@ def _misfit(model, path, base, parameters):
     if base is not None:
         return f"a trained or resized copy of the base model's {list(base.shape)} is not supported; {merge}"
     if f"{module}.weight" in parameters:
-        return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and classification head; {merge}"
+        return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and head; {merge}"
     if first in ("classifier", "score", "lm_head", "qa_outputs"):
         return f"a head that the model, built for this task with {heads[-1]}, does not have"
     return f"fits nothing in this {model.family} model of {len(model.blocks)} blocks; is it the adapter's base model?"

@@ -80,7 +80,21 @@ def sizes(*values, **other):
     return {**dict(zip(keys, values)), **other}
 
 
+def gpt2(width, layers, heads):
+    """GPT-2's own names for its sizes."""
+    return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers,
+            "n_head": heads}
+
+
 ROBERTA, LLAMA = dict(type_vocab_size=1, layer_norm_eps=1e-5), dict(rms_norm_eps=1e-5)
+LLAMA3 = dict(LLAMA, rope_theta=5e5, rope_scaling=dict(
+    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
+LLAMA31 = dict(LLAMA3, rope_scaling=dict(LLAMA3["rope_scaling"], factor=8.0))
+LLAMA32 = dict(LLAMA3, tie_word_embeddings=True)
+SMOL = dict(LLAMA, rope_theta=1e5, tie_word_embeddings=True)
+OLMO2 = dict(rope_theta=5e5, rms_norm_eps=1e-6)
+QWEN2, QWEN3 = dict(rope_theta=1e6), dict(rope_theta=1e6, head_dim=128)
+TIED2, TIED3 = dict(QWEN2, tie_word_embeddings=True), dict(QWEN3, tie_word_embeddings=True)
 DEBERTA = dict(relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=256,
                norm_rel_ebd="layer_norm", position_biased_input=False, layer_norm_eps=1e-7)
 # short name -> Hub id and what its config.json says, so that `weights="random"` needs neither files nor network
@@ -100,16 +114,37 @@ NAMED = {
     "deberta-v3-base": ("microsoft/deberta-v3-base", sizes("deberta-v2", 128100, 512, 768, 3072, 12, 12, **DEBERTA)),
     "deberta-v3-large": ("microsoft/deberta-v3-large", sizes(
         "deberta-v2", 128100, 512, 1024, 4096, 24, 16, **DEBERTA)),
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", sizes(
-        "llama", 49152, 8192, 576, 1536, 30, 9, 3, rope_theta=1e5, tie_word_embeddings=True, pad_token_id=2, **LLAMA)),
+    "gpt2": ("openai-community/gpt2", gpt2(768, 12, 12)),
+    "gpt2-medium": ("openai-community/gpt2-medium", gpt2(1024, 24, 16)),
+    "dialogpt-medium": ("microsoft/DialoGPT-medium", gpt2(1024, 24, 16)),
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", sizes("llama", 49152, 8192, 576, 1536, 30, 9, 3,
+                                                            pad_token_id=2, **SMOL)),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", sizes("llama", 49152, 8192, 576, 1536, 30, 9, 3, **SMOL)),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", sizes("llama", 49152, 8192, 960, 2560, 32, 15, 5, **SMOL)),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", sizes(
+        "llama", 49152, 8192, 2048, 8192, 24, 32, 32, **{**SMOL, "rope_theta": 1.3e5})),
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", sizes("llama", 32000, 4096, 4096, 11008, 32, 32, 32, **LLAMA)),
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", sizes("llama", 32000, 4096, 5120, 13824, 40, 40, 40, **LLAMA)),
     "llama3-8b": ("meta-llama/Meta-Llama-3-8B", sizes(
         "llama", 128256, 8192, 4096, 14336, 32, 32, 8, rope_theta=5e5, **LLAMA)),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", sizes("llama", 128256, 131072, 4096, 14336, 32, 32, 8, **LLAMA31)),
+    "llama3.2-1b": ("meta-llama/Llama-3.2-1B", sizes("llama", 128256, 131072, 2048, 8192, 16, 32, 8, **LLAMA32)),
+    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", sizes("llama", 128256, 131072, 3072, 8192, 28, 24, 8, **LLAMA32)),
     "mistral-7b": ("mistralai/Mistral-7B-v0.1", sizes(
         "mistral", 32000, 32768, 4096, 14336, 32, 32, 8, sliding_window=4096, **LLAMA)),
-    "qwen2-7b": ("Qwen/Qwen2-7B", sizes("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, rope_theta=1e6)),
-    "qwen3-8b": ("Qwen/Qwen3-8B", sizes("qwen3", 151936, 40960, 4096, 12288, 36, 32, 8, head_dim=128, rope_theta=1e6)),
+    "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", sizes(
+        "mistral", 32768, 32768, 4096, 14336, 32, 32, 8, sliding_window=None, rope_theta=1e6, **LLAMA)),
+    "olmo2-1b": ("allenai/OLMo-2-0425-1B", sizes("olmo2", 100352, 4096, 2048, 8192, 16, 16, 16, **OLMO2)),
+    "olmo2-7b": ("allenai/OLMo-2-1124-7B", sizes("olmo2", 100352, 4096, 4096, 11008, 32, 32, 32, **OLMO2)),
+    "qwen2-7b": ("Qwen/Qwen2-7B", sizes("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, **QWEN2)),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", sizes("qwen2", 151936, 32768, 896, 4864, 24, 14, 2, **TIED2)),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", sizes("qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, **TIED2)),
+    "qwen2.5-3b": ("Qwen/Qwen2.5-3B", sizes("qwen2", 151936, 32768, 2048, 11008, 36, 16, 2, **TIED2)),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", sizes("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, **QWEN2)),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", sizes("qwen3", 151936, 40960, 1024, 3072, 28, 16, 8, **TIED3)),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", sizes("qwen3", 151936, 40960, 2048, 6144, 28, 16, 8, **TIED3)),
+    "qwen3-4b": ("Qwen/Qwen3-4B", sizes("qwen3", 151936, 40960, 2560, 9728, 36, 32, 8, **TIED3)),
+    "qwen3-8b": ("Qwen/Qwen3-8B", sizes("qwen3", 151936, 40960, 4096, 12288, 36, 32, 8, **QWEN3)),
     "gemma-7b": ("google/gemma-7b", sizes("gemma", 256000, 8192, 3072, 24576, 28, 16, 16, head_dim=256)),
     "vit-b16": ("google/vit-base-patch16-224-in21k", sizes("vit", 0, 0, 768, 3072, 12, 12, image_size=224)),
     "vit-l16": ("google/vit-large-patch16-224-in21k", sizes("vit", 0, 0, 1024, 4096, 24, 16, image_size=224)),
@@ -118,7 +153,8 @@ HUB = {name: hub_id for name, (hub_id, _) in NAMED.items()}
 CONFIGS = {name: raw for name, (_, raw) in NAMED.items()}
 # model_type -> what its classes are called in transformers
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "deberta-v2": "DebertaV2",
-           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT"}
+           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT",
+           "gpt2": "GPT2", "olmo2": "Olmo2"}
 # of model_types; all others are decoders
 KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -207,28 +243,39 @@ READ = re.compile(
     "hidden_activation|rms_norm_eps|layer_norm_eps|initializer_range|hidden_dropout_prob|attention_probs_dropout_prob|"
     "attention_dropout|classifier_dropout|rope_theta|rope_scaling|rope_parameters|sliding_window|use_sliding_window|"
     "max_window_layers|layer_types|attention_bias|mlp_bias|qkv_bias|tie_word_embeddings|image_size|patch_size|"
-    "num_channels")
+    "num_channels|embedding_dropout")
 READ_BY_DEBERTA = re.compile(
     "relative_attention|pos_att_type|position_buckets|max_relative_positions|share_att_key|norm_rel_ebd|legacy|conv_.*|"
     "position_biased_input|cls_dropout|embedding_size|attention_head_size")
 # those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs),
 IRRELEVANT = re.compile(
-    r"_.*|.*_token_id|.*_token_ids|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|"
-    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|directionality|"
-    r"pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|prefix|tie_encoder_decoder|"
-    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|auto_map|transformers\.js_config|"
-    r"unsloth_.*|mask_.*|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
+    r"_.*|.*_token_ids?|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|prefix|"
+    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|auto_map|"
+    r"directionality|pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|unsloth_.*|mask_.*|"
+    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|transformers\.js_config|n_ctx|"
+    r"tie_encoder_decoder|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
     r"(max|min)_(length|new_tokens)|.*num_beam.*|num_return_sequences|typical_p|length_penalty|early_stopping|"
-    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|suppress_tokens|"
-    r"begin_suppress_tokens|exponential_decay_length_penalty")
+    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|summary_.*|"
+    r"(begin_)?suppress_tokens|exponential_decay_length_penalty|reorder_and_upcast_attn")
 # and those with which transformers computes what is not built here, unless they have the value given
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
          "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+# what others call by GPT-2's names, and its defaults where they are its own
+GPT2 = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps", "embd_pdrop": "embedding_dropout", "resid_pdrop": "hidden_dropout_prob",
+        "attn_pdrop": "attention_dropout"}
+GPT2_DEFAULTS = {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "embedding_dropout": 0.1, "hidden_dropout_prob": 0.1,
+                 "attention_dropout": 0.1, "max_position_embeddings": 1024, "tie_word_embeddings": True}
 
 
 def normalise(raw, path):
     """Turn the dict of a config.json into a Config, with transformers' defaults; `path` is for error messages."""
+    config_json = raw
+    if raw.get("model_type") == "gpt2":
+        raw = GPT2_DEFAULTS | {GPT2.get(key, key): value for key, value in raw.items()}
+
     def refuse(key, expected):
         raise UserError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
 
@@ -246,6 +293,7 @@ def normalise(raw, path):
         if not isinstance(raw.get(key) or expected(), expected):
             refuse(key, f"a {expected.__name__}")
     kind, qwen, deberta = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3"), family == "deberta-v2"
+    gpt2 = family == "gpt2"
     text, vit, decoder = (kind == name for name in ("encoder", "vit", "decoder"))
     for key, only in FIXED.items():
         if raw.get(key) not in (None, only):
@@ -294,26 +342,29 @@ def normalise(raw, path):
                                                           for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
-    bias = not decoder or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma")
+    bias = not decoder or gpt2 or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma", "olmo2")
     dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
-    positions = get("max_position_embeddings", low=3) if text else 0
+    positions = get("max_position_embeddings", low=3) if text or gpt2 else 0
     relative = relative_attention(raw, get, refuse, positions, hidden) if deberta else None
     head_dropout = get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float)
-    eps_name, eps = ("rms_norm_eps", 1e-6) if decoder else ("layer_norm_eps", 1e-7 if deberta else 1e-12)
+    eps_name = "rms_norm_eps" if decoder and not gpt2 else "layer_norm_eps"
+    eps = {"deberta-v2": 1e-7, "olmo2": 1e-5}.get(family, 1e-6 if decoder else 1e-12)
     return Config(
         family=family, kind=kind, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden,
-        layers=layers, heads=heads, intermediate_size=get("intermediate_size"), kv_heads=kv_heads, head_dim=head_dim,
+        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        intermediate_size=get("intermediate_size", 4 * hidden if gpt2 else None),
         max_positions=0 if deberta and raw.get("position_biased_input") is False else positions,
         type_vocab_size=get("type_vocab_size", 0 if deberta else 2, 0 if deberta else 1) if text else 0,
         pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
         num_labels=len(raw.get("id2label") or ()) or get("num_labels", 2), activation=activation,
         norm_eps=get(eps_name, eps, 0, kind=float), relative=relative,
+        embedding_dropout=get("embedding_dropout", 0.0, 0, 1, float),
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
         attention_dropout=get("attention_dropout" if decoder else "attention_probs_dropout_prob", dropout, 0, 1, float),
         classifier_dropout=head_dropout, out_bias=bias,
         qkv_bias=family == "qwen2" or bias and bool(raw.get("qkv_bias", True)),
-        mlp_bias=not decoder or bool(raw.get("mlp_bias")) and family == "llama",
-        tied=decoder and bool(raw.get("tie_word_embeddings", family == "gemma")), rope=rope, raw=raw,
+        mlp_bias=not decoder or gpt2 or bool(raw.get("mlp_bias")) and family == "llama",
+        tied=decoder and bool(raw.get("tie_word_embeddings", family == "gemma")), rope=rope, raw=config_json,
         windows=[window if kind == "sliding_attention" else None for kind in kinds],
         image_size=(get("num_channels", 3), *image), patch_size=patch)
 
@@ -655,16 +706,17 @@ class Encoder(Transformer):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, in float32; gemma stores the weight minus one and multiplies before the cast back."""
+    """Root-mean-square norm, in float32; gemma stores the weight minus one, it and olmo2 multiply before the cast."""
 
     def __init__(self, size, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.plus_one = config.norm_eps, config.family == "gemma"
+        self.eps, self.offset = config.norm_eps, float(config.family == "gemma")
+        self.cast_last = config.family in ("gemma", "olmo2")
 
     def forward(self, x):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return (y * (1.0 + self.weight.float())).to(x.dtype) if self.plus_one else self.weight * y.to(x.dtype)
+        return (y * (self.weight.float() + self.offset)).to(x.dtype) if self.cast_last else self.weight * y.to(x.dtype)
 
 
 def rope_frequencies(config):
@@ -703,33 +755,56 @@ class Cache:
 
 
 class DecoderBlock(nn.Module):
-    """Block of the LLaMA family: rotary grouped-query attention and a gated MLP, RMS norms before both."""
+    """Block of the LLaMA family: rotary grouped-query attention and a gated MLP, RMS norms before both.
+
+    olmo2 has the norms after both, before the residual sums; gpt2 has LayerNorm, no rotary embedding and no gate.
+    """
 
     def __init__(self, config, index):
         super().__init__()
-        D, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        D, inner, dim, gpt2 = config.hidden_size, config.intermediate_size, config.head_dim, config.family == "gpt2"
         self.query = Linear(D, config.heads * dim, bias=config.qkv_bias)
         self.key, self.value = (Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
         self.out = Linear(config.heads * dim, D, bias=config.out_bias)
-        self.gate, self.up = (Linear(D, inner, bias=config.mlp_bias) for _ in range(2))
+        if not gpt2:
+            self.gate = Linear(D, inner, bias=config.mlp_bias)
+        self.up = Linear(D, inner, bias=config.mlp_bias)
         self.down = Linear(inner, D, bias=config.mlp_bias)
-        self.norm1, self.norm2 = RMSNorm(D, config), RMSNorm(D, config)
-        qk_norm = config.family == "qwen3"
-        self.query_norm, self.key_norm = (RMSNorm(dim, config) if qk_norm else nn.Identity() for _ in range(2))
-        self.index, self.window, self.head_dim = index, config.windows[index], dim
-        self.attention_dropout = config.attention_dropout
+        self.norm1, self.norm2 = (nn.LayerNorm(D, config.norm_eps) if gpt2 else RMSNorm(D, config) for _ in range(2))
+        if config.family == "qwen3":  # one norm for all heads, of each head
+            self.query_norm, self.key_norm = RMSNorm(dim, config), RMSNorm(dim, config)
+        elif config.family == "olmo2":  # of all heads together
+            self.query_norm, self.key_norm = (RMSNorm(heads * dim, config) for heads in (config.heads, config.kv_heads))
+        self.index, self.window, self.head_dim, self.family = index, config.windows[index], dim, config.family
+        self.attention_dropout, self.dropout = config.attention_dropout, Dropout(config.hidden_dropout)
         self.activation = ACTIVATIONS[config.activation]
+        self.norm_last = config.family == "olmo2"
 
-    def forward(self, x, cos, sin, masks, cache=None):  # x (B, T, D), masks {window: causal_mask(...)}
-        y = self.norm1(x)
-        q, k, v = (split_heads(project(y), self.head_dim) for project in (self.query, self.key, self.value))
-        q, k = rotate(self.query_norm(q), cos, sin), rotate(self.key_norm(k), cos, sin)
+    def forward(self, x, angles, masks, cache=None):  # x (B, T, D), angles (cos, sin) or None, masks {window: mask}
+        y = self.attend(x if self.norm_last else self.norm1(x), angles, masks, cache)
+        x = x + (self.norm1(y) if self.norm_last else y)
+        y = self.transform(x if self.norm_last else self.norm2(x))
+        return x + (self.norm2(y) if self.norm_last else y)
+
+    def attend(self, x, angles, masks, cache):  # (B, T, D) -> (B, T, D)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.family == "olmo2":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (split_heads(t, self.head_dim) for t in (q, k, v))
+        if self.family == "qwen3":
+            q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mask, causal = masks[self.window]
-        x = x + self.out(attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0))
-        y = self.norm2(x)
-        return x + self.down(self.activation(self.gate(y)) * self.up(y))
+        y = attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.out(y))
+
+    def transform(self, x):  # the MLP, (B, T, D) -> (B, T, D)
+        if self.family == "gpt2":
+            return self.dropout(self.down(self.activation(self.up(x))))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def causal_mask(mask, start, length, window, device):
@@ -747,7 +822,7 @@ def causal_mask(mask, start, length, window, device):
 
 
 class Decoder(Transformer):
-    """llama, mistral, qwen2, qwen3 and gemma with a next-token ("lm") or a sequence classification head."""
+    """The LLaMA family and gpt2 with a next-token ("lm") or a sequence classification head."""
 
     prefix = "model"
     names = {"embed": "embed_tokens", "blocks": "layers", "norm": "norm", "query": "self_attn.q_proj",
@@ -755,15 +830,26 @@ class Decoder(Transformer):
              "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm", "gate": "mlp.gate_proj",
              "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm",
              "norm2": "post_attention_layernorm"}
+    olmo2_names = {**names, "norm1": "post_attention_layernorm", "norm2": "post_feedforward_layernorm"}
+    gpt2_names = {"embed": "wte", "positions": "wpe", "blocks": "h", "norm": "ln_f", "query": "attn.c_attn",
+                  "key": "attn.c_attn", "value": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc",
+                  "down": "mlp.c_proj", "norm1": "ln_1", "norm2": "ln_2"}
 
     def __init__(self, config, head):
         super().__init__(config, head)
         self.head_names = {"head": "lm_head" if head == "lm" else "score"}
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        D, gpt2 = config.hidden_size, config.family == "gpt2"
+        self.embed = nn.Embedding(config.vocab_size, D)
         self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config)
-        self.head = Linear(config.hidden_size, config.vocab_size if head == "lm" else config.num_labels, bias=False)
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.norm = nn.LayerNorm(D, config.norm_eps) if gpt2 else RMSNorm(D, config)
+        self.head = Linear(D, config.vocab_size if head == "lm" else config.num_labels, bias=False)
+        if gpt2:
+            self.prefix, self.names, self.max_length = "transformer", self.gpt2_names, config.max_positions
+            self.positions = nn.Embedding(config.max_positions, D)
+            self.dropout = Dropout(config.embedding_dropout)
+        else:
+            self.names = self.olmo2_names if config.family == "olmo2" else self.names
+            self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens, mask=None, positions=None, cache=None, position_ids=None, right_padded=False):
         """tokens (B, T) long, mask (B, T) bool with True = real token (None: no padding) -> logits.
@@ -771,18 +857,27 @@ class Decoder(Transformer):
         lm: (B, T, V), or (N, V) at `positions` (N,) only, flat indices into B * T. classify: (B, num_labels) at the
         last real token, on whichever side the padding is. right_padded=True promises padding on the right, which causal
         attention never reaches from a real token: no mask is needed, which is faster; only outputs at padding change.
-        `position_ids` (B, T) are 0..T-1 by default (rotary embeddings are relative: left padding moves all alike).
-        With a `cache`, tokens are the next T of each row and the mask covers all so far.
+        `position_ids` (B, T) are 0..T-1 by default (rotary embeddings are relative: left padding moves all alike;
+        gpt2's are not). With a `cache`, tokens are the next T of each row and the mask covers all so far.
         """
         T, start = tokens.shape[1], 0 if cache is None else cache.length
         x = self.embed(tokens)
+        at = torch.arange(start, start + T, device=x.device) if position_ids is None else position_ids
+        angles = None
+        if self.family == "gpt2":
+            if start + T > self.max_length:
+                raise UserError(f"{start + T} tokens, but the model has {self.max_length} positions: "
+                                 "lower --max-length")
+            x = self.dropout(x + self.positions(at))
+        else:
+            turn = torch.cat((at[..., None] * self.frequencies,) * 2, -1)  # (T, D) or (B, T, D)
+            turn = turn if position_ids is None else turn[:, None]
+            angles = turn.cos().to(x.dtype), turn.sin().to(x.dtype)
         if self.family == "gemma":
             x = x * x.new_full((), self.config.hidden_size ** 0.5)  # a tensor: rounded to the dtype before multiplying
-        at = torch.arange(start, start + T, device=x.device) if position_ids is None else position_ids[:, None]
-        angles = torch.cat((at[..., None] * self.frequencies,) * 2, -1)  # (T, D) or (B, 1, T, D)
         padding = None if right_padded else mask
         masks = {w: causal_mask(padding, start, T, w, x.device) for w in dict.fromkeys(self.config.windows)}
-        x = self.run_blocks(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype), masks, cache)
+        x = self.run_blocks(x, angles, masks, cache)
         if cache is not None:
             cache.length += T
         if self.head_kind == "classify":
@@ -882,7 +977,8 @@ def tied(model):
 def place(model, name, dtype, device):
     """Replace parameter `name`, on the meta device, by an uninitialised frozen one on `device`; returns it.
 
-    A head other than a language model's is float32 whatever the model's dtype: it is trained, and small steps on bfloat16 are lost.
+    A head other than a language model's is float32 whatever the model's dtype: it is trained, and small steps on
+    bfloat16 are lost.
     """
     path, _, leaf = name.rpartition(".")
     dtype = torch.float32 if path.startswith("head") and model.head_kind != "lm" else dtype
@@ -897,7 +993,10 @@ def initialise(parameter, name, config, generator):
         parameter.fill_(0.0 if name.endswith("bias") or config.family == "gemma" else 1.0)
     else:
         draw = torch.empty(parameter.shape, device=generator.device)
-        parameter.copy_(draw.normal_(0, config.initializer_range, generator=generator))
+        std = config.initializer_range
+        if config.family == "gpt2" and name.startswith("blocks.") and ("out" in name or "down" in name):
+            std /= math.sqrt(2 * config.layers)  # Radford et al. 2019, section 2.3: there are 2 residual sums per block
+        parameter.copy_(draw.normal_(0, std, generator=generator))
         if name == "embed.weight" and config.pad_id is not None:
             parameter[config.pad_id:][:1] = 0
 
@@ -951,33 +1050,39 @@ def read_weights(model, folder, dtype, device, mapped=False):
     for path in files:
         with open_weights(path) as file:
             stored += file.keys()
-    names = {model.hf_name(name, module): name for name in model.plain_names for module in (True, False)}
-    if config.tied and not any(names.get(key, names.get(f"{model.prefix}.{key}")) == "embed.weight" for key in stored):
-        names["lm_head.weight"] = "embed.weight"
+    names = stored_names(model, True) | stored_names(model)
+    if config.tied and not set(stored).intersection(spellings(model, "embed.weight")):
+        names["lm_head.weight"] = ["embed.weight"]
     missing, trained_head, others = set(model.plain_names), model.head_kind != "lm", set()
     for path in files:
         with open_weights(path) as file:
             for key in file.keys():
                 hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                name = names.get(hf) or names.get(f"{model.prefix}.{hf}")  # the latter: saved without a head
-                if name is None and not of_blocks(model, hf):
+                ours = names.get(hf) or names.get(f"{model.prefix}.{hf}", [])  # the latter: saved without a head
+                if not ours and not of_blocks(model, hf):
                     others |= set() if IGNORED.search(hf) else {key}
                     continue
                 kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
-                expected = list(model.get_parameter(name).shape) if name in missing else None
-                if expected and trained_head and name.startswith("head.") \
+                parameters = [model.get_parameter(name) for name in ours if name in missing]
+                expected = torch.cat(parameters).shape if parameters else None
+                transposed = parameters and is_transposed(model, ours[0])
+                expected = list(expected)[::-1 if transposed else 1] if parameters else None
+                if expected and trained_head and ours[0].startswith("head.") \
                         and shape != expected and shape[1:] == expected[1:]:
                     continue  # a head for another number of labels: starts afresh
                 if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                      + (f"one of floats {expected}" if expected else "none, or it is here twice"))
-                parameter, tensor = place(model, name, dtype, device), file.get_tensor(key)  # a view of the file
-                if mapped and parameter.dtype == tensor.dtype:
-                    parameter.data = tensor
-                else:  # copied even if nothing changes
-                    parameter.copy_(tensor)
-                del tensor  # before the next one is read
-                missing.remove(name)
+                tensor = file.get_tensor(key)  # a view of the file
+                tensor = tensor.T if transposed else tensor
+                for name, part in zip(ours, tensor.split([len(parameter) for parameter in parameters])):
+                    parameter = place(model, name, dtype, device)
+                    if mapped and parameter.dtype == part.dtype and part.is_contiguous():
+                        parameter.data = part
+                    else:  # copied even if nothing changes
+                        parameter.copy_(part)
+                    missing.remove(name)
+                del tensor, part  # before the next one is read
     where = files[0] if len(files) == 1 else folder
     if others:
         some = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
@@ -994,6 +1099,25 @@ def read_weights(model, folder, dtype, device, mapped=False):
     return fresh
 
 
+def spellings(model, name):
+    """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
+    names = [model.hf_name(name, module=spelling) for spelling in (False, True)]
+    return names + [name.removeprefix(f"{model.prefix}.") for name in names]
+
+
+def stored_names(model, module=False):
+    """{name in transformers' checkpoint: our parameters in it, one below the other}; see `hf_name` for `module`."""
+    names = {}
+    for name in model.plain_names:
+        names.setdefault(model.hf_name(name, module), []).append(name)
+    return names
+
+
+def is_transposed(model, name):
+    """Whether transformers stores the parameter transposed, as GPT-2's Conv1D does: (in, out)."""
+    return model.family == "gpt2" and name.startswith("blocks.") and model.get_parameter(name).dim() == 2
+
+
 def of_blocks(model, key):
     """Whether a tensor that no parameter is named for belongs to the model's body, where all have to be known."""
     body = {key.split(".")[0] for key in model.names.values()} | {model.prefix}
@@ -1001,8 +1125,9 @@ def of_blocks(model, key):
 
 
 # settings of generation_config.json that change what transformers decodes, with the values that do not
-DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None,
-            "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "min_length": 0,
+DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0,
+            "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "min_length": 0,
+            "forced_bos_token_id": None,
             "forced_eos_token_id": None, "min_new_tokens": None, "sequence_bias": None, "guidance_scale": 1,
             "exponential_decay_length_penalty": None, "penalty_alpha": None, "stop_strings": None}
 
@@ -1023,28 +1148,32 @@ def save(model, folder, shard_bytes=5_000_000_000):
     folder, config = Path(folder), model.config
     adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
     if adapted:
-        raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint holds "
-                         "plain weights only: merge them first, or write them with lora.save_adapter")
+        raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint "
+                         "holds plain weights only: merge them first, or write them with lora.save_adapter")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    shards, used, total = [[]], 0, sum(model.get_parameter(name).nbytes for name in model.plain_names)
-    for name in model.plain_names:
-        used += model.get_parameter(name).nbytes
+    shards, used, total = [{}], 0, 0
+    for hf, names in stored_names(model).items():
+        size = sum(model.get_parameter(name).nbytes for name in names)
+        used, total = used + size, total + size
         if used > shard_bytes and shards[-1]:
-            shards, used = [*shards, []], model.get_parameter(name).nbytes
-        shards[-1].append(name)
+            shards, used = [*shards, {}], size
+        shards[-1][hf] = names
     weight_map = {}
-    for i, names in enumerate(shards, 1):
+    for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {model.hf_name(name): model.get_parameter(name).detach().cpu().contiguous() for name in names}
+        tensors = {}
+        for hf, names in shard.items():
+            tensor = torch.cat([model.get_parameter(name).detach().cpu() for name in names])
+            tensors[hf] = (tensor.T if is_transposed(model, names[0]) else tensor).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
 
     lm, raw = model.head_kind == "lm", dict(config.raw)
     classification = "ForImageClassification" if config.family == "vit" else "ForSequenceClassification"
     kind = {"lm": "ForCausalLM", "span": "ForQuestionAnswering", "classify": classification}[model.head_kind]
-    raw["architectures"] = [CLASSES[raw["model_type"]] + kind]
+    raw["architectures"] = [(CLASSES[raw["model_type"]] + kind).replace("GPT2ForCausalLM", "GPT2LMHeadModel")]
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if not lm and len(raw.get("id2label") or ()) != config.num_labels:
         raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}

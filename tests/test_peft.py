@@ -150,6 +150,50 @@ def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
     torch.testing.assert_close(again(**inputs), model(**inputs), rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def gpt2(tmp_path):
+    torch.manual_seed(7)
+    config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=40, vocab_size=60, initializer_range=0.2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    return theirs, torch.randint(60, (3, 9)), tmp_path
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gpt2s_query_key_and_value_are_one_matrix_of_peft(dora, gpt2):
+    """Adapters on them apart, of different ranks and scales, are one on c_attn, which gives them back."""
+    theirs, tokens, folder = gpt2
+    model, again = models.load(folder / "base"), models.load(folder / "base")
+    ranks = {"blocks.0.query": 2, "blocks.0.value": 3, "blocks.1.query": 1, "blocks.1.key": 2, "blocks.1.value": 1,
+             "blocks.1.out": 2, "blocks.2.up": 4, "blocks.2.down": 3}
+    for layer in lora.attach(model, ranks, alpha=6, scaling="own", dora=dora).values():
+        layer.B.data.normal_(std=0.2)
+    lora.save_adapter(model, folder / "adapter", "base", "CAUSAL_LM")
+    loaded = peft.PeftModel.from_pretrained(theirs, folder / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens), rtol=0, atol=1e-4)
+        layers = lora.load_adapter(again, folder / "adapter")
+        torch.testing.assert_close(again(tokens), model(tokens), rtol=0, atol=1e-4)
+    assert dora or {name: layer.rank for name, layer in layers.items()} == ranks
+    for layer in lora.adapters(model).values():
+        layer.merge()
+    models.save(model, folder / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    torch.testing.assert_close(merged(tokens).logits, model(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    dict(target_modules=["c_attn"]), dict(target_modules="all-linear", use_rslora=True, alpha_pattern={"c_attn": 3}),
+    dict(target_modules=["c_attn", "c_fc"], use_dora=True), dict(target_modules=["c_attn"], init_lora_weights=True)])
+def test_gpt2_adapters_made_by_peft(options, gpt2):
+    theirs, tokens, folder = gpt2
+    wrapped = made_by_peft(theirs, folder / "adapter", dict(task_type="CAUSAL_LM", **options)).eval()
+    model = models.load(folder / "base")
+    layers = lora.load_adapter(model, folder / "adapter")
+    torch.testing.assert_close(model(tokens), wrapped(tokens).logits, rtol=0, atol=1e-4)
+    assert {"blocks.0.query", "blocks.0.key", "blocks.2.value"} <= layers.keys()
+
+
 # ---------------------------------------------------------------------------------------------- adapters that PEFT made
 
 MADE = {
