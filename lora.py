@@ -274,9 +274,9 @@ def disabled(model):
 def stacked(parameters):
     """One parameter (n, ...) that holds the n given ones of one shape, from now on views of it: its `parts`."""
     whole = nn.Parameter(torch.stack([p.data for p in parameters]), requires_grad=parameters[0].requires_grad)
-    for p, view in zip(parameters, whole.data):
-        p.data = view
     whole.parts = parameters
+    for i, (p, view) in enumerate(zip(parameters, whole.data)):
+        p.data, p.place = view, (whole, i)
     return whole
 
 
@@ -440,8 +440,7 @@ def optimizers_for(s, params):
     if s.optimizer == "adamw":
         return [adamw(groups[0], **options, **fused)]
     muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
-    muon.register_step_pre_hook(lambda *_: scatter_gradients(params))
-    return [hold_still(muon), *[adamw(more, **options, **fused) for more in groups[1:]]]
+    return [hold_still(on_parts(muon)), *[adamw(more, **options, **fused) for more in groups[1:]]]
 
 
 def groups_for(s, params):
@@ -461,11 +460,21 @@ def groups_for(s, params):
     return result
 
 
-def scatter_gradients(params):
-    """Give the parts of stacks their gradients, for an optimizer that takes matrices."""
-    for p in params:
-        for part, grad in zip(getattr(p, "parts", ()), () if p.grad is None else p.grad):
-            part.grad = grad
+def on_parts(optimizer):
+    """Let an optimizer that holds the parts of stacks, since it takes matrices, see their gradients in its steps."""
+    def scatter(optimizer, *_):
+        for part in (p for group in optimizer.param_groups for p in group["params"]):
+            whole, i = part.place
+            part.grad = None if whole.grad is None else whole.grad[i]
+
+    def clear(optimizer, *_):
+        for group in optimizer.param_groups:
+            for part in group["params"]:
+                part.grad = None
+
+    optimizer.register_step_pre_hook(scatter)
+    optimizer.register_step_post_hook(clear)
+    return optimizer
 
 
 # ---------------------------------------------------------------------------------------------- state

@@ -31,7 +31,7 @@ class Block(nn.Module):
 class Tiny(nn.Module):
     """A frozen network with the attributes that lora.py and allocators.py read: blocks, head, family, hf_name."""
 
-    family, fresh, head_kind = "tiny", (), "classify"
+    family, prefix, fresh, head_kind, head_names = "tiny", "tiny", (), "classify", {"head": "head"}
 
     def __init__(self, blocks=3, dim=12, hidden=20, labels=3, seed=0):
         super().__init__()
@@ -40,6 +40,7 @@ class Tiny(nn.Module):
             self.blocks = nn.ModuleList(Block(dim, hidden) for _ in range(blocks))
             self.head = nn.Linear(dim, labels)
         self.requires_grad_(False)
+        self.plain_names = [name for name, _ in self.named_parameters()]
 
     def hf_name(self, name, module=False):
         return name
