@@ -275,7 +275,10 @@ class Static(Allocator):
         if self.settings.method == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
             return r_base if kind in ("query", "key", "value", "out") else r_base / 2
         # empirical: middle blocks get the most rank, early ones the least (section 3.1.3)
-        return r_base * 6 / 10 if 10 * i < 3 * L else r_base * 12 / 10 if 10 * i < 7 * L else r_base
+        whole = L if self.settings.empirical_depth == "text" else L - 1
+        if 10 * i < 3 * whole:
+            return r_base * 6 / 10
+        return r_base * 12 / 10 if 10 * i < 7 * whole else r_base
 
 
 class Direct(Allocator):
@@ -305,11 +308,11 @@ class Direct(Allocator):
 class AdaLora(Allocator):
     """AdaLoRA (Zhang et al. 2023): W + s P diag(lambda) Q, and lambda of the least sensitive triplets is set to zero.
 
-    A is Q, B is P and g is the trainable lambda. A pruned lambda goes on receiving gradients, so that its
-    triplet may return at a later allocation; after the last one it is held at zero. Equation numbers are that paper's;
-    where PEFT's AdaLoraModel differs (norms in `penalty` not squared, sensitivity taken after the optimizer's step),
-    this is PEFT's way. t_init and t_final default to 10 % and 50 % of the run, about what the paper takes for GLUE.
-    Raises UserError for a schedule that cannot work.
+    A is Q, B is P and g is the trainable lambda. A pruned lambda goes on receiving gradients, so that its triplet may
+    return at a later allocation; after the last one it is held at zero. Where the authors' code and PEFT's differ from
+    the paper, whose equation numbers these are, this is their way: norms in `penalty` not squared, sensitivity taken
+    after the optimizer's step, scale alpha over the triplets that a matrix starts with. t_init and t_final default to
+    10 % and 50 % of the run, about what the paper takes for GLUE. Raises UserError for a schedule that cannot work.
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
@@ -318,12 +321,16 @@ class AdaLora(Allocator):
 
     def setup(self):
         s = self.settings
-        self.t_init = s.adalora_t_init or round(0.1 * self.steps)
-        self.end = self.steps - (s.adalora_t_final or min(round(0.5 * self.steps), max(0, self.steps - 2)))
+        self.t_init, t_final = s.adalora_t_init, s.adalora_t_final
+        if self.t_init is None:
+            self.t_init = round(0.1 * self.steps)
+        if t_final is None:
+            t_final = min(round(0.5 * self.steps), max(0, self.steps - 2))
+        self.end = self.steps - t_final
         if not 0 <= self.t_init < self.end <= self.steps or self.end < 2:
             raise UserError(f"--adalora-t-init {self.t_init} and --adalora-t-final {self.steps - self.end} leave "
                             f"no time to allocate in a run of {self.steps} steps; lower them or train longer")
-        R = round(s.adalora_init_ratio * s.rank)
+        R = self.nominal = round(s.adalora_init_ratio * s.rank)
         self.add(dict.fromkeys(self.names, R))
         for stack in self.stacks:
             stack.A.data.normal_(std=0.02)
@@ -340,11 +347,15 @@ class AdaLora(Allocator):
         return super().parameters() + [self.g]
 
     def penalty(self, inputs, labels, outputs):
-        """Orthogonality of P and Q (Eq. 4): the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F."""
+        """Orthogonality of P and Q: the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F.
+
+        `adalora_penalty` "squared" is Eq. 4 instead: their squares, summed over all matrices.
+        """
         grams = [product for stack in self.stacks for product in (stack.A @ stack.A.mT, stack.B.mT @ stack.B)]
         gram = torch.cat(grams)  # (2 n, R, R)
         norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device))
-        return self.settings.adalora_orth * norms.mean()
+        squared = self.settings.adalora_penalty == "squared"
+        return self.settings.adalora_orth * (norms.square().sum() if squared else norms.mean())
 
     @torch.no_grad()
     def after_step(self, step):
@@ -366,12 +377,8 @@ class AdaLora(Allocator):
         """Smoothed sensitivity (Eqs. 8-9) and its uncertainty (Eq. 10) of every entry of lambda, Q and P."""
         for w, smooth, unsure in zip(self.weights, self.smooth, self.unsure):
             sensitivity = (w * w.grad).abs()
-            self.smoothen(smooth, sensitivity, 1 - self.settings.adalora_beta1)
-            self.smoothen(unsure, (sensitivity - smooth).abs(), 1 - self.settings.adalora_beta2)
-
-    def smoothen(self, average, value, weight):
-        """Move the running average by `weight` towards the value; not at all after a bad step."""
-        average += (value - average) * (weight * self.ok.double())
+            smooth += (sensitivity - smooth) * (1 - self.settings.adalora_beta1) * self.ok  # not after a bad step
+            unsure += ((sensitivity - smooth).abs() - unsure) * (1 - self.settings.adalora_beta2) * self.ok
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""
@@ -395,13 +402,15 @@ class LaLora(Allocator):
     All adapters of block i use the first r_i of their `rank` components; the others are switched off and stand still.
     Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. Flags: `lalora_gamma` is gamma;
     `lalora_budget` "grow" is Eq. 5, "full" holds D = r L, where every block has rank r; `lalora_fidelity` is f: "step"
-    as in Eq. 10, "truncation" as in the text of section 3.3 (truncated over full norm), "off" 1; `lalora_score` is c:
-    "norm" as in Eq. 9, "fisher" as in section 5.7, see `after_backward`.
+    as in Eq. 10, "truncation" as in the text of section 3.3 (truncated over full norm), "initial" as in section 5.2
+    (Eq. 10 with the norms at the start, of which B's are 0), "off" 1; `lalora_score` is c: "norm" as in Eq. 9, "fisher"
+    as in section 5.7, see `after_backward`; `lalora_softmax` "relative" divides c by its mean over the blocks, as is
+    always done with Fisher information: with "raw" norms Eq. 8 gives all to one block where they are large.
     """
 
     refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's
     dynamic = True
-    saved = ("block_ranks", "budget_rank", "energy", "fisher")
+    saved = ("block_ranks", "budget_rank", "energy", "initial", "fisher")
 
     def setup(self):
         super().setup()
@@ -415,12 +424,9 @@ class LaLora(Allocator):
             self.layers[name].g = self.mask[block]  # a view: one write changes every layer
             self.layers[name].mask_updates(self.mask[block])
         self.truncate()
-        self.energy = self.energies()  # (2, n, r), of A and of B, summed over the first 1..r components
+        self.energy = self.squared_norms("data").cumsum(2)  # (2, n, r), of A and B, over the first 1..r components
+        self.initial = self.energy.clone()
         self.fisher = torch.zeros_like(self.energy[0])
-
-    def energies(self):
-        """Squared Frobenius norm at every truncation: a lookup gives any norm of Eqs. 6-10."""
-        return self.squared_norms("data").cumsum(2)
 
     def truncate(self):
         """Make `block_ranks` the ranks in use (Eq. 3)."""
@@ -437,13 +443,23 @@ class LaLora(Allocator):
     @torch.no_grad()
     def after_step(self, step):
         s, L, r = self.settings, *self.mask.shape
-        energy, last = self.energies(), self.block_ranks[self.block][:, None] - 1  # (2, n, r), (n, 1)
-        new, old = (e.gather(2, last.expand(2, -1, 1)).sqrt().squeeze(2) for e in (energy, self.energy))  # (2, n)
+        energy, last = self.squared_norms("data").cumsum(2), self.block_ranks[self.block][:, None] - 1  # ..., (n, 1)
+        norms = [e.gather(2, last.expand(2, -1, 1)).sqrt().squeeze(2) for e in (energy, self.energy, self.initial)]
+        new, old, initial = norms  # (2, n) each
         if s.lalora_budget == "grow":
             s_new, s_old = self.member @ new.sum(0), self.member @ old.sum(0)  # Eq. 7; both at r_i: 1 / r_i cancels
             growth = ((s_new - s_old) / s_old).mean()  # Eq. 6
             self.budget_rank.mul_(1 + s.lalora_gamma * growth).clamp_(L, r * L)  # Eq. 5
-        c = self.contribution(new, old, energy[:, :, -1].sqrt(), last)
+        if s.lalora_score == "fisher":
+            c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
+        else:
+            full = energy[:, :, -1].sqrt()
+            above, below = {"step": (old, new), "truncation": (new, full), "initial": (initial, new),
+                            "off": (new, new)}[s.lalora_fidelity]
+            f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
+            c = self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
+        if s.lalora_softmax == "relative" or s.lalora_score == "fisher":  # which has no natural scale
+            c /= c.mean().clamp_min(1e-300)
         ranks = whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r)  # Eq. 8
         self.block_ranks.copy_(torch.where(self.ok, ranks, self.block_ranks))
         self.energy.copy_(energy)
@@ -451,18 +467,14 @@ class LaLora(Allocator):
         self.allocations += 1
         return False
 
-    def contribution(self, new, old, full, last):
-        """Contribution c of each block, (L,) (Eqs. 9-10), from the norms of A and B, (2, n) each, at the current rank
-        now and a step ago and at full rank; `last` (n, 1) is the index of each matrix's last component."""
-        if self.settings.lalora_score == "fisher":
-            c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
-            return c / c.mean().clamp_min(1e-300)  # gradients have no natural scale: mean 1 over the blocks
-        above, below = {"step": (old, new), "truncation": (new, full), "off": (new, new)}[self.settings.lalora_fidelity]
-        f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
-        return self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
-
     def log(self):
         return {"lalora_budget": self.budget_rank}
+
+    def warning(self):
+        share = float(self.budget_rank) / self.mask.numel()
+        if share < 0.3:
+            return (f"La-LoRA's budget ended at {share:.0%} of r L, so most components never trained: raise "
+                    f"--lalora-gamma ({self.settings.lalora_gamma:g}) or train longer")
 
     def restored(self):
         self.truncate()
@@ -486,57 +498,70 @@ def whole_ranks(shares, total, r):
 class WeightLora(Allocator):
     """WeightLoRA and WeightLoRA+: W + omega_i s B A; a short warm-up finds the K matrices worth adapting (Eqs. 1-2).
 
-    For T steps omega, one number per matrix, follows StoIHT (Appendix B): a plain gradient step, then only the K
-    largest |omega| stay, those tied with the K-th included; `--weightlora-threshold end` does the second only after
-    step T. Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and
+    For T steps omega, one number per matrix, follows StoIHT (Appendix B): a plain gradient step, scaled by the learning
+    rate's schedule as in the authors' code, then only the K largest stay, those tied with the K-th included;
+    `weightlora_threshold` "end" does the second only after step T. `weightlora_rank_by` says which are the largest:
+    omega ("value", the authors' code), |omega| ("magnitude", the text), or |omega - 1| ("moved"; the rest then go back
+    to 1). Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and
     every other matrix is its plain frozen layer again. Ties that step T leaves go to the matrix that comes first in
     the model. Raises UserError for a K or T that cannot work.
     """
 
     dynamic = True
     saved = ("omega",)
+    group = "weightlora"  # of flags: --weightlora-steps, --weightlora-examples
 
     def setup(self):
         s = self.settings
         self.keep = matrices_to_keep(s, len(self.names))
-        self.warmup = s.weightlora_steps or min(max(5, round(0.005 * self.steps)), self.steps - 1)
-        if not 2 <= self.warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
-            raise UserError(f"--weightlora-steps {self.warmup}: the warm-up takes at least 2 steps and has to end "
-                            f"before the run does, which has {self.steps}")
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
         small = [name for name in self.names if min(self.model.get_submodule(name).weight.shape) < self.final_rank]
         if small:
             raise UserError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
                             "it has; choose a lower rank")
-        self.add(dict.fromkeys(self.names, s.rank), init="lora")  # omega must not scale components of W
+        self.start(s.weightlora_steps or min(max(5, round(0.005 * self.steps)), self.steps - 1))
+
+    def start(self, warmup):
+        """Begin a warm-up of so many steps, with a gate omega on every matrix's adapter."""
+        if not 2 <= warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
+            raise UserError(f"--{self.group}-steps {warmup}: the warm-up takes at least 2 steps and has to end "
+                            f"before the run does, which has {self.steps}")
+        self.warmup = warmup
+        self.add(dict.fromkeys(self.names, self.settings.rank), init="lora")  # omega must not scale components of W
         self.omega = torch.ones(len(self.names), dtype=torch.float64, device=self.device)  # early steps are tiny
         for layer in self.layers.values():
             layer.g = nn.Parameter(torch.ones(1, device=self.device))
         self.own = [lora.stacked([layer.g for layer in self.layers.values()])]  # omega as the layers see it, (n, 1)
+
+    def examples(self, step):
+        """Enough rows in the warm-up: in small batches' noise the choice is a lottery."""
+        return getattr(self.settings, f"{self.group}_examples") if step <= self.warmup else 0
 
     @torch.no_grad()
     def after_step(self, step):
         if not self.own:
             return False
         s, last = self.settings, step >= self.warmup
-        self.omega -= s.weightlora_lr * self.own[0].grad[:, 0].double()
+        self.omega -= s.weightlora_lr * self.rate * self.own[0].grad[:, 0].double()
         if last or s.weightlora_threshold == "every":
             score = self.score()
-            self.omega *= score >= score.topk(self.keep).values[-1]
+            rest = 1.0 if s.weightlora_rank_by == "moved" else 0.0
+            self.omega.masked_fill_(score < score.topk(self.keep).values[-1], rest)
         self.own[0].data.copy_(self.omega[:, None])
         if last:
-            order = self.score().argsort(descending=True, stable=True)[:self.keep]
-            self.rebuild([self.names[i] for i in sorted(order.tolist())])
+            best = self.score().argsort(descending=True, stable=True)[:self.keep].tolist()
+            self.rebuild({name: self.final_rank * (i in best) for i, name in enumerate(self.names)})
         return last
 
     def score(self):
-        """What ranks the matrices, (n,)."""
-        return self.omega.abs()
+        """What the matrices are ranked by, (n,)."""
+        return {"value": self.omega, "magnitude": self.omega.abs(),
+                "moved": (self.omega - 1).abs()}[self.settings.weightlora_rank_by]
 
-    def rebuild(self, survivors):
-        """Give the matrices named in `survivors` fresh adapters and all others their plain layers back."""
+    def rebuild(self, ranks):
+        """Give every matrix a fresh adapter of its rank in `ranks`, or with rank 0 its plain layer back."""
         self.drop(self.names)
-        self.add(dict.fromkeys(survivors, self.final_rank))
+        self.add(ranks)
         self.own, self.allocations = [], 1
 
     def log(self):
@@ -570,6 +595,61 @@ def matrices_to_keep(settings, n):
     return keep
 
 
+# ---------------------------------------------------------------------------------------------- credit
+
+
+class Credit(WeightLora):
+    """Rank in proportion to what it earns: this project's own method, on WeightLoRA's gate.
+
+    For T steps every matrix has an adapter of rank r with a gate g_i that itself stays 1. To first order -dL/dg_i is
+    what the loss gains from the adapter (WeightLoRA's Eq. 4), and every backward pass gives it for nothing:
+
+        credit_i = - sum over the T steps of dL/dg_i
+        share_i = max(credit_i, 0)^power / cost_i
+
+    cost_i is what a unit of rank costs: its in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". The
+    cost of uniform LoRA of rank r is dealt out in units of rank, each to the largest share_i / (units_i + 1) among the
+    matrices that may still have one: at most `credit_cap` r units, their own rank, and what is left of the budget. Then
+    all start afresh as plain LoRA of that rank, at one scale, and without a unit as plain frozen layers.
+    """
+
+    saved = ("credit",)
+    group = "credit"
+
+    def setup(self):
+        self.start(self.settings.credit_steps or min(10, self.steps - 1))
+        self.credit = torch.zeros_like(self.omega)
+
+    @torch.no_grad()
+    def after_step(self, step):
+        if not self.own:
+            return False
+        s = self.settings
+        self.credit -= self.own[0].grad[:, 0].double()
+        if step < self.warmup:
+            return False
+        costs = self.cost.tolist() if s.credit_budget == "parameters" else [1.0] * len(self.names)
+        shares = [max(credit, 0.0) ** s.credit_power / cost for credit, cost in zip(self.credit.tolist(), costs)]
+        most = [min(*layer.weight.shape, int(s.credit_cap * s.rank)) for layer in self.layers.values()]
+        self.rebuild(dict(zip(self.names, dealt_units(shares, costs, most, s.rank * sum(costs)))))
+        return True
+
+    def log(self):
+        return {"credit": dict(zip(self.names, self.credit.tolist()))}
+
+
+def dealt_units(shares, costs, most, budget):
+    """Units of rank for each matrix, one by one to the largest share_i / (units_i + 1); ties to who has the fewest."""
+    units = [0] * len(shares)
+    while True:
+        able = [i for i, cost in enumerate(costs) if units[i] < most[i] and cost <= budget]
+        if not able:
+            return units
+        best = max(able, key=lambda i: (shares[i] / (units[i] + 1), -units[i]))
+        units[best] += 1
+        budget -= costs[best]
+
+
 # ---------------------------------------------------------------------------------------------- LeLoRA
 
 WINDOWS = ("first", "middle", "last")  # locations: the largest singular components, those from m/2 on, the smallest
@@ -581,12 +661,15 @@ class LeLora(Allocator):
     An adapter holds three windows of r_max components of W = U S V^T as A = sqrt(S) V^T and B = U sqrt(S), and the
     frozen weight is W without them: scale 1, no dropout, which would drop parts of W. An action is a dimension r and a
     location per matrix: r components of that window may move, all others stand still. `lelora_ablate` "rank" learns the
-    dimension alone, in the first window; "location" the window alone, at r_max (section 4.2.4, Fig. 5a).
+    dimension alone, in the first window; "location" the window alone, at r_max (section 4.2.4, Fig. 5a); "random" no
+    policy at all, the control. The reward follows the falling loss more than the action: `lelora_baseline` "trend"
+    takes the change of the loss instead, less its running mean and over its running deviation.
     """
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
     dynamic, validation_rows = True, 32
-    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "before", "policy", "optimizer", "generator")
+    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "spread", "before", "policy",
+             "optimizer", "generator")
 
     def setup(self):
         s, n = self.settings, len(self.names)
@@ -611,17 +694,18 @@ class LeLora(Allocator):
             self.spectra[i, :len(S)], self.where[i] = S, window_indices(len(S), R)
         self.masks = torch.zeros(len(self.dims), len(self.locations), 3 * R, device=self.device)
         for i, r in enumerate(self.dims):
+            starts = {"first": 0, "middle": R, "last": 3 * R - r}
             for j, location in enumerate(self.locations):
-                start = {"first": 0, "middle": R, "last": 3 * R - r}[location]
-                self.masks[i, j, start:start + r] = 1
+                self.masks[i, j, starts[location]:starts[location] + r] = 1
         self.dimension = torch.tensor(self.dims, dtype=torch.float64, device=self.device)
         place = [(block, lora.TARGETS.index(kind)) for _, block, kind in self.sites]
         self.place = torch.tensor(place, device=self.device)  # (n, 2)
-        self.policy = Policy(self.blocks, 1 + widest, len(self.dims), len(self.locations), s.seed).to(self.device)
+        start = "uniform" if s.lelora_ablate == "random" else s.lelora_start
+        self.policy = Policy(self.blocks, 1 + widest, *self.masks.shape[:2], s.seed, start).to(self.device)
         optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[s.lelora_policy_optimizer]
         self.optimizer = optimizer(self.policy.parameters(), lr=s.lelora_policy_lr)
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
-        self.reward, self.mean, self.before = (torch.zeros((), device=self.device) for _ in range(3))
+        self.reward, self.mean, self.spread, self.before = (torch.zeros((), device=self.device) for _ in range(4))
         self.heads = [(i, head) for i, head in enumerate(("rank", "location")) if self.masks.shape[i] > 1]  # that learn
         self.entropy, self.lowest = torch.ones(2, device=self.device), torch.ones(2, device=self.device)
         self.choice = torch.zeros(n, 2, dtype=torch.long, device=self.device)
@@ -659,23 +743,33 @@ class LeLora(Allocator):
         self.current.copy_(self.dimension[self.choice[:, 0]])
 
     def after_step(self, step):
-        if step % self.settings.lelora_every:
+        s = self.settings
+        if step % s.lelora_every:
             return False
-        after, first = self.validation_loss().float(), self.allocations == 0
-        change = 0 if first else after - self.before  # the last action's "after" is this one's "before"
-        reward = after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
+        if s.lelora_ablate != "random":
+            self.learn(self.validation_loss().float())
+        self.allocations += 1
+        self.act(step)
+        return False
+
+    def learn(self, after):
+        """Reinforce or weaken the last action by the validation loss `after` it, 0-d; `before` is the one before."""
+        trend = self.settings.lelora_baseline == "trend"
+        change = after - self.before if self.allocations else 0 * after
+        reward = change if trend else after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
         self.reward.copy_(torch.where(reward.isfinite() & self.ok, reward, self.mean))  # else no lesson
-        if first:
+        if self.allocations <= trend:  # the first reward, or the first change
             self.mean.copy_(self.reward)
+        advantage = self.reward - self.mean
+        if trend:
+            self.spread.lerp_(advantage.square(), 0.1)
+            advantage = advantage / self.spread.sqrt().clamp_min(1e-12)
         log_p = sum(head.gather(1, choice[:, None]) for head, choice in zip(self.log_p, self.choice.T))  # (n, 1)
-        ((self.reward - self.mean) * log_p.mean()).backward()  # Eq. 9
+        (advantage * log_p.mean()).backward()  # Eq. 9
         self.optimizer.step()  # Eq. 10
         self.optimizer.zero_grad()
         self.before.copy_(torch.where(after.isfinite(), after, self.before))
         self.mean.lerp_(self.reward, 0.1)  # running mean of some 10 rewards
-        self.allocations += 1
-        self.act(step)
-        return False
 
     def log(self):
         windows = [WINDOWS.index(self.locations[i]) for i in self.choice[:, 1].tolist()]
@@ -696,34 +790,34 @@ class LeLora(Allocator):
 class Policy(nn.Module):
     """LeLoRA's policy network: (block, kind) and numbers of n matrices -> log-probabilities of dimension and location.
 
-    Two embeddings of 200, hidden layers of 1024, 256 and 64, all Kaiming-uniform from `seed` (Appendix B).
+    Two embeddings of 200, hidden layers of 1024, 256 and 64, all Kaiming-uniform from `seed` (Appendix B). The heads
+    start at zero, with all actions equally likely, or with `start` "kaiming" at a lottery that plain steps keep.
     """
 
-    def __init__(self, blocks, numbers, dims, locations, seed):
+    def __init__(self, blocks, numbers, dims, locations, seed, start):
         super().__init__()
         self.block, self.kind = nn.Embedding(blocks, 200), nn.Embedding(len(lora.TARGETS), 200)
-        self.hidden = nn.ModuleList([nn.Linear(400 + numbers, 1024), nn.Linear(1024, 256), nn.Linear(256, 64)])
+        self.hidden = nn.Sequential(nn.Linear(400 + numbers, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.ReLU(),
+                                    nn.Linear(256, 64), nn.ReLU())
         self.heads = nn.ModuleList([nn.Linear(64, dims), nn.Linear(64, locations)])
         generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            nn.init.kaiming_uniform_(p, nonlinearity="relu", generator=generator) if p.dim() > 1 else nn.init.zeros_(p)
+        for name, p in self.named_parameters():
+            if p.dim() < 2 or start == "uniform" and name.startswith("heads"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.kaiming_uniform_(p, nonlinearity="relu", generator=generator)
 
     def forward(self, place, numbers):  # (n, 2), (n, F) -> (n, dims), (n, locations)
-        h = torch.cat([self.block(place[:, 0]), self.kind(place[:, 1]), numbers], 1)
-        for layer in self.hidden:
-            h = layer(h).relu()
+        h = self.hidden(torch.cat([self.block(place[:, 0]), self.kind(place[:, 1]), numbers], 1))
         return [head(h).log_softmax(1) for head in self.heads]
 
 
 def candidates(s):
     """Candidate dimensions, ascending, and locations (section 3.1); unset dimensions are 0, powers of 2 and `rank`."""
-    try:
-        dims = sorted({int(r) for r in s.lelora_dims or [0, s.rank, *(2 ** k for k in range(1, s.rank.bit_length()))]})
-    except ValueError:
-        dims = []
-    if not dims or dims[0] < 0 or dims[-1] == 0:
+    dims = s.lelora_dims or [0, s.rank, *(2 ** k for k in range(1, s.rank.bit_length()))]
+    if not all(str(r).isdecimal() for r in dims) or not any(int(r) for r in dims):
         raise UserError(f"--lelora-dims {s.lelora_dims}: expected numbers from 0 up, one above 0, such as 0,2,4,8")
-    named = s.lelora_locations or WINDOWS
+    dims, named = sorted({int(r) for r in dims}), s.lelora_locations or WINDOWS
     if set(named) - set(WINDOWS):
         raise UserError(f"--lelora-locations {','.join(named)}: choose from {','.join(WINDOWS)}")
     locations = [w for w in WINDOWS if w in named]
@@ -758,20 +852,9 @@ def singular_windows(weight, R):
     return stored["S"], stored["A"], stored["B"]
 
 
-METHODS = {
-    "lora": Allocator,
-    "linear-decay": Static,
-    "attention-heavy": Static,
-    "empirical": Static,
-    "lalora": LaLora,
-    "adalora": AdaLora,
-    "weightlora": WeightLora,
-    "weightlora+": WeightLora,
-    "random": RandomLora,
-    "lelora": LeLora,
-    "full": Direct,
-    "bitfit": Direct,
-}
+METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,
+           "adalora": AdaLora, "weightlora": WeightLora, "weightlora+": WeightLora, "random": RandomLora,
+           "credit": Credit, "lelora": LeLora, "full": Direct, "bitfit": Direct}
 
 
 def policy(method):

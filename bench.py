@@ -108,7 +108,8 @@ def settings_for(b, method, **changes):
     """train.Settings for one contender; warm-up phases are as short as they can be, the run is long."""
     fields = dict(method=method, model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets,
                   lr=1e-4, weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
-                  accumulate=1, batch_size=b.batch_size, max_length=b.length, weightlora_steps=2, adalora_t_init=1)
+                  accumulate=1, batch_size=b.batch_size, max_length=b.length, adalora_t_init=1, lalora_gamma=1.0,
+                  weightlora_steps=2, weightlora_examples=0, credit_steps=2, credit_examples=0)
     return train.Settings(**fields | changes)
 
 

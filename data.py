@@ -995,8 +995,14 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
-def hyperparameters(task, family, size, method="lora"):
-    """Return the papers' settings for flags that are not set; size: the model's hidden size.
+ADALORA_RATES = {"mnli": 5e-4, "qnli": 5e-4, "cola": 8e-4, "qqp": 8e-4, "sst2": 8e-4, "mrpc": 1e-3, "rte": 1.2e-3,
+                 "stsb": 2.2e-3}  # QingruZhang/AdaLoRA, NLU/scripts
+
+
+def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_ratio=1.5):
+    """Return the papers' settings for flags that are not set, and {name: reason} for those that the method decides.
+
+    size is the model's hidden size, rank the one that is set, or None.
 
     Encoders on GLUE: lelora Tables 5 and 6, with rank, alpha, dropout and length, which they leave open, of weightlora
     Table 9. Decoders on GLUE: weightlora Table 10, learning rate and warmup from the middle of its grids. Instructions:
@@ -1017,6 +1023,18 @@ def hyperparameters(task, family, size, method="lora"):
         chosen.update(llama_glue, steps=task.steps, warmup=30)
     elif size >= 1024:
         chosen.update(warmup=0.03, weight_decay=0.0)
+    reasons, rank = {}, rank or chosen["rank"]
     if method in ("full", "bitfit"):
         chosen["lr"] = (1e-3 if task.kind == "image" else 2e-5) if method == "full" else 1e-3
-    return chosen
+    elif method == "adalora":
+        triplets = round(adalora_init_ratio * rank)
+        chosen.update(lr=ADALORA_RATES.get(task.name, 2 * chosen["lr"]), alpha=16 * triplets)
+        reasons["lr"] = "its authors' script" if task.name in ADALORA_RATES else "twice LoRA's"
+        reasons["alpha"] = f"16 x the {triplets} triplets that a matrix starts with, as in its authors' scripts"
+    elif method == "lalora":
+        chosen["lalora_gamma"] = round(1.1 * math.log(max(2, rank)) / math.log(8), 3)
+        reasons["lalora_gamma"] = f"for rank {rank}: the budget's ceiling is {rank} times its start"
+    elif method in ("weightlora", "weightlora+"):
+        chosen["warmup"] = 0.0
+        reasons["warmup"] = "none, as in its authors' GLUE scripts"
+    return chosen, reasons

@@ -129,30 +129,52 @@ class Settings:
 
     r_min: int = setting(4, "static", "smallest rank r_min; a lower --rank is raised to it", low=1)
     r_max: int = setting(32, "static", "largest rank; a higher --rank is cut to it", low=1)
+    empirical_depth: str = setting("text", "static", "depth of block i of L for empirical: i / L, or i / (L - 1) as in "
+                                                     "its authors' code", ("text", "code"))
     adalora_init_ratio: float = setting(1.5, "adalora", "capacity over --rank: the first budget over the last", low=1)
-    adalora_t_init: int = setting(0, "adalora", "t_i, steps before the first pruning; 0 = 10 %% of the run")
-    adalora_t_final: int = setting(0, "adalora", "t_f, steps with the final budget; 0 = 50 %% of the run")
+    adalora_t_init: int = setting(None, "adalora", "t_i, steps before the first pruning; default 10 %% of the run")
+    adalora_t_final: int = setting(None, "adalora", "t_f, steps with the final budget; default 50 %% of the run")
     adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations", low=1)
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity", high=1)
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
-    adalora_orth: float = setting(0.5, "adalora", "gamma, weight of the orthogonality penalty")
-    lalora_gamma: float = setting(1.1, "lalora", "gamma, how fast the budget grows (Eq. 5)")
+    adalora_orth: float = setting(0.1, "adalora", "gamma, weight of the orthogonality penalty; its authors' scripts: "
+                                                  "0.1, RTE and STS-B 0.3; PEFT: 0.5")
+    adalora_penalty: str = setting("norm", "adalora", "mean of the norms, as in its authors' code and PEFT, or Eq. 4: "
+                                                      "the sum of their squares", ("norm", "squared"))
+    lalora_gamma: float = setting(None, "lalora", "gamma, how fast the budget grows (Eq. 5); default by --rank")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
-    lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), or 1",
-                                   ("step", "truncation", "off"))
+    lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), norm "
+                                                     "at the start over now (5.2's), or 1",
+                                   ("step", "truncation", "initial", "off"))
     lalora_score: str = setting("norm", "lalora", "contribution c: Eq. 9, or section 5.7's Fisher information",
                                 ("norm", "fisher"))
+    lalora_softmax: str = setting("raw", "lalora", "Eq. 8 over contributions, or over them divided by their mean",
+                                  ("raw", "relative"))
     weightlora_keep: int = setting(0, "weightlora", "K, matrices that keep an adapter; 0 = half")
     weightlora_steps: int = setting(0, "weightlora", "T, warm-up steps; 0 = 0.5 %% of the run, at least 5")
-    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega", above=0)
-    weightlora_threshold: str = setting("end", "weightlora", "threshold omega at every warm-up step or after the last",
+    weightlora_examples: int = setting(192, "weightlora", "rows that a warm-up step sees at least, in several batches")
+    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega, times the schedule's rate", above=0)
+    weightlora_threshold: str = setting("every", "weightlora", "threshold omega at each warm-up step or after the last",
                                         ("every", "end"))
+    weightlora_rank_by: str = setting("value", "weightlora", "keep the largest omega (its authors' code), |omega| "
+                                                             "(their text), or |omega - 1|",
+                                      ("value", "magnitude", "moved"))
+    credit_steps: int = setting(0, "credit", "T, warm-up steps; 0 = 10, or as many as the run has")
+    credit_examples: int = setting(192, "credit", "rows that a warm-up step sees at least, in several batches")
+    credit_power: float = setting(1.0, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
+    credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
+    credit_budget: str = setting("parameters", "credit", "deal out uniform LoRA's parameters, or its units of rank",
+                                 ("parameters", "ranks"))
     lelora_dims: list = setting(None, "lelora", "candidate dimensions; default 0, powers of 2 up to --rank")
     lelora_locations: list = setting(None, "lelora", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "lelora", "alpha of the reward, the weight of the loss's change (Eq. 4)")
     lelora_every: int = setting(1, "lelora", "iterations between actions", low=1)
-    lelora_ablate: str = setting("none", "lelora", "learn the rank alone, or the location alone (Fig. 5a)",
-                                 ("none", "rank", "location"))
+    lelora_ablate: str = setting("none", "lelora", "learn the rank alone, or the location alone (Fig. 5a); random: "
+                                                   "learn nothing, the control", ("none", "rank", "location", "random"))
+    lelora_start: str = setting("uniform", "lelora", "all actions equally likely at first, or as the heads are drawn "
+                                                     "(Appendix B)", ("uniform", "kaiming"))
+    lelora_baseline: str = setting("mean", "lelora", "compare the reward with its running mean, or only the loss's "
+                                                     "change with its trend", ("mean", "trend"))
     lelora_policy_lr: float = setting(1e-3, "lelora", "eta_2, the policy network's learning rate (Eq. 10)")
     lelora_policy_optimizer: str = setting("sgd", "lelora", "Eq. 10's plain steps, or Adam", ("sgd", "adam"))
     lelora_inputs: str = setting("standardised", "lelora", "norms and singular values as the policy sees them",
@@ -163,7 +185,8 @@ GROUPS = {"what": "what to run", "adapter": "adapter", "optimization": "optimiza
           "data": "data", "machine": "machine and logging",
           "static": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
           "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)",
-          "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "lelora": "lelora (LeLoRA)"}
+          "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "lelora": "lelora (LeLoRA)",
+          "credit": "credit (this project's: rank in proportion to what it earns)"}
 
 
 def parser_of(settings_class, description):
@@ -213,11 +236,17 @@ def settle(s, config):
     if task.kind not in takes:
         raise UserError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
                         f"{', '.join(takes)}: choose another model or task")
-    for name, value in data.hyperparameters(task, config.family, config.hidden_size, s.method).items():
+    chosen, reasons = data.hyperparameters(task, config.family, config.hidden_size, s.method, s.rank,
+                                           s.adalora_init_ratio)
+    taken = []
+    for name, value in chosen.items():
         is_set = name in ("epochs", "steps") and (s.epochs, s.steps) != (None, None)
         is_set |= s.adapter is not None and name in ("rank", "alpha", "dropout")
         if hasattr(s, name) and getattr(s, name) is None and not is_set:
             setattr(s, name, value)
+            taken += [f"{name} {value:g} ({reasons[name]})"] if name in reasons else []
+    if taken:
+        say(f"{s.method}: " + ", ".join(taken))
     s.device = evaluation.auto_device() if s.device == "auto" else s.device
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
@@ -274,7 +303,7 @@ def check(s, policy):
         raise UserError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")
     if s.shard and s.method in ("full", "bitfit"):
         raise UserError(f"{flag('method')} trains the model's own weights, which --shard spreads: leave --shard out")
-    if s.shard and s.method.startswith("weightlora") and (s.dora or s.init != "lora"):
+    if s.shard and issubclass(policy, allocators.WeightLora) and (s.dora or s.init != "lora"):
         raise UserError(f"{flag('method')} --shard: survivors would start at weights that are spread by then: leave "
                         "out --init and --dora")
     taken = Path(s.out).exists() and (not Path(s.out).is_dir() or any(Path(s.out).iterdir()))

@@ -997,7 +997,7 @@ def test_batches_of_equal_lengths_are_in_order_without_shuffle():
     ],
 )
 def test_hyperparameters_are_the_papers(name, family, size, expected):
-    found = data.hyperparameters(TASKS[name], family, size, "lora")
+    found, _ = data.hyperparameters(TASKS[name], family, size, "lora")
     assert {key: found[key] for key in expected} == expected
 
 
@@ -1020,7 +1020,7 @@ def test_hyperparameters_are_complete(family, size, method):
         "schedule",
     }
     for task in TASKS.values():
-        found = data.hyperparameters(task, family, size, method)
+        found, _ = data.hyperparameters(task, family, size, method)
         assert set(found) == keys and (found["epochs"] is None) != (found["steps"] is None) and 0 < found["lr"] < 0.01
 
 

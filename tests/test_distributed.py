@@ -28,7 +28,8 @@ SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_atte
 # 65 rows in batches of 8: the last one has a single row, so one of two processes has none
 VIT = ["--model", "vit-b16", "--init-weights", "random", "--task", "digits", "--limit-train", "65", "--limit-eval", "20",
        "--batch-size", "8", "--steps", "30", "--log-every", "1", "--rank", "2", "--dropout", "0", "--lr", "3e-3", "--r-min", "1",
-       "--save-every", "8", "--eval-every", "100", "--no-eval-before", "--weightlora-steps", "6", "--adalora-delta-t", "3"]
+       "--save-every", "8", "--eval-every", "100", "--no-eval-before", "--weightlora-steps", "6",
+       "--weightlora-examples", "0", "--adalora-delta-t", "3"]
 
 
 def main(argv):

@@ -17,8 +17,10 @@ def build(**changes):
 class Oracle:
     """Algorithm 1 in plain loops over float64 arrays, from the paper's text; ranks rounded as DESIGN 4.3 says."""
 
-    def __init__(self, weights, L, r, gamma, budget, fidelity, score):
-        self.L, self.r, self.gamma, self.budget, self.fidelity, self.score = L, r, gamma, budget, fidelity, score
+    def __init__(self, weights, L, s):
+        r, budget = s.rank, s.lalora_budget
+        self.L, self.r, self.gamma, self.budget, self.start = L, r, s.lalora_gamma, budget, weights
+        self.fidelity, self.score, self.softmax = s.lalora_fidelity, s.lalora_score, s.lalora_softmax
         self.D = float(r * L) if budget == "full" else float(L)
         self.ranks = [r] * L if budget == "full" else [1] * L
         self.weights = weights  # per block: list of (W_dw (r, d), W_up (m, r))
@@ -46,6 +48,9 @@ class Oracle:
                     pairs = (o_dw, n_dw), (o_up, n_up)
                 elif self.fidelity == "truncation":  # section 3.3's text
                     pairs = (n_dw, frobenius(dw)), (n_up, frobenius(up))
+                elif self.fidelity == "initial":  # section 5.2's text
+                    dw_first, up_first = self.start[i][m]
+                    pairs = (frobenius(dw_first[:r_i, :]), n_dw), (frobenius(up_first[:, :r_i]), n_up)
                 else:
                     pairs = (1, 1), (1, 1)
                 f_dw, f_up = (1.0 if a == 0 and b == 0 else a / b for a, b in pairs)
@@ -58,7 +63,7 @@ class Oracle:
         if self.budget == "grow":
             self.D = self.D * (1 + self.gamma * sum(increase) / self.L)  # Eq. 5
             self.D = min(max(self.D, self.L), self.r * self.L)
-        if self.score == "fisher":
+        if self.score == "fisher" or self.softmax == "relative":
             c = [c_i / (sum(c) / self.L) for c_i in c]
         self.weights = weights
         self.ranks = self.whole([np.exp(c_i) / sum(np.exp(c_j) for c_j in c) * self.D for c_i in c])  # Eq. 8
@@ -85,14 +90,14 @@ def weights_of(allocator):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(lalora_fidelity="truncation"), dict(lalora_fidelity="off"), dict(lalora_budget="full"),
-    dict(lalora_score="fisher"), dict(lalora_gamma=3.0, weight_decay=0.3), dict(rank=1),
+    dict(lalora_score="fisher"), dict(lalora_fidelity="initial"), dict(lalora_softmax="relative"),
+    dict(lalora_gamma=3.0, weight_decay=0.3), dict(rank=1),
     dict(targets=["query", "up", "down"]),
 ], ids=str)
 def test_follows_the_papers_equations(changes):
     allocator = build(**{"rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
     s = allocator.settings
-    oracle = Oracle(weights_of(allocator), allocator.blocks, s.rank, s.lalora_gamma, s.lalora_budget,
-                    s.lalora_fidelity, s.lalora_score)
+    oracle = Oracle(weights_of(allocator), allocator.blocks, s)
     history = [list(oracle.ranks)]
     see = allocator.after_backward
 
@@ -173,7 +178,7 @@ def test_whole_ranks_are_exact_for_any_shares():
         total = L + torch.rand((), generator=generator, dtype=torch.float64) * (r * L - L)
         shares = (torch.randn(L, generator=generator, dtype=torch.float64) * trial / 30).softmax(0) * total
         ranks = allocators.whole_ranks(shares, total, r)
-        oracle = Oracle([], L, r, 1, "grow", "step", "norm")
+        oracle = Oracle([], L, settings(rank=r))
         oracle.D = total.item()
         assert ranks.tolist() == oracle.whole(shares.tolist())
         assert ranks.sum() == round(total.item()) and ranks.min() >= 1 and ranks.max() <= r

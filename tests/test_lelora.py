@@ -15,7 +15,7 @@ import lora
 from model import UserError
 
 DIM = 32  # three windows of 8 need 32 singular components
-FLAGS = dict(method="lelora", rank=8, alpha=3.0, dropout=0.3)
+FLAGS = dict(method="lelora", rank=8, alpha=3.0, dropout=0.3, lelora_start="kaiming")
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,22 @@ def test_only_the_sampled_components_move():
     assert all(torch.equal(old, layer.weight) for old, layer in zip(frozen, allocator.layers.values()))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("method", ["lelora", "lora"])
+def test_without_gradients_the_update_stays_zero(method, optimizer):
+    """Weight decay would take W's own components away: LeLoRA's and, for `lora`, PiSSA's."""
+    s = settings(**{**FLAGS, "method": method, "optimizer": optimizer, "weight_decay": 0.1, "lr": 0.1,
+                    "init": "pissa" if method == "lora" else "lora"})
+    allocator = allocators.METHODS[method](fresh(), s, 100)
+    allocator.validation_loss = lambda: torch.ones(())
+    training, (x, labels) = training_of(allocator), next(batches(1, dim=DIM))
+    before = [p.clone() for p in allocator.parameters()]
+    for step in range(1, 31):
+        training.step(step, [({"x": x}, labels, 0.0)])
+    assert all(torch.equal(p, q) and q.any() for p, q in zip(allocator.parameters(), before))
+    assert all(layer.factors()[0].shape[0] == 0 for layer in allocator.layers.values())
+
+
 def test_clipping_counts_only_what_moves():
     allocator = build(seed=3, clip=1e-3)
     (x, labels), = batches(1, dim=DIM)
@@ -245,13 +261,13 @@ def test_policy_sees_norms_and_current_singular_values():
 
 
 def test_network_is_the_papers():
-    policy = allocators.Policy(12, 769, 4, 3, seed=0)
+    policy = allocators.Policy(12, 769, 4, 3, seed=0, start="kaiming")
     shapes = [tuple(p.shape) for p in policy.parameters() if p.dim() == 2]
     assert shapes == [(12, 200), (7, 200), (1024, 1169), (256, 1024), (64, 256), (4, 64), (3, 64)]
     for p in policy.parameters():
         bound = math.sqrt(6 / p.shape[1]) if p.dim() == 2 else 0
         assert p.abs().max() <= bound and (p.dim() == 1 or p.abs().max() > 0.9 * bound)
-    same, other = allocators.Policy(12, 769, 4, 3, seed=0), allocators.Policy(12, 769, 4, 3, seed=1)
+    same, other = (allocators.Policy(12, 769, 4, 3, seed, start="kaiming") for seed in (0, 1))
     assert torch.equal(same.hidden[0].weight, policy.hidden[0].weight)
     assert not torch.equal(other.hidden[0].weight, policy.hidden[0].weight)
 
@@ -270,6 +286,38 @@ def test_actions_are_drawn_with_the_policys_probabilities():
             count.scatter_add_(1, allocator.choice[:, i:i + 1], torch.ones(4, 1))
     for count, head in zip(counts, heads):
         assert ((count / 2000 - head).abs() < 5 * (head * (1 - head) / 2000).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("changes", [dict(lelora_start="uniform"), dict(lelora_ablate="random")], ids=str)
+def test_every_action_is_equally_likely(changes):
+    allocator = build(loss=lambda _: torch.ones(()), **changes)
+    if "lelora_ablate" in changes:
+        allocator.validation_loss = None  # the control takes no validation pass
+    counts = [torch.zeros(4), torch.zeros(3)]
+    for _ in range(1500):
+        allocator.after_step(1)
+        for count, choice in zip(counts, allocator.choice.T):
+            count += torch.bincount(choice, minlength=len(count))
+    assert allocator.entropy.tolist() == pytest.approx([1, 1])
+    for count in counts:  # 6000 draws
+        assert ((count / 6000 - 1 / len(count)).abs() < 4 * (1 / len(count) / 6000) ** 0.5).all()
+
+
+def test_a_falling_loss_teaches_nothing_with_the_baseline_that_follows_it():
+    def moved(baseline, noise):
+        random = np.random.default_rng(0)
+        losses = iter(10 - np.arange(40) / 64 + noise * random.normal(size=40))
+        allocator = build(loss=lambda _: torch.tensor(next(losses)), lelora_baseline=baseline, lelora_start="uniform")
+        for step in range(40):
+            allocator.after_step(step)
+        heads = torch.cat([head.weight.flatten() for head in allocator.policy.heads])
+        return heads.norm().item(), allocator.spread.item() ** 0.5
+
+    assert moved("mean", 0)[0] > 1e-4 and moved("trend", 0)[0] < 1e-6
+    step, spread = moved("trend", 0.1)
+    larger, wider = moved("trend", 0.2)
+    assert step > 1e-3 and larger == pytest.approx(step, rel=0.2)  # in units of its deviation
+    assert wider == pytest.approx(2 * spread, rel=0.2)
 
 
 def test_reinforce_gradient_is_unbiased():

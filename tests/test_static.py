@@ -15,8 +15,12 @@ ALL = ["query", "key", "value", "out", "up", "down"]
 SHAPES = ["linear-decay", "attention-heavy", "empirical"]
 
 
-def paper(method, i, L, attention, r_base, r_min, r_max):
-    """Section 3.1 of the Adaptive LoRA paper in exact arithmetic, floored, then clamped to [r_min, r_max]."""
+def paper(method, i, L, attention, r_base, r_min, r_max, depth="text"):
+    """Section 3.1 of the Adaptive LoRA paper in exact arithmetic, floored, then clamped to [r_min, r_max].
+
+    depth: block i's is i / L in the text, i / (L - 1) in the authors' program.
+    """
+    L -= depth == "code" and method == "empirical"
     if method == "linear-decay":
         rank = max(Fraction(r_min), r_base - Fraction(r_base - r_min) * i / (L - 1))
     elif method == "attention-heavy":
@@ -30,18 +34,19 @@ def paper(method, i, L, attention, r_base, r_min, r_max):
     return min(max(floor(rank), r_min), r_max)
 
 
-@pytest.mark.parametrize("method", SHAPES)
+@pytest.mark.parametrize("method, depth", [*((method, "text") for method in SHAPES), ("empirical", "code")])
 @pytest.mark.parametrize("r_base,r_min,r_max",
                          [(16, 4, 32), (8, 4, 32), (5, 1, 32), (30, 4, 32), (7, 2, 6), (3, 4, 32)])
-def test_ranks_are_the_papers_at_every_depth(method, r_base, r_min, r_max, monkeypatch):
+def test_ranks_are_the_papers_at_every_depth(method, depth, r_base, r_min, r_max, monkeypatch):
     monkeypatch.setattr(lora.LoraLinear, "reset", lambda layer: None)  # the shapes are what is looked at
     deep, model = Tiny(blocks=48, dim=38, hidden=38), Tiny(blocks=0)
-    s = settings(method=method, targets=["query", "up"], rank=r_base, r_min=r_min, r_max=r_max)
+    s = settings(method=method, targets=["query", "up"], rank=r_base, r_min=r_min, r_max=r_max,
+                 empirical_depth=depth)
     for L in range(2, 49):
         model.blocks = deep.blocks[:L]
         layers = allocators.METHODS[method](model, s, steps=10).layers
         assert {name: layer.A.shape[0] for name, layer in layers.items()} == {
-            f"blocks.{i}.{kind}": paper(method, i, L, kind == "query", r_base, r_min, r_max)
+            f"blocks.{i}.{kind}": paper(method, i, L, kind == "query", r_base, r_min, r_max, depth)
             for i in range(L) for kind in s.targets}
         for name in layers:
             lora.detach(model, name)

@@ -31,7 +31,7 @@ from model import UserError
 METHODS = ["lora", "adalora", "lalora", "weightlora+", "lelora"]
 SHORT = ["--limit-train", "160", "--limit-eval", "20", "--steps", "40", "--batch-size", "8", "--log-every", "3",
          "--save-every", "4", "--eval-every", "9", "--dropout", "0.1", "--rank", "4", "--weightlora-steps", "9",
-         "--adalora-delta-t", "4"]
+         "--weightlora-examples", "0", "--adalora-delta-t", "4"]
 server = multiprocessing.get_context("forkserver")  # real processes, that need not import torch each time
 server.set_forkserver_preload(["train", "torch._dynamo"])
 

@@ -160,7 +160,8 @@ def test_runs_learn_and_are_evaluated_again_identically(model, task, folder, met
         assert len(encoding.ids) > 2
 
 
-METHODS = ["linear-decay", "attention-heavy", "empirical", "adalora", "lalora", "weightlora", "weightlora+", "random", "lelora"]
+METHODS = ["linear-decay", "attention-heavy", "empirical", "adalora", "lalora", "weightlora", "weightlora+", "random",
+           "lelora", "credit"]
 PLACES = {"encoder": ("bert", "text-regression", "scores"), "decoder": ("llama", "boolq", ""), "vit": (None, "digits-rot90", None)}
 
 

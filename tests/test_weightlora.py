@@ -26,35 +26,42 @@ def take(allocator, step, gradient):
     return allocator.after_step(step)
 
 
-def hard_threshold(omega, keep):
-    """H_K of Appendix B in plain Python; entries tied with the K-th largest stay (DESIGN 4.4)."""
-    kth = sorted((abs(w) for w in omega), reverse=True)[keep - 1]
-    return np.array([w if abs(w) >= kth else 0.0 for w in omega])
+SCORES = {"value": lambda w: w, "magnitude": abs, "moved": lambda w: abs(w - 1)}
 
 
+def hard_threshold(omega, keep, by="value"):
+    """H_K of Appendix B in plain Python, towards 1 for "moved"; those tied with the K-th largest stay (DESIGN 4.4)."""
+    kth = sorted((SCORES[by](w) for w in omega), reverse=True)[keep - 1]
+    return np.array([w if SCORES[by](w) >= kth else float(by == "moved") for w in omega])
+
+
+@pytest.mark.parametrize("by", SCORES)
 @pytest.mark.parametrize("threshold", ["every", "end"])
 @pytest.mark.parametrize("n_kinds,keep,warmup,lr", [(2, 0, 12, 5.0), (6, 4, 20, 0.3), (3, 1, 7, 50.0), (1, 3, 5, 5.0)])
-def test_omega_follows_stoiht_under_random_gradients(threshold, n_kinds, keep, warmup, lr):
+def test_omega_follows_stoiht_under_random_gradients(threshold, n_kinds, keep, warmup, lr, by):
     allocator = build(targets=ALL[:n_kinds], weightlora_keep=keep, weightlora_steps=warmup, weightlora_lr=lr,
-                      weightlora_threshold=threshold)
+                      weightlora_threshold=threshold, weightlora_rank_by=by)
     n = 3 * n_kinds
     K = keep or n // 2
     omega, random, returned = np.ones(n), np.random.default_rng(n), False
     for step in range(1, warmup + 1):
         g = random.normal(0, 0.1, n).astype(np.float32) * (step > 1)
+        allocator.rate = 1 - step / 40  # the schedule's, as in the authors' code
         assert take(allocator, step, g) is (step == warmup)
-        zero, omega = omega == 0, omega - lr * g.astype(np.float64)
+        zero, omega = omega == float(by == "moved"), omega - lr * (1 - step / 40) * g.astype(np.float64)
         if threshold == "every" or step == warmup:
-            omega = hard_threshold(omega, K)
-        returned |= bool((omega[zero] != 0).any())
+            omega = hard_threshold(omega, K, by)
+        returned |= bool((omega[zero] != float(by == "moved")).any()) and step > 2
         np.testing.assert_array_equal(allocator.omega.numpy(), omega)
         assert allocator.log()["omega"] == dict(zip(allocator.names, omega.tolist()))
         if step < warmup:
             for layer, w in zip(allocator.layers.values(), omega):
                 assert layer.g.item() == np.float32(w)
-    kept = {name for name, w in zip(allocator.names, omega) if w != 0}
+    best = sorted(range(n), key=lambda i: -SCORES[by](omega[i]))[:K]
+    kept = {allocator.names[i] for i in best}
     assert set(lora.adapters(allocator.model)) == set(allocator.layers) == kept
-    assert returned == (threshold == "every" and K < n and lr >= 5)  # a zeroed omega goes on receiving gradients
+    near = lr >= 5 or by == "moved"  # a zeroed omega goes on receiving gradients
+    assert returned == (threshold == "every" and K < n and near)
 
 
 @pytest.mark.parametrize("threshold", ["every", "end"])
@@ -96,8 +103,8 @@ def test_ties_stay_in_the_warm_up_and_go_to_the_first_at_the_end():
         assert list(allocator.layers) == ["blocks.0.query", "blocks.1.query"]
     allocator = build(weightlora_steps=2, weightlora_keep=3, weightlora_threshold="end", weightlora_lr=4.0)
     take(allocator, 1, [0.0] * 6)
-    take(allocator, 2, [0.125, 0.0, 0.125, 0.375, 0.0, 0.125])
-    assert allocator.omega.tolist() == [0.5, 1, 0.5, -0.5, 1, 0.5]  # four are tied with the third
+    take(allocator, 2, [0.125, 0.0, 0.125, 0.375, 0.0, 0.125])  # to -0.5 the fourth
+    assert allocator.omega.tolist() == [0.5, 1, 0.5, 0, 1, 0.5]  # three are tied with the third
     assert list(allocator.layers) == [allocator.names[i] for i in (0, 1, 4)]
 
 
@@ -214,6 +221,11 @@ def test_resumed_run_is_the_same_to_the_bit_in_both_phases(method, threshold, st
     options = dict(method=method, steps=18, weightlora_steps=6, weightlora_threshold=threshold)
     whole, parts = resumes_to_the_same_bits(lambda: build(**options), list(batches(18)), stop)
     assert parts.allocations == 1 and parts.log() == whole.log()
+
+
+def test_warm_up_steps_see_enough_examples():
+    allocator = build(weightlora_steps=5, weightlora_examples=40)
+    assert [allocator.examples(step) for step in (1, 5, 6)] == [40, 40, 0]
 
 
 def test_a_step_that_is_not_finite_leaves_omega_and_delays_nothing():
