@@ -92,29 +92,30 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
     of the allowed answers with the highest log-probability (not divided by length: they are about as long). A list
     `samples` gets a dict per generated text. The order of rows and batches is fixed, so the same weights on the same
-    machine give the same numbers.
+    machine give the same numbers. Raises UserError if the model's outputs are not finite.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     model.eval()
     order = data.batches(split, batch_size, seed=0, epoch=0, shuffle=False)
     bar = tqdm(order, "evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=None)  # None: no terminal
     if task.kind == "lm":
-        result = _perplexity(model, split, bar, device)
+        result = _perplexity(model, split, bar)
         if generate and score == "likelihood":
             likeliest = [words[scores.argmax()] == row["target"]
                          for row, words, scores in log_likelihoods(model, split, batch_size, tokenizer)]
             result["accuracy"] = float(np.mean(likeliest))
         elif generate and task.new_tokens:
-            result |= _generated(model, task, split, batch_size, tokenizer, device, samples)
+            result |= _generated(model, task, split, batch_size, tokenizer, samples)
     else:
         outputs, labels = [], []
         for indices in bar:
             inputs, label = data.collate(split, indices)
-            output = logits(model, inputs).float()  # (B, C)
-            outputs.append(output.squeeze(-1) if task.kind == "regress" else output.argmax(-1))
+            outputs.append(logits(model, inputs).float())  # (B, C)
             labels.append(label)
-        outputs, labels = torch.cat(outputs).cpu().numpy(), torch.cat(labels).numpy()
-        result = {name: METRICS[name](outputs, labels) for name in task.metrics}
+        outputs, labels = torch.cat(outputs), torch.cat(labels).numpy()
+        models.require_finite(outputs, model)
+        outputs = outputs.squeeze(-1) if task.kind == "regress" else outputs.argmax(-1)
+        result = {name: METRICS[name](outputs.cpu().numpy(), labels) for name in task.metrics}
     model.train(was_training)
     return result
 
@@ -128,20 +129,28 @@ def logits(model, inputs):
     return model(**inputs)
 
 
-def _perplexity(model, split, batches, device):
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+def token_loss(model, inputs, labels):
+    """Sum of the cross-entropies of a batch's answer tokens, 0-d float32; never holds the logits of all of them."""
+    return logits(model, {**inputs, "labels": labels})
+
+
+def _perplexity(model, split, batches):
+    total, count = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device), 0
     for indices in batches:
         inputs, labels = data.collate(split, indices)
-        total += F.cross_entropy(logits(model, inputs).float(), labels.to(device), reduction="sum")  # (N, V)
+        total += token_loss(model, inputs, labels)
         count += labels.numel()
-    loss = (total / max(1, count)).item()
+    models.require_finite(total, model)
+    loss = total.item() / max(1, count)
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
-def _generated(model, task, split, batch_size, tokenizer, device, samples):
+def _generated(model, task, split, batch_size, tokenizer, samples):
     """Share of rows whose generated answer is right, under the task's headline name; rows sorted by prompt length."""
-    def stopped(ids):  # the newest tokens decide, each of which is a character or more
-        texts = tokenizer.backend.decode_batch(ids[:, -1 - max(map(len, task.stop)):].tolist())
+    device = next(model.parameters()).device
+
+    def stopped(ids):  # the newest tokens decide, each of which is a character or more; up to 8 are new
+        texts = tokenizer.backend.decode_batch(ids[:, -8 - max(map(len, task.stop)):].tolist())
         return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
 
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
@@ -191,16 +200,21 @@ def log_likelihoods(model, split, batch_size, tokenizer):
         tokens, mask = (t.to(device) for t in data.pad(begun, 0, left=True))
         (B, T), longest = tokens.shape, max(len(ids) for row in rest for ids in row)
         cache, mask = models.Cache(model, B, T + longest), F.pad(mask, (0, longest), value=True)
-        first = model(tokens, mask[:, :T], torch.arange(1, B + 1, device=device) * T - 1, cache)[:, None]  # (B, 1, V)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        ends = torch.arange(1, B + 1, device=device) * T - 1
+        first = model(tokens, mask[:, :T], ends, cache, places[:, :T])[:, None]  # (B, 1, V)
         scores = []
         for k in range(max(map(len, rest))):  # a row with fewer answers repeats its last
             ids, real = (t.to(device) for t in data.pad([row[min(k, len(row) - 1)] for row in rest], 0))  # (B, n)
             cache.length, n, logits = T, ids.shape[1], first
             if n > 1:
-                logits = torch.cat((first, model(ids[:, :-1], mask[:, :T + n - 1], cache=cache)), 1)
+                others = model(ids[:, :-1], mask[:, :T + n - 1], None, cache, places[:, T:T + n - 1])
+                logits = torch.cat((first, others), 1)
             each = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]  # (B, n)
             scores.append((each * real).sum(1))
-        for i, row, score in zip(chosen, words, torch.stack(scores, 1).cpu().numpy()):
+        scores = torch.stack(scores, 1).cpu()  # (B, answers)
+        models.require_finite(scores, model)
+        for i, row, score in zip(chosen, words, scores.numpy()):
             yield split.rows[i], row, score[:len(row)]
 
 
@@ -224,38 +238,67 @@ def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=Tr
 # ---------------------------------------------------------------------------------------------- models, data and runs
 
 
-def load_model(s, task, adapted=False):
-    """The base model that the settings name, with the task's head; caps s.max_length at the model's positions.
+def load(s, task, adapted=False):
+    """The base model that the settings name, with the task's head, and its data.Processor: (model, processor).
 
-    A checkpoint's head is put into the task's order of labels. `adapted`: an adapter brings the trained head.
+    A trained head is used where its labels are known to be the data's (`match_labels`); else the head is drawn from
+    s.seed and model.fresh names it. `adapted`: an adapter brings the trained head. s.max_length is cut to the model's
+    positions.
     """
-    labels = None if task.kind == "lm" else 1 if task.kind == "regress" else len(task.labels)
+    config, folder = models.find_config(s.model, s.init_weights)
+    if task.kind != "image":
+        folder = folder or models.resolve(s.model, weights=False)
+    processor = data.Processor(task, folder, config.image_size)
+    count = {"lm": None, "regress": 1}.get(task.kind, len(task.labels))
+    saved, outputs, remark = config.raw.get("id2label") or {}, None, None
+    names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]
+    if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
+        outputs, remark = match_labels(names, task.labels)
+        outputs = outputs or []
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
-    model = models.load(s.model, "lm" if task.kind == "lm" else "classify", labels, getattr(torch, s.dtype),
-                        "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard)
-    if model.fresh and s.init_weights == "checkpoint" and not adapted:
-        print(f"note: {', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}", file=sys.stderr)
+    model = models.load(s.model, "lm" if task.kind == "lm" else "classify", count, getattr(torch, s.dtype),
+                        "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard, outputs=outputs)
     if task.labels:
-        if not any(name.startswith("head.") for name in model.fresh):
-            _order_labels(model, task.labels)
         model.config.raw["id2label"] = dict(enumerate(task.labels))
         model.config.raw["label2id"] = {label: i for i, label in enumerate(task.labels)}
+    if s.init_weights == "checkpoint" and not adapted:
+        if model.unused_outputs:
+            data.note(f"the head of {s.model} is not used: its {model.unused_outputs} outputs ({listed(names)}) "
+                      f"are not this task's ({listed(task.labels or ['a number'])})")
+        if model.fresh:
+            data.note(f"{', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}")
+        elif remark:
+            data.note(f"the head of {s.model}: {remark}")
     positions = getattr(model, "max_length", s.max_length)
     if s.max_length > positions:
-        print(f"note: {s.model} has {positions} positions: --max-length {s.max_length} is cut to that", file=sys.stderr)
+        data.note(f"{s.model} has {positions} positions: --max-length {s.max_length} is cut to that")
         s.max_length = positions
-    return model
+    return model, processor
 
 
-def _order_labels(model, labels):
-    """Permute the outputs of a trained head whose checkpoint names the same labels in another order."""
-    saved = model.config.raw.get("id2label") or {}
-    saved = [str(saved.get(str(i), saved.get(i))).lower() for i in range(len(saved))]
-    wanted = [label.lower() for label in labels]
-    if saved != wanted and sorted(saved) == sorted(wanted):
-        last, order = getattr(model.head, "out_proj", model.head), [saved.index(label) for label in wanted]
-        for parameter in last.parameters():
-            parameter.data = parameter.data[order].clone()
+def match_labels(names, labels):
+    """Which outputs of a trained head are the data's `labels`: (their indices or None, what was assumed or None).
+
+    Equal names match in any order and case. Outputs that have no `names` but LABEL_i match by their number, or else
+    in order if they are as many. If the data have the numbers of all outputs instead of their names, they match, too.
+    """
+    names, wanted = ([label.strip().casefold() for label in side] for side in (names, labels))
+    unnamed = all(re.fullmatch(r"label_\d+", name) for name in names)
+    if unnamed:
+        wanted = [f"label_{label}" if label.isdecimal() else label for label in wanted]
+    if set(wanted) <= set(names):
+        return [names.index(label) for label in wanted], None
+    if unnamed and len(wanted) == len(names):
+        return list(range(len(names))), f"its outputs have no names, they are taken to be {listed(labels)} in this order"
+    numbers = [int(label) for label in wanted if label.isdecimal()]
+    if sorted(numbers) == list(range(len(names))) and not any(name.isdecimal() for name in names):
+        return numbers, f"the data's {listed(sorted(labels))} are taken as the numbers of its outputs {listed(names)}"
+    return None, None
+
+
+def listed(names, most=5):
+    """The first of many names, for a message."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
 def auto_device():
@@ -292,14 +335,6 @@ def scoring(s, task):
     return {"score": score, "samples": samples}
 
 
-def processor_for(s, task):
-    """The data.Processor of the run's model: its tokenizer, or its image settings."""
-    config, folder = models.find_config(s.model, s.init_weights)
-    if task.kind != "image":
-        folder = folder or models.resolve(s.model, weights=False)
-    return data.Processor(task, folder, config.image_size)
-
-
 def evaluate_run(folder, splits=None, shard=None, **changes):
     """Evaluate what a run folder holds, on a freshly loaded base model: {metric: number}.
 
@@ -307,8 +342,45 @@ def evaluate_run(folder, splits=None, shard=None, **changes):
     which then call this; the rest is as in `load_run`.
     """
     s, task, processor, model = load_run(folder, changes, shard)
-    return evaluate_splits(model, task, splits or processor.evaluation(s), s.batch_size, processor.tokenizer,
-                           **scoring(s, task))
+    return evaluate_loaded(s, task, processor, model, splits, merge=shard is None)
+
+
+def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
+    """Evaluate a model that is not trained any further, as the settings say: {metric: number}.
+
+    Where text is generated its adapters are merged into the weights for good, so that a token costs what the plain
+    model's does; all numbers are then those of the merged model, one rounding of the weights' dtype apart.
+    """
+    scored = scoring(s, task)
+    if merge and task.new_tokens and scored["score"] == "generation":
+        for layer in lora.adapters(model).values():
+            layer.merge()
+    splits = splits or processor.evaluation(s)
+    return evaluate_splits(model, task, splits, rows_at_once(s, task, model, splits), processor.tokenizer, **scored)
+
+
+def rows_at_once(s, task, model, splits):
+    """How many rows evaluation takes at a time: s.eval_batch_size; where that is 0, on a CPU s.batch_size.
+
+    On a GPU 0 gives the largest power of two up to 256 for which half of the memory that the weights leave holds a
+    block's activations and the keys and values of all layers at the longest row's length. It is counted from the card's
+    size, not from what is free, so that the same card gives the same numbers again.
+    """
+    if getattr(s, "eval_batch_size", 0):  # older runs have none
+        return s.eval_batch_size
+    if not s.device.startswith("cuda"):
+        return s.batch_size
+    config, size = model.config, getattr(torch, s.dtype).itemsize
+    width = 12 * config.hidden_size + 4 * config.intermediate_size  # numbers per token
+    if task.kind == "lm":
+        width += 2 * config.layers * config.kv_heads * config.head_dim
+    tokens = max(max(split.lengths) for split in splits.values()) + task.new_tokens
+    if task.kind == "image":
+        tokens = model.positions.shape[1]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = torch.cuda.get_device_properties(s.device).total_memory - weights
+    rows = max(1, room // 2 // (tokens * width * size))
+    return min(256, 2 ** (rows.bit_length() - 1))
 
 
 def load_run(folder, changes, shard=None):
@@ -322,16 +394,15 @@ def load_run(folder, changes, shard=None):
     s.shard = shard is not None  # one process alone loads the model as usual
     task = data.find_task(s.task, s.data, labels)
     if s.device.startswith("cuda") and not torch.cuda.is_available() and "device" not in changes:
-        print(f"note: the run's device {s.device} is not here: evaluating on the CPU", file=sys.stderr)
+        data.note(f"the run's device {s.device} is not here: evaluating on the CPU")
         s.device = "cpu"
     check_device(s.device)
     scoring(s, task)  # complain before the model is loaded
-    processor = processor_for(s, task)
     if (folder / "model").is_dir():
         where = {"model": str(folder / "model"), "init_weights": "checkpoint"}
-        model = load_model(SimpleNamespace(**vars(s) | where), task)
+        model, processor = load(SimpleNamespace(**vars(s) | where), task)
     elif (folder / "adapter").is_dir():
-        model = load_model(s, task, adapted=True)
+        model, processor = load(s, task, adapted=True)
         lora.load_adapter(model, folder / "adapter")
         if shard:
             shard(model, s.device)
@@ -481,15 +552,15 @@ def summary(metrics):
 def plot(*folders):
     """Draw one run's pictures into its folder, or several runs' into the folder that holds them; returns their paths.
 
-    One run: training.png has loss, metrics, budget and the policy's own numbers over steps; ranks.png the rank of each
-    kind of matrix over blocks and steps, and the final ranks; choices.png LeLoRA's windows, or WeightLoRA's omega.
-    Several: curves.png has loss and metric over steps, a row for each task; what is no run is left out. Raises
-    UserError without matplotlib or without a run.
+    curves.png has loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task, a
+    colour for all runs that differ in their seed alone. ranks.png, of one run, has the rank of each kind of matrix over
+    blocks and steps, and the final ranks. Raises UserError without matplotlib or without a run.
     """
     plt, runs = pyplot(), read_runs(folders)
-    if len(folders) == 1:
-        return save_figures(plt, runs[0].folder, _plot_run(plt, runs[0]))
-    return save_figures(plt, common_folder(runs), {"curves.png": _plot_curves(plt, runs)})
+    figures = {"curves.png": _plot_curves(plt, runs)}
+    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
+        figures["ranks.png"] = _plot_ranks(plt, runs[0].ranks)
+    return save_figures(plt, runs, figures)
 
 
 def pyplot():
@@ -503,20 +574,12 @@ def pyplot():
     return plt
 
 
-def save_figures(plt, folder, figures):
-    """Write {file name: figure} into `folder`; returns the paths."""
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
-    return [folder / name for name in figures]
-
-
 def read_runs(folders):
     """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
 
     Of several, what is no run is left out and named. Raises UserError if none is one.
     """
-    runs, others = [], []
+    runs = []
     for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
         if folder.is_file():  # a picture, where runs/* was typed
             continue
@@ -527,17 +590,19 @@ def read_runs(folders):
         except (UserError, OSError) as error:
             if len(folders) == 1:
                 raise
-            others.append(folder.name)
-    if others:
-        data.note(f"left out, not a run's folder: {', '.join(others)}")
+            data.note(f"left out, not a run's folder: {folder.name}")
     if not runs:
         raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
     return runs
 
 
-def common_folder(runs):
-    """The innermost folder that holds all of the runs' folders."""
-    return Path(os.path.commonpath([run.folder.parent for run in runs]))
+def save_figures(plt, runs, figures):
+    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
+    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+    return [folder / name for name in figures]
 
 
 def _read_log(file):
@@ -558,91 +623,63 @@ def alike(runs, *ignored):
     def shown(value):
         return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
 
-    tried = {}  # (method, setting) -> task -> the values that occur
+    tried = {}  # (task, method, setting) -> the values that occur
     for run in runs:
         for key, value in vars(run.s).items():
-            tried.setdefault((run.s.method, key), {}).setdefault(run.s.task, set()).add(shown(value))
+            tried.setdefault((run.s.task, run.s.method, key), set()).add(shown(value))
+    varied = {(method, key) for (_, method, key), values in tried.items() if len(values) > 1 and key not in ignored}
     groups = {}
     for run in runs:
         label = [run.s.method]
         for key, value in vars(run.s).items():
-            if key not in ignored and max(map(len, tried[run.s.method, key].values())) > 1:
+            if (run.s.method, key) in varied:
                 key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
                 label.append(f"{key} {shown(value)}")
         label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
         groups.setdefault((run.s.task, label), []).append(run)
 
-    def numbers_by_size(key):  # 2 before 12
+    def by_size(key):  # 2 before 12
         return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", ": ".join(key))]
 
-    return {key: groups[key] for key in sorted(groups, key=numbers_by_size)}
+    return {key: groups[key] for key in sorted(groups, key=by_size)}
 
 
 def _plot_curves(plt, runs):
-    """Training loss and evaluation over steps: a row of panels for each task, a colour for what is alike but the seed."""
     groups = alike(runs)
-    tasks = list(dict.fromkeys(task for task, _ in groups))
-    labels = list(dict.fromkeys(label for _, label in groups))
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 3.8 * len(tasks)), layout="constrained", squeeze=False)
-    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
-    shown = {}
+    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
+    own = []
+    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
+        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
+                 "trainable_params"}
+        own = [key for key in {key: None for line in runs[0].metrics for key in line} if key not in usual]
+    columns = 3 + bool(own)
+    figure, axes = plt.subplots(len(tasks), columns, figsize=(4.6 * columns, 3.8 * len(tasks)), layout="constrained",
+                                squeeze=False)
+    colours, shown = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors, {}
+
+    def draw(axis, title, points, **options):
+        points = [(step, value) for step, value in points if value is not None]
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        return axis.plot(*np.reshape(points, (-1, 2)).T, marker="o" if len(points) < 15 else None, markersize=3,
+                         **options)[0]
+
     for (task, label), group in groups.items():
-        losses, evaluations = axes[tasks.index(task)]
-        colour = colours[labels.index(label) % len(colours)]
-        metric = headline(group)
+        row, metric, colour = axes[tasks.index(task)], data.TASKS[task].metrics[0], colours[labels.index(label) % len(colours)]
         for run in group:
-            _draw(losses, [(m["step"], m["loss"]) for m in run.metrics if "loss" in m], color=colour)
-            shown[label] = _draw(evaluations, [(m["step"], m["eval"].get(metric)) for m in run.metrics if "eval" in m],
-                                 color=colour)
-        losses.set_title(f"{task}: training loss")
-        evaluations.set_title(f"{task}: {metric}")
-    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
-    return figure
-
-
-def headline(runs):
-    """The metric that runs on one task are compared by: the task's first, or the loss where answers were not scored."""
-    metric = data.TASKS[runs[0].s.task].metrics[0]
-    scored = [metric in line["eval"] for run in runs for line in run.metrics if "eval" in line]
-    return metric if scored and all(scored) else "loss"
-
-
-def _draw(axis, points, **options):
-    """A curve through the (step, number or None) in `points`, with markers if they are few."""
-    points = [(step, value) for step, value in points if value is not None]
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
-    steps, values = zip(*points) if points else ((), ())
-    return axis.plot(steps, values, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
-
-
-def _plot_run(plt, run):
-    figures, last = {"training.png": _plot_training(plt, run.metrics)}, run.ranks[-1]
-    if last["ranks"]:
-        figures["ranks.png"] = _plot_ranks(plt, run.ranks)
-    title = f"{run.s.method} on {Path(run.s.model).name}, {run.s.task}, seed {run.s.seed}"
-    for figure in figures.values():
-        figure.suptitle(title, parse_math=False)  # a name may have dollar signs
-    return figures
-
-
-def _plot_training(plt, metrics):
-    steps, evaluations = [m for m in metrics if "loss" in m], [m["eval"] | m for m in metrics if "eval" in m]
-    usual = {"step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second", "trainable_params"}
-    own = [key for key in (steps[-1] if steps else {}) if key not in usual]
-    measured = [key for key in (evaluations[-1]["eval"] if evaluations else {}) if key not in ("loss", "eval_rows")]
-    panels = [("training loss", ["loss"], steps), ("evaluation", measured, evaluations),
-              ("trainable adapter parameters", ["now", "mean", "peak"], [m["trainable_params"] | m for m in metrics])]
+            evaluations = [line for line in run.metrics if "eval" in line]
+            if not all(metric in line["eval"] for line in evaluations):
+                metric = "loss"  # answers are generated and scored at the end only
+            draw(row[0], f"{task}: training loss", [(m["step"], m.get("loss")) for m in run.metrics], color=colour)
+            draw(row[1], f"{task}: {metric}", [(m["step"], m["eval"].get(metric)) for m in evaluations], color=colour)
+            shown[label] = draw(row[2], "trainable adapter parameters",
+                                [(m["step"], m["trainable_params"]["now"]) for m in run.metrics], color=colour)
+        row[2].set_ylim(bottom=0)
+    for key in own:
+        draw(axes[0, 3], "the policy's own numbers", [(m["step"], m.get(key)) for m in runs[0].metrics], label=key)
     if own:
-        panels.append(("the policy's own numbers", own, steps))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    for axis, (title, keys, lines) in zip(axes, panels):
-        axis.set_title(title)
-        for key in keys:
-            _draw(axis, [(line["step"], line.get(key)) for line in lines], label=key)
-        if keys:
-            axis.legend(fontsize="small")
-    axes[2].set_ylim(bottom=0)
+        axes[0, 3].legend(fontsize="small")
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -654,11 +691,10 @@ def _plot_ranks(plt, ranks):
     for i, kind in enumerate(kinds):
         axes[i].set_title(kind)
         shown = heat(axes[i], history[:, :, i].T, "step", [0, *steps], vmin=0, vmax=top)
-        figure.colorbar(shown, ax=axes[i], label="rank")
     axes[-1].set_title(f"final ranks (step {steps[-1]})")
-    shown = heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
-    figure.colorbar(shown, ax=axes[-1], label="rank")
+    heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
     write_numbers(axes[-1], history[-1], 0.6 * top)
+    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
     return figure
 
 
@@ -752,13 +788,11 @@ def source_hash(method):
     return digest.hexdigest()
 
 
-def report(s, metrics, path, samples, generator):
-    """Write the samples, if they are asked for, to `path`, and print the result as one line of JSON."""
-    if path:
-        samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
-        text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
+def write_samples(path, samples, generator):
+    """Write generated answers for another program to score: a JSON list, or JSON lines; `generator` is who wrote them."""
+    samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
+    text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv=None):
@@ -777,57 +811,72 @@ def main(argv=None):
     parser.add_argument("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
     parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
-    parser.add_argument("--batch-size", type=int, metavar="X", help="examples at a time; default: the run's, else 32")
+    parser.add_argument("--batch-size", type=int, metavar="X",
+                        help="examples at a time; default: the run's, else 32, on a GPU what fits it")
     parser.add_argument("--max-length", type=int, metavar="X", help="longest input; default: the run's or task's")
     parser.add_argument("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
                         help="the model's; default: the run's, else float32")
-    parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that the checkpoint lacks")
+    parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that is drawn at random")
+    parser.add_argument("--random-head", action="store_true", help="evaluate a model whose head the checkpoint lacks")
     args = parser.parse_args(argv)
-    own = ("what", "places", "task", "adapter", "samples", "plot")
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
+    own = ("what", "places", "task", "adapter", "samples", "plot", "random_head")
+    given = {key: value for key, value in vars(args).items() if value is not None and key not in own}
+    check_least(given, limit_eval=0, batch_size=1, max_length=1)
+    if "batch_size" in given:
+        given["eval_batch_size"] = given.pop("batch_size")
+    if args.plot:
+        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
+        return
+    if args.what == "merge":
+        if len(args.places) != 2 or args.task or args.adapter or given.keys() - {"device", "dtype"}:
+            parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
+        print(to_json({"merged": str(merge(*args.places, given))}))
+        return
+    if args.places:
+        parser.error(f"unexpected {' '.join(args.places)}")
     if args.samples:
         given["samples"] = []
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
-    check_least(given, limit_eval=0, batch_size=1, max_length=1)
-    if args.plot and args.what != "merge":
-        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
-        return
-    if args.places or args.what == "merge":
-        if args.what != "merge":
-            parser.error(f"unexpected {' '.join(args.places)}")
-        if len(args.places) != 2 or args.task or args.adapter or args.plot or given.keys() - {"device", "dtype"}:
-            parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
-        print(to_json({"merged": str(merge(*args.places, given))}))
-        return
-    if (Path(args.what) / "run.json").exists():
-        s, _ = read_run(args.what)
-        if args.seed is not None:
-            raise UserError(f"{args.what} is a run, whose seed is {s.seed}; leave out --seed")
-        if args.adapter is not None:
-            raise UserError(f"{args.what} is a run, with its own adapter; leave out --adapter or name its model")
-        if args.task not in (None, s.task):
-            if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
-                raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
-            s.task, given = args.task, {"task": args.task, "data": None} | given
-        metrics = evaluate_run(args.what, **given)
-        report(s, metrics, args.samples, given.get("samples"), Path(args.what).resolve().name)
-        return
+    is_run = (Path(args.what) / "run.json").exists()
+    s, metrics = (evaluate_named_run if is_run else evaluate_named_model)(args, given)
+    if args.samples:
+        write_samples(args.samples, given["samples"], Path(args.what).resolve().name)
+    print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
+
+
+def evaluate_named_run(args, given):
+    """(settings, metrics) of a run that the command line names."""
+    s, _ = read_run(args.what)
+    for flag in ("seed", "adapter", "random_head"):
+        if getattr(args, flag):
+            raise UserError(f"{args.what} is a run, with its own adapter and seed; leave out --{flag.replace('_', '-')}")
+    if args.task not in (None, s.task):
+        if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
+            raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
+        s.task = args.task
+        given = {"task": args.task, "data": None} | given
+    return s, evaluate_run(args.what, **given)
+
+
+def evaluate_named_model(args, given):
+    """(settings, metrics) of a checkpoint, with or without a PEFT adapter, that the command line names."""
     if args.task is None:
         raise UserError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
     task = data.find_task(args.task, args.data)
-    s = SimpleNamespace(**{
-        "model": args.what, "task": args.task, "data": None, "limit_eval": 0, "batch_size": 32, "seed": 0,
-        "max_length": task.max_length, "device": auto_device(), "dtype": "float32",
-        "init_weights": "checkpoint"} | given)
+    settings = {"data": None, "limit_eval": 0, "batch_size": 32, "seed": 0, "max_length": task.max_length,
+                "device": auto_device(), "dtype": "float32", "init_weights": "checkpoint"}
+    s = SimpleNamespace(model=args.what, task=args.task, **settings | given)
     check_device(s.device)
-    scored, processor = scoring(s, task), processor_for(s, task)
-    model = load_model(s, task, adapted=args.adapter is not None)
+    scoring(s, task)  # complain before the model is loaded
+    model, processor = load(s, task, adapted=args.adapter is not None)
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
-    metrics = evaluate_splits(model, task, processor.evaluation(s), s.batch_size, processor.tokenizer, **scored)
-    report(s, metrics, args.samples, given.get("samples"), Path(args.what).name)
+    elif model.fresh and not args.random_head:
+        raise UserError(f"{args.what} has no head trained for {args.task}, so its answers would be drawn at random; name "
+                        "a checkpoint that has, train one, or add --random-head")
+    return s, evaluate_loaded(s, task, processor, model)
 
 
 if __name__ == "__main__":

@@ -410,19 +410,58 @@ class FrozenProduct(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].T, None, "none", [], ""), None, None
 
 
+def has_frozen_product(x, weight, bias=None):
+    """Whether `FrozenProduct` computes x W^T + b: both are frozen and float32 on a CPU; compiled code has its own."""
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and x.dtype == weight.dtype == torch.float32 and x.dim() > 1
+            and not (weight.requires_grad or bias is not None and bias.requires_grad))
+
+
 class Linear(nn.Linear):
-    """nn.Linear that trains with the faster product on a CPU in float32 while it is frozen; compiled code has its own.
+    """nn.Linear that trains with the faster product on a CPU in float32 while it is frozen.
 
     Without gradients it is F.linear, so that evaluations round as everybody's do.
     """
 
     def forward(self, x):
-        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()
-                and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                and x.dtype == self.weight.dtype == torch.float32 and x.dim() > 1
-                and not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)):
+        if torch.is_grad_enabled() and has_frozen_product(x, self.weight, self.bias):
             return FrozenProduct.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of logits x W^T: x (N, D), W (V, D), labels (N,) long -> 0-d float32.
+
+    Rows go through in chunks, and gradients are computed along with the loss (as in Liger-Kernel, Hsu et al. 2024), so
+    that memory never holds more than a chunk of the (N, V) logits, here 2^25 of them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, chunk=2**25):
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        product = F.linear
+        if needs_x and has_frozen_product(x, weight):
+            product = FrozenProduct.apply
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        rows = max(1, chunk // len(weight))
+        for start in range(0, len(x), rows):
+            part, answers = x[start:start + rows], labels[start:start + rows, None]
+            p = product(part, weight, None).float().log_softmax(-1)  # (rows, V)
+            total -= p.gather(1, answers).sum()
+            if needs_x or needs_weight:  # the gradient of the logits is softmax - one-hot
+                grad = p.exp_().scatter_add_(1, answers, -torch.ones_like(p[:, :1])).to(x.dtype)
+            if needs_x:
+                grad_x[start:start + rows] = product(grad, weight.T, None)
+            if needs_weight:
+                grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if g is None else (grad * g).to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
 def dropout(x, p):
@@ -484,6 +523,7 @@ class Transformer(nn.Module):
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
+        self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
         self.decoding = None  # what `generate` says about the checkpoint's own settings
 
     def hf_name(self, name, module=False):
@@ -851,11 +891,13 @@ class Decoder(Transformer):
             self.names = self.olmo2_names if config.family == "olmo2" else self.names
             self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, tokens, mask=None, positions=None, cache=None, position_ids=None, right_padded=False):
+    def forward(self, tokens, mask=None, positions=None, cache=None, position_ids=None, right_padded=False,
+                labels=None):
         """tokens (B, T) long, mask (B, T) bool with True = real token (None: no padding) -> logits.
 
-        lm: (B, T, V), or (N, V) at `positions` (N,) only, flat indices into B * T. classify: (B, num_labels) at the
-        last real token, on whichever side the padding is. right_padded=True promises padding on the right, which causal
+        lm: (B, T, V), or (N, V) at `positions` (N,) only, flat indices into B * T; with `labels` (N,), the tokens that
+        follow there, the sum of their cross-entropies instead (`TokenLoss`). classify: (B, num_labels) at the last real
+        token, on whichever side the padding is. right_padded=True promises padding on the right, which causal
         attention never reaches from a real token: no mask is needed, which is faster; only outputs at padding change.
         `position_ids` (B, T) are 0..T-1 by default (rotary embeddings are relative: left padding moves all alike;
         gpt2's are not). With a `cache`, tokens are the next T of each row and the mask covers all so far.
@@ -885,6 +927,9 @@ class Decoder(Transformer):
             x = x[torch.arange(len(x), device=x.device), last]
         elif positions is not None:
             x = x.flatten(0, 1)[positions]
+        if labels is not None:
+            W = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
+            return TokenLoss.apply(self.norm(x), W, labels)
         return self.head(self.norm(x)) if self.head_kind == "lm" else self.classify(self.norm(x))
 
 
@@ -926,15 +971,16 @@ class ViT(Transformer):
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
-         mapped=False):
+         mapped=False, outputs=None):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
     as the checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor to `device` and
     `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
-    that were initialised from `seed`. `mapped` leaves on the CPU what already has the `dtype` in the file: pages that
-    all processes of a machine share and that are read when they are used. Raises UserError for anything wrong with
-    the name or the checkpoint.
+    that were initialised from `seed`. `outputs` are the indices of those of the checkpoint's outputs that become the
+    model's, [] none: its head starts afresh; by default all, if they are as many. `mapped` leaves on the CPU what
+    already has the `dtype` in the file: pages that all processes of a machine share and that are read when they are
+    used. Raises UserError for anything wrong with the name or the checkpoint.
     """
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
@@ -946,7 +992,10 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     if head not in heads:
         raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only {' or '.join(heads)}")
     num_labels = 2 if head == "span" else num_labels
-    config.num_labels = config.num_labels if num_labels is None else num_labels
+    there = config.num_labels  # outputs of the checkpoint's head, by its config.json
+    config.num_labels = there if num_labels is None else num_labels
+    if outputs is None:
+        there, outputs = config.num_labels, list(range(config.num_labels))
     if config.num_labels < 1:
         raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
     with torch.device("meta"):
@@ -956,7 +1005,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     if random:
         model.fresh = [key for key in model.plain_names if not (tied(model) and key == "head.weight")]
     else:
-        model.fresh = read_weights(model, folder, dtype, device, mapped)
+        model.fresh = read_weights(model, folder, dtype, device, mapped, there, outputs)
         model.decoding = other_decoding(folder)
     # a new head is the same on every device; a whole random model is drawn where that is fast
     generator = torch.Generator(device if random else "cpu").manual_seed(seed)
@@ -1044,8 +1093,11 @@ def open_weights(path):
         raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
 
 
-def read_weights(model, folder, dtype, device, mapped=False):
-    """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have."""
+def read_weights(model, folder, dtype, device, mapped, there, outputs):
+    """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have.
+
+    Of a classification head with `there` outputs, those at the indices `outputs` are used; of another one, none.
+    """
     config, files, stored = model.config, weight_files(folder, model.config), []
     for path in files:
         with open_weights(path) as file:
@@ -1067,14 +1119,18 @@ def read_weights(model, folder, dtype, device, mapped=False):
                 expected = torch.cat(parameters).shape if parameters else None
                 transposed = parameters and is_transposed(model, ours[0])
                 expected = list(expected)[::-1 if transposed else 1] if parameters else None
-                if expected and trained_head and ours[0].startswith("head.") \
-                        and shape != expected and shape[1:] == expected[1:]:
-                    continue  # a head for another number of labels: starts afresh
+                of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
+                if of_outputs and shape[1:] == expected[1:]:
+                    if shape[0] != there or not outputs:
+                        model.unused_outputs = shape[0]
+                        continue  # starts afresh
+                    shape = expected
                 if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                      + (f"one of floats {expected}" if expected else "none, or it is here twice"))
                 tensor = file.get_tensor(key)  # a view of the file
                 tensor = tensor.T if transposed else tensor
+                tensor = tensor[outputs] if of_outputs else tensor
                 for name, part in zip(ours, tensor.split([len(parameter) for parameter in parameters])):
                     parameter = place(model, name, dtype, device)
                     if mapped and parameter.dtype == part.dtype and part.is_contiguous():
@@ -1191,8 +1247,9 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
     A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
-    `max_new_tokens`. `stop`, called after each token with what is generated so far (B, n), says which rows end there,
-    too: (B,) bool on the same device.
+    `max_new_tokens`. `stop`, called with what is generated so far (B, n), says which rows may end there, too: (B,) bool
+    on the same device. A GPU is asked every 8 tokens only whether all rows have ended, since asking waits for it; there
+    rows may go on after `stop` and N be up to 7 more. Raises UserError if logits are not finite.
     """
     (B, T), device = tokens.shape, tokens.device
     if model.decoding:
@@ -1206,16 +1263,31 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     cache = Cache(model, B, T + max_new_tokens)
     generated = torch.full((B, max_new_tokens), pad_id, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    ends = torch.arange(1, B + 1, device=device) * T - 1  # flat index of each row's last token
+    every = 8 if device.type == "cuda" else 1
+    total, rows = torch.zeros(B, device=device), torch.arange(B, device=device)
+    ends = (rows + 1) * T - 1  # flat index of each row's last token
     for step in range(max_new_tokens):
         so_far = None if mask is None else mask[:, :T + step]
         logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
-        generated[:, step] = torch.where(done, pad_id, logits.argmax(-1))
+        largest, chosen = logits.max(-1)
+        total += largest
+        generated[:, step] = torch.where(done, pad_id, chosen)
         done = done | torch.isin(generated[:, step], eos)
-        if stop is not None:
-            done = done | stop(generated[:, :step + 1])
-        if done.all():
-            return generated[:, :step + 1]
-        tokens, ends = generated[:, step:step + 1], torch.arange(B, device=device)
+        if (step + 1) % every == 0 or step + 1 == max_new_tokens:
+            if stop is not None:
+                done = done | stop(generated[:, :step + 1])
+            if done.all():
+                generated = generated[:, :step + 1]
+                break
+        tokens, ends = generated[:, step:step + 1], rows
         position_ids = None if position_ids is None else position_ids[:, -1:] + 1
+    require_finite(total, model)
     return generated
+
+
+def require_finite(values, model):
+    """Raises UserError if there is a nan or an infinity in `values`, which were computed from the model's outputs."""
+    if not torch.isfinite(values).all():
+        dtype = str(model.blocks[0].query.weight.dtype).removeprefix("torch.")
+        raise UserError(f"the model's outputs in --dtype {dtype} are not finite: "
+                        + ("its weights are damaged" if dtype == "float32" else "try --dtype float32"))

@@ -1001,8 +1001,7 @@ def set_up(s, alive):
         rows = data.drawn(rows, s.limit_train, s.seed)
     rows, validation_rows = keep_aside(s, rows, policy.validation_rows)
     evaluation.scoring(s, task)
-    processor = evaluation.processor_for(s, task)
-    model = evaluation.load_model(s, task, adapted=s.adapter is not None)
+    model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
     split, splits = processor.training(rows, s.max_length), processor.evaluation(s)
     batches = data.Batches(s, split, process, count)
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be

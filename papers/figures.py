@@ -80,7 +80,7 @@ def draw(folders):
             plt, alike(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
             "adapters kept", lambda run: run.costs)
     figures = {name: figure for name, figure in figures.items() if figure}
-    return evaluation.save_figures(plt, evaluation.common_folder(runs), figures)
+    return evaluation.save_figures(plt, runs, figures)
 
 
 def panels(plt, keys, width, height):

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and scipy; evaluation of models and runs."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -16,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import eval as evaluation
 import lora
+import model as models
 import tiny
 import train
 from model import UserError
 from papers import figures
+from test_train import WORDS, tokenizer_into
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -74,31 +78,56 @@ def test_correlations_equal_scipys(x, y):
     assert evaluation.spearman(x, y) == pytest.approx(expected[1], nan_ok=True, abs=1e-10)
 
 
-class Bigram(torch.nn.Module):
-    """A language model that looks at the last token only; its logits are a fixed random table."""
+def decoder(vocabulary=50):
+    """A tiny random Llama whose outputs are far from uniform."""
+    config = models.normalise({**models.CONFIGS["llama2-7b"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                               "num_key_value_heads": 2, "vocab_size": vocabulary}, "test")
+    torch.manual_seed(0)
+    model = models.Decoder(config, "lm").eval()
+    model.head.weight.data.normal_(0, 1)
+    return model
 
-    def __init__(self, vocabulary):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = torch.nn.Parameter(2 * torch.randn(vocabulary, vocabulary, generator=generator))
 
-    def forward(self, tokens, mask, positions):
-        return self.table[tokens].flatten(0, 1)[positions]
+def lm_split(random, rows, vocabulary=50):
+    tokens = [random.integers(vocabulary, size=random.integers(3, 12)).astype(np.int32) for _ in range(rows)]
+    starts = [int(random.integers(1, len(t))) for t in tokens]
+    return data.Split("lm", tokens, [len(t) for t in tokens], tokens=tokens, starts=starts)
 
 
 def test_perplexity_is_that_of_the_answer_tokens_alone():
-    random, rows = np.random.default_rng(3), []
-    for _ in range(23):
-        n = int(random.integers(3, 12))
-        rows.append((random.integers(50, size=n).astype(np.int32), int(random.integers(1, n))))
-    task = data.find_task("instructions")
-    split = data.Split("lm", rows, [len(t) for t, _ in rows], tokens=[t for t, _ in rows], starts=[s for _, s in rows])
-    model = Bigram(50)
-    nll = [-torch.log_softmax(model.table[t[i - 1]], 0)[t[i]].item() for t, s in rows for i in range(s, len(t))]
+    split, model, task = lm_split(np.random.default_rng(3), 23), decoder(), data.find_task("instructions")
+    nll = []
+    for tokens, start in zip(split.tokens, split.starts):
+        logits = model(torch.from_numpy(tokens)[None].long())[0].detach()
+        nll += [-torch.log_softmax(logits[i - 1], 0)[tokens[i]].item() for i in range(start, len(tokens))]
     for batch_size in (1, 5, 23):
         result = evaluation.evaluate(model, task, split, batch_size)
         assert result["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
         assert result["perplexity"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [50, 333, 10**6])
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_loss_in_chunks_is_the_cross_entropy_and_has_its_gradients(monkeypatch, chunk, tied):
+    """With the frozen head of LoRA and with the trained one of full fine-tuning, here also the embedding."""
+    model, split = decoder(), lm_split(np.random.default_rng(4), 9)
+    if tied:
+        model.head.weight = model.embed.weight
+    inputs, labels = data.collate(split, list(range(9)))
+    chunked = models.TokenLoss.apply
+    monkeypatch.setattr(models.TokenLoss, "apply", lambda *args: chunked(*args, chunk))
+    for trained in (["blocks.0.query.weight"], [name for name, _ in model.named_parameters()]):
+        grads = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        whole = torch.nn.functional.cross_entropy(evaluation.logits(model, inputs), labels, reduction="sum")
+        for loss in (whole, evaluation.token_loss(model, inputs, labels)):
+            (loss / len(labels)).backward()
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad(set_to_none=True)
+        torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+        assert set(grads[0]) == set(trained)
 
 
 def test_several_splits_are_named_and_averaged(monkeypatch):
@@ -201,12 +230,103 @@ def test_pictures_of_runs_show_what_their_logs_hold(runs, capsys, monkeypatch):
     assert len(shown["digits-rot90: accuracy"]) == 6 and all(steps[-1] == 6 for steps in shown["digits-rot90: accuracy"])
     assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
     evaluation.plot(runs / "lora-0")  # which has no numbers of its own
-    assert list(curves(drawn["training.png"])) == ["training loss", "evaluation", "trainable adapter parameters"]
+    titles = ["digits-rot90: training loss", "digits-rot90: accuracy", "trainable adapter parameters"]
+    assert list(curves(drawn["curves.png"])) == titles and "ranks.png" in drawn
     evaluation.plot(runs / "lelora-0")
-    assert curves(drawn["training.png"])["the policy's own numbers"][0] == [2, 4, 6]
+    assert curves(drawn["curves.png"])["the policy's own numbers"][0] == [2, 4, 6]
     with pytest.raises(UserError, match="no run among 2 paths"):
         evaluation.plot(runs / "notes", runs / "notes.txt")
     with pytest.raises(UserError, match="run.json"):
         evaluation.plot(runs / "notes")
     with pytest.raises(UserError, match="no finished run among 1"):
         figures.draw([runs / "unfinished"])
+
+
+# ---------------------------------------------------------------------------------------------- heads and numbers
+
+
+def test_outputs_of_a_trained_head_are_matched_to_the_datas_labels():
+    mood, unnamed = ["negative", "neutral", "positive"], ["LABEL_0", "LABEL_1", "LABEL_2"]
+    for names, labels, expected, said in [
+            (mood, ["negative", "positive"], [0, 2], None), (mood, ["POSITIVE", "Neutral ", "negative"], [2, 1, 0], None),
+            (unnamed, ["0", "2"], [0, 2], None), (unnamed[::-1], ["0", "1", "2"], [2, 1, 0], None),
+            (unnamed, ["label_2", "LABEL_1"], [2, 1], None), (unnamed, ["b", "c", "a"], [0, 1, 2], "to be b, c, a in this"),
+            (unnamed, ["a", "b"], None, None), (unnamed, ["1", "2", "3"], [0, 1, 2], "to be 1, 2, 3 in this"),
+            (mood, ["2", "0", "1"], [2, 0, 1], "the data's 0, 1, 2 are taken as the numbers of its outputs negative,"),
+            (mood, ["0", "2"], None, None), (mood, ["good", "bad", "neutral"], None, None),
+            (["1", "2", "3"], ["3", "1"], [2, 0], None), (["1", "2", "3"], ["0", "1", "2"], None, None)]:
+        outputs, remark = evaluation.match_labels(names, labels)
+        assert outputs == expected and (said in remark if said else remark is None), (names, labels)
+
+
+@pytest.fixture
+def mood(tmp_path):
+    """A function that saves transformers' tiny BERT with a head of these labels; returns its folder and the model."""
+    transformers = pytest.importorskip("transformers")
+
+    def build(labels, head=True, **changes):
+        folder = tmp_path / f"bert-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        torch.manual_seed(5)
+        config = transformers.BertConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
+            vocab_size=tokenizer_into(folder, "bert"), max_position_embeddings=40, id2label=dict(enumerate(labels)), **changes)
+        theirs = (transformers.BertForSequenceClassification if head else transformers.BertModel)(config).eval()
+        theirs.save_pretrained(folder)
+        return folder, theirs
+
+    return build
+
+
+def table(folder, name, labels, n=60):
+    """A file of texts, whose labels go round."""
+    random = np.random.default_rng(0)
+    rows = [f"{' '.join(random.choice(WORDS, size=5))}\t{labels[i % len(labels)]}" for i in range(n)]
+    (folder / name).write_text("text\tlabel\n" + "\n".join(rows) + "\n")
+    return folder / name
+
+
+def shell(*argv):
+    """eval.py's result with these arguments."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        evaluation.main([str(a) for a in argv])
+    return json.loads(printed.getvalue())
+
+
+@pytest.mark.parametrize("there, names", [
+    (["negative", "neutral", "positive"], ["positive", "negative"]), (["b", "a"], ["A", "B"]),
+    (["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "2"]), (["no", "maybe", "yes"], ["0", "1", "2"])])
+def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(mood, tmp_path, there, names):
+    transformers = pytest.importorskip("transformers")
+    folder, theirs = mood(there)
+    file = table(tmp_path, "data.tsv", names)
+    task = data.find_task("text-classification", str(file))
+    s = SimpleNamespace(model=str(folder), init_weights="checkpoint", dtype="float32", device="cpu", seed=0, max_length=32)
+    model, processor = evaluation.load(s, task)
+    rows = data.read(task, str(file))
+    inputs, _ = data.collate(processor.training(rows, 32), list(range(9)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer([row["text"] for row in rows[:9]], return_tensors="pt", padding=True)
+    lower = [name.lower() for name in there]
+    outputs = [lower.index(label.lower()) if label.lower() in lower else int(label) for label in task.labels]
+    with torch.no_grad():
+        expected = theirs(**encoded).logits[:, outputs]
+        torch.testing.assert_close(evaluation.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert model.fresh == [] and model.config.num_labels == len(names)
+
+
+def test_a_head_of_other_labels_is_named_and_a_random_one_is_not_evaluated(mood, tmp_path, caplog):
+    file = table(tmp_path, "data.tsv", ["good", "bad"])
+    evaluate = ("--task", "text-classification", "--data", file, "--device", "cpu")
+    for labels in (["negative", "positive"], ["negative", "neutral", "positive"]):
+        folder, _ = mood(labels)
+        with pytest.raises(UserError, match="no head trained for text-classification.*--random-head"):
+            shell(folder, *evaluate)
+        assert f"its {len(labels)} outputs ({', '.join(labels)}) are not this task's (bad, good)" in caplog.text
+    result = shell(folder, *evaluate, "--random-head")
+    assert 0 <= result["accuracy"] <= 1 and result["eval_rows"] == 6  # a tenth of the file
+    train.main(["--model", str(folder), "--task", "text-classification", "--data", str(file), "--steps", "2", "--out",
+                str(tmp_path / "run"), "--max-length", "16", "--device", "cpu"])  # with an evaluation before
+    with pytest.raises(UserError, match="leave out --random-head"):
+        shell(tmp_path / "run", "--random-head")

@@ -25,8 +25,8 @@ def loaded(checkpoints, task, folder, **changes):
         setattr(s, name, value)
     task = train.settle(s, train.models.find_config(s.model)[0])
     evaluation.scoring(s, task)
-    processor = evaluation.processor_for(s, task)
-    return task, evaluation.load_model(s, task), processor.tokenizer, processor.evaluation(s)
+    model, processor = evaluation.load(s, task)
+    return task, model, processor.tokenizer, processor.evaluation(s)
 
 
 def instructions(root, name, rows):
@@ -90,7 +90,7 @@ def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, cap
     def written(batch_size, **changes):
         samples, changed = [], data.replace(task, new_tokens=40, **changes)
         calls.clear()
-        evaluation._generated(model, changed, splits["dev"], batch_size, tokenizer, "cpu", samples)
+        evaluation._generated(model, changed, splits["dev"], batch_size, tokenizer, samples)
         assert [sample["instruction"] for sample in samples] == [row["instruction"] for row in rows]  # the file's order
         return [sample["output"] for sample in samples], len(calls)
 
@@ -182,3 +182,19 @@ def test_samples_need_a_place(checkpoints, tmp_path):
     for place in (tmp_path / "none" / "x.jsonl", tmp_path):
         status, out, err = shell(checkpoints / "llama", "--task", "humaneval", "--samples", place)
         assert status == 2 and len(err) == 1 and "no file can be there; name another place" in err[0] and not out
+
+
+def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
+    """For the loss, for generated text and for likelihoods; and bfloat16 is named."""
+    task, model, tokenizer, splits = loaded(checkpoints, "boolq", texts, dtype="bfloat16", limit_eval=9)
+    split = splits["dev"]
+    calls = [lambda: evaluation.evaluate(model, task, split, 4, tokenizer, generate=False),
+             lambda: evaluation._generated(model, task, split, 4, tokenizer, None),
+             lambda: list(evaluation.log_likelihoods(model, split, 4, tokenizer))]
+    with torch.no_grad():
+        for call in calls:
+            call()
+        model.norm.weight.fill_(torch.inf)
+        for call in calls:
+            with pytest.raises(UserError, match="in --dtype bfloat16 are not finite: try --dtype float32"):
+                call()

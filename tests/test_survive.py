@@ -198,10 +198,10 @@ def hang_in_a_step(train):
 
 
 def hang_while_loading(train):
-    def load_model(*args, **options):
+    def load(*args, **options):
         Path(os.environ["MARK"]).touch()
         time.sleep(60)
-    train.evaluation.load_model = load_model
+    train.evaluation.load = load
 
 
 @pytest.mark.parametrize("where, signals", [(hang_in_a_step, 2), (hang_while_loading, 1)])

@@ -177,7 +177,7 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
 
     def measure_and_save(model, *args, **options):
         loaded = data.read(data.find_task(task, s.data), s.data, data.find_task(task, s.data).eval_splits[0], s.limit_eval)
-        encoder = evaluation.processor_for(s, data.find_task(task, s.data))
+        _, encoder = evaluation.load(s, data.find_task(task, s.data))
         split = data.encode(encoder.task, loaded, encoder.tokenizer, None, encoder.image)
         inputs, _ = data.collate(split, list(range(16)))
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
               "--lr", 5e-3, "--max-length", 32 if model == "bert" else 64, "--r-min", 1, "--no-eval-before", "--dropout", 0.1)
     result = train.run(s)
     ranks = lines(tmp_path / "run" / "ranks.jsonl")
-    base = evaluation.load_model(s, data.find_task(task, s.data))
+    base, _ = evaluation.load(s, data.find_task(task, s.data))
     shapes = {name: base.get_submodule(name).weight.shape for name in ranks[-1]["ranks"]}
     assert result["trainable_params"]["now"] == sum(r * sum(shapes[n]) for n, r in ranks[-1]["ranks"].items())
     assert result["trainable_params"]["mean"] <= result["trainable_params"]["peak"] <= result["held_params"] * 3
@@ -350,8 +350,9 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
     s = parse(*flags, "--out", tmp_path / "plain")
     task = train.settle(s, train.models.find_config(s.model)[0])
     torch.manual_seed(s.seed)
-    model = evaluation.load_model(s, task).train()
-    split = evaluation.processor_for(s, task).training(data.read(task, s.data), s.max_length)
+    model, processor = evaluation.load(s, task)
+    model.train()
+    split = processor.training(data.read(task, s.data), s.max_length)
     model.head.bias.data.fill_(split.labels.mean())  # a new regression head starts at the mean label
     allocator = train.allocators.METHODS[method](model, s, s.steps)
     params = allocator.parameters() + list(model.head.requires_grad_().parameters())
@@ -382,7 +383,8 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
 def test_validation_loss_is_without_dropout_and_leaves_the_mode(checkpoints, texts):
     s = parse("--model", checkpoints / "bert", "--task", "text-classification", "--data", texts / "classes", "--max-length", 32)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    model, split = evaluation.load_model(s, task), evaluation.processor_for(s, task).training(data.read(task, s.data, limit=32), s.max_length)
+    model, processor = evaluation.load(s, task)
+    split = processor.training(data.read(task, s.data, limit=32), s.max_length)
     inputs, labels = data.collate(split, list(range(32)))
     expected = torch.nn.functional.cross_entropy(model(**inputs), labels)
     loss = train.validation(model.train(), task, split, torch.device("cpu"))
@@ -394,7 +396,7 @@ def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch
     """The share of right answers, whatever order the rows are generated in; every third is answered wrongly."""
     s = parse("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--max-length", 64)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    model, encoder = evaluation.load_model(s, task), evaluation.processor_for(s, task)
+    model, encoder = evaluation.load(s, task)
     (split,) = encoder.evaluation(s).values()
     prompts = {tuple(ids[:start].tolist()): i for i, (ids, start) in enumerate(zip(split.tokens, split.starts))}
 
@@ -416,25 +418,25 @@ def test_a_trained_head_is_put_into_the_tasks_order_of_labels(checkpoints, texts
     """The same head, its rows and label names in another order, gives the same logits; trained heads stay float32."""
     s = parse("--model", checkpoints / "bert", "--task", "text-classification", "--data", texts / "classes", "--max-length", 32)
     task = train.settle(s, train.models.find_config(s.model)[0])
-    model = evaluation.load_model(s, task)
+    model, processor = evaluation.load(s, task)
     model.config.raw |= {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
-    train.models.save(model, tmp_path / "same")
+    evaluation.save_model(model, processor, tmp_path / "same")
     model.head.weight.data, model.head.bias.data = model.head.weight.data.flip(0), model.head.bias.data.flip(0)
     model.config.raw |= {"id2label": {"0": "YES", "1": "NO"}, "label2id": {"YES": 0, "NO": 1}}
-    train.models.save(model, tmp_path / "turned")
+    evaluation.save_model(model, processor, tmp_path / "turned")
     heads = []
     for name in ("same", "turned"):
         s.model, s.dtype = str(tmp_path / name), "bfloat16"
-        heads.append(evaluation.load_model(s, task).head)
+        heads.append(evaluation.load(s, task)[0].head)
     assert torch.equal(heads[0].weight, heads[1].weight) and torch.equal(heads[0].bias, heads[1].bias)
     assert heads[0].weight.dtype == torch.float32 and torch.equal(heads[0].weight, model.head.weight.flip(0))
 
 
-def test_texts_longer_than_the_models_positions_are_cut(checkpoints, texts, tmp_path, capsys):
+def test_texts_longer_than_the_models_positions_are_cut(checkpoints, texts, tmp_path, caplog):
     (tmp_path / "long.tsv").write_text("text\tlabel\n" + "".join(f"{'the cat ' * n}\t{n % 2}\n" for n in range(1, 60)))
     main("--model", checkpoints / "bert", "--task", "text-classification", "--data", tmp_path / "long.tsv", "--steps", 3,
          "--out", tmp_path / "run", "--no-eval-before")
-    assert "32 positions" in capsys.readouterr().err
+    assert "32 positions" in caplog.text
 
 
 def test_the_papers_warm_up_does_not_outlast_a_short_run(checkpoints, texts, tmp_path):
