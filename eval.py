@@ -352,7 +352,8 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
     model's does; all numbers are then those of the merged model, one rounding of the weights' dtype apart.
     """
     scored = scoring(s, task)
-    if merge and task.new_tokens and scored["score"] == "generation":
+    int8 = getattr(s, "weights", "float") == "int8"  # merged weights would be floats, which may not fit
+    if merge and not int8 and task.new_tokens and scored["score"] == "generation":
         for layer in lora.adapters(model).values():
             layer.merge()
     splits = splits or processor.evaluation(s)

@@ -133,16 +133,32 @@ def test_token_loss_in_chunks_is_the_cross_entropy_and_has_its_gradients(monkeyp
 def test_several_splits_are_named_and_averaged(monkeypatch):
     scores = {"boolq": 0.5, "piqa": 0.8, "dev": 0.6, "dev_mismatched": 0.2}
     monkeypatch.setattr(evaluation, "evaluate", lambda model, task, split, *rest: {"accuracy": scores[split]})
-    assert evaluation.evaluate_splits(None, None, {"boolq": "boolq", "piqa": "piqa"}, 1) == pytest.approx(
-        {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8, "eval_rows": 9})
-    assert evaluation.evaluate_splits(None, None, {"dev": "dev", "dev_mismatched": "dev_mismatched"}, 1) == pytest.approx(
-        {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2, "eval_rows": 17})
-    assert evaluation.evaluate_splits(None, None, {"dev": "dev"}, 1) == {"accuracy": 0.6, "eval_rows": 3}
+    for names, expected in [
+            (["boolq", "piqa"], {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8, "eval_rows": 9}),
+            (["dev", "dev_mismatched"], {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2, "eval_rows": 17}),
+            (["dev"], {"accuracy": 0.6, "eval_rows": 3})]:
+        assert evaluation.evaluate_splits(None, None, {name: name for name in names}, 1) == pytest.approx(expected)
 
 
 def test_json_has_no_word_for_nan():
-    assert json.loads(evaluation.to_json({"a": math.nan, "b": [1.5, math.inf], "c": {"d": 2}})) == {
-        "a": None, "b": [1.5, None], "c": {"d": 2}}
+    assert json.loads(evaluation.to_json({"a": math.nan, "b": [1.5, math.inf]})) == {"a": None, "b": [1.5, None]}
+
+
+@pytest.mark.parametrize("new_tokens, expected", [(0, 128), (256, 64), (20_000, 2)])
+def test_rows_at_a_time_on_a_gpu_leave_room_for_the_longest(monkeypatch, new_tokens, expected):
+    """LLaMA2-7B in bfloat16 on an 80 GB card; prompts of 256 tokens."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    with torch.device("meta"):
+        model = models.Decoder(models.find_config("llama2-7b", "random")[0], "lm").bfloat16()
+    splits, task = {"dev": data.Split("lm", [], [9, 256])}, SimpleNamespace(kind="lm", new_tokens=new_tokens)
+    s = SimpleNamespace(eval_batch_size=0, batch_size=7, device="cuda:0", dtype="bfloat16")
+    rows = evaluation.rows_at_once(s, task, model, splits)
+    cache = rows * (256 + new_tokens) * 2 * 32 * 4096 * 2  # bytes of keys and values
+    assert rows == expected and cache < 40 << 30
+    s.device = "cpu"
+    assert evaluation.rows_at_once(s, task, model, splits) == 7
+    s.eval_batch_size = 3
+    assert evaluation.rows_at_once(s, task, model, splits) == 3
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -154,17 +170,12 @@ def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
     for layer in layers.values():
         layer.B.data.normal_(std=3e-4, generator=random)
     lora.save_adapter(model, tmp_path / "adapter", "tiny", head=False)
+    P = {name: (6 / 4 * layer.B @ layer.A).detach().flatten() for name, layer in layers.items()}
+    increments = [torch.cat((P["blocks.0.query"], P["blocks.0.up"])), torch.zeros(1), P["blocks.2.value"]]
     for epsilon in (1e-4, 2e-5):
-        expected = [0, math.log(1 / epsilon), 0]  # an increment of zeros
-        for block, names in ((0, ("blocks.0.query", "blocks.0.up")), (2, ("blocks.2.value",))):
-            near, entries = 0, 0
-            for name in names:
-                A, B = (x.detach().numpy().astype(np.float64) for x in (layers[name].A, layers[name].B))
-                P = 6 / 4 * B @ A
-                near, entries = near + np.count_nonzero((-epsilon < P) & (P < epsilon)), entries + P.size
-            assert 0 < near < entries
-            expected[block] = math.log(near / (epsilon * entries))
-        assert figures.sparsity(tmp_path / "adapter", 3, epsilon) == pytest.approx(expected)
+        near = [((-epsilon < p) & (p < epsilon)).double().mean() for p in increments]
+        assert 0 < near[0] < 1 and 0 < near[2] < 1
+        assert figures.sparsity(tmp_path / "adapter", 3, epsilon) == pytest.approx([math.log(share / epsilon) for share in near])
     assert figures.sparsity(tmp_path / "adapter", 3, 1e-30)[0] == -math.inf
 
 

@@ -158,6 +158,12 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path):
     assert [row["prompt"] for row in written] == [data.prompt(row["question"]) for row in rows]
     assert again["exact_match"] == np.mean([row["answer"] == row["target"] for row in written])
     assert all(row["answer"] == data.last_number(row["completion"]) and row["target"] == "5" for row in written)
+    s, task, processor, model = evaluation.load_run(out, {"task": "gsm8k", "data": str(tmp_path), "score": "generation"})
+    unmerged, splits = [], processor.evaluation(s)
+    metrics = evaluation.evaluate_splits(model, task, splits, 8, processor.tokenizer, samples=unmerged)
+    assert unmerged == written and metrics["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    evaluation.evaluate_loaded(s, task, processor, model, splits)  # as above: with the adapters merged
+    assert all(layer.merged for layer in evaluation.lora.adapters(model).values())
     status, text, err = shell(out, *evaluate)  # the run's own way of scoring does not fit
     assert status == 2 and "use --score generation" in err[-1]
     status, text, err = shell(out, "--task", "text-classification", "--data", texts / "classes")
