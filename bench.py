@@ -118,9 +118,9 @@ def random_split(b, base, kind, rows):
     generator, c = torch.Generator().manual_seed(b.seed), base.config
     labels = torch.randint(2, (rows,), generator=generator)
     if kind == "image":
-        image = {"size": c.image_size[1:], "channels": c.image_size[0], "mean": 0.5, "std": 0.5}
         pixels = torch.randint(256, (rows, *c.image_size), generator=generator, dtype=torch.uint8)
-        return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels, image=image)
+        return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
+                          image=data.plain_image(*c.image_size))
     least = max(2, round((2 * b.fill - 1) * b.length))  # their mean is fill * length
     lengths = [b.length, *torch.randint(least, b.length + 1, (rows - 1,), generator=generator).tolist()]
     tokens = [torch.randint(5, c.vocab_size, (n,), generator=generator).int().numpy() for n in lengths]

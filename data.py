@@ -1,10 +1,12 @@
-"""Tasks: reading files, prompts and templates, tokenizing, batching, fetching.
+"""Tasks: reading files, prompts and templates, tokenizing, images, batching, fetching.
 
     task = find_task("cola")                                # a row of TASKS with its label set; a new task = a new row
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
     split = encode(task, rows, Tokenizer.from_folder(model_folder), max_length=128)
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
+
+What is foreign is used, is listed in IRRELEVANT, or is named in one line on stderr.
 """
 
 import csv
@@ -14,13 +16,13 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shutil
-import stat
 import tarfile
 import urllib.request
 import zipfile
@@ -39,18 +41,37 @@ from model import UserError, cache_folder
 
 note = functools.cache(logging.getLogger("data").warning)  # to stderr, each distinct message once per process
 
+# columns that hold text which no task learns from: names and places of rows, what other columns say in another form
+IRRELEVANT = set("""
+    id idx index guid uid uuid pid qid qid1 qid2 pairid promptid captionid prompt_id example_id task_id unique_id
+    url link source source1 source2 source_file dataset filename file split fold genre year old_index mark language lang
+    license author date created_at timestamp type level subject topic category resource tags metadata meta
+    model models generator annotator annotators annotator_labels annotations label_text label_name label1 label2 label3
+    label4 label5 sentence1_parse sentence2_parse sentence1_binary_parse sentence2_binary_parse original_question
+    correct_answers incorrect_answers rejected score_chosen score_rejected entry_point test test_list test_imports
+    test_setup_code challenge_test_list
+""".split())
+# what stands where a label is missing
+MISSING = {"", "-", "-1", "?", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "None", "null", "NULL"}
+
 
 # -------------------------------------------------------------------------------------------------- text, tables, JSON
 
-def read_text(path):
-    """Return a file's text without byte-order mark, a .gz file's unpacked. UserError: missing, empty, not UTF-8."""
+def read_bytes(path):
+    """Return a file's content, a .gz file's unpacked. UserError: missing, broken."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+            return file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: check --data") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: a broken archive ({error}): fetch it again") from None
+
+
+def read_text(path):
+    """Return a file's text without byte-order mark. UserError: missing, empty, not UTF-8."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8: convert the file") from None
@@ -59,16 +80,27 @@ def read_text(path):
     return text
 
 
-def read_table(path, header=None, skip_short=False):
-    """Yield (where, {column: text}) for the rows of a tab-separated (quotes are text) or .csv file (quotes quote).
+def suffix(path):
+    """Return what a file's name ends with, without .gz."""
+    return Path(Path(path).name.removesuffix(".gz")).suffix
+
+
+def read_table(path, header=None, skip_short=False, quoted=False):
+    """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
     header: column names of a file without such a line. skip_short: skip rows with too few columns, note their number.
+    quoted: a tab-separated file whose quotes are all CSV's is read so; otherwise its quotes are text, as GLUE's are.
     """
-    text, skipped = read_text(path), 0
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    lines = text.removesuffix("\n").split("\n")  # not splitlines: Unicode's other separators are text
-    rows = (((reader.line_num, cells) for cells in reader if cells) if path.suffix == ".csv" else
-            enumerate((line.removesuffix("\r").split("\t") for line in lines), 1))
+    text, skipped = read_text(path).rstrip("\r\n"), 0
+    tabs = suffix(path) != ".csv"
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    rows = ((reader.line_num, cells) for cells in reader if cells)
+    if tabs:
+        lines = text.split("\n")    # not splitlines: Unicode's other separators are text
+        plain = enumerate((line.removesuffix("\r").split("\t") for line in lines), 1)
+        rows = whole_table(rows) if quoted and '"' in text else None
+        rows = rows or plain
     try:
         for number, cells in rows:
             if header is None:
@@ -83,6 +115,15 @@ def read_table(path, header=None, skip_short=False):
         raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
     if skipped:
         note(f"{path}: skipped {skipped} short row{'s' * (skipped > 1)}")
+
+
+def whole_table(rows):
+    """Return the rows [(line, cells)] of a table, None where quotes or columns do not fit."""
+    try:
+        rows = list(rows)
+    except csv.Error:
+        return None
+    return rows if len({len(cells) for _, cells in rows}) == 1 else None
 
 
 def read_json(path):
@@ -116,16 +157,36 @@ def get(row, key, where, kinds=str):
     return row[key]
 
 
+def has_text(value):
+    """Whether a cell, or something in a list, has a letter in it."""
+    if isinstance(value, (list, dict)):
+        return any(map(has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and bool(re.search(r"[^\W\d_]", value))
+
+
+def name_unread(where, row, read):
+    """Note the columns of a row that hold text, are not among those read and not IRRELEVANT."""
+    names = [name for name, value in row.items() if name not in read and name.lower() not in IRRELEVANT]
+    names = [name for name in names if has_text(row[name])]
+    if names:
+        file = re.sub(r" (line|row) \d+$", "", where)
+        note(f"{file}: not read: column{'s' * (len(names) > 1)} {', '.join(map(ascii, names))[:200]}")
+
+
 # -------------------------------------------------------------------------------------------- where files are, fetching
 
 def find_files(task, data, split):
     """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits."""
     data, names = Path(data), task.files.get(split, ())
     shared = set.intersection(*map(set, task.files.values())) if names else ()
-    if data.is_file() and data.suffix[:5] in {Path(name).suffix[:5] for name in shared}:    # .json is as good as .jsonl
+    if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
-    found = (sorted(folder.glob(name)) for folder in (data / task.folder, data) for name in names)
-    return next(filter(None, found), [])
+    for folder in (data / task.folder, data):
+        for name in names:
+            found = sorted(folder.glob(name)) or sorted(folder.glob(name + ".gz"))
+            if found:
+                return found
+    return []
 
 
 def locate(task, data, split):
@@ -138,8 +199,11 @@ def locate(task, data, split):
     if not paths:
         known = any(wanted in ("", split) for wanted, _, _ in task.sources)
         remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
-        path = Path(data or cache_folder(), task.folder, task.files[split][0])
-        raise UserError(f"{path}: no such file: correct --data{remedy}")
+        folder = Path(data or cache_folder())
+        there = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")[:9] if folder.is_dir() else []
+        there = f" (there are {', '.join(map(ascii, there))[:200]})" if there else ""
+        path = folder / task.folder / task.files[split][0]
+        raise UserError(f"{path}: no such file{there}: correct --data{remedy}")
     return paths
 
 
@@ -160,32 +224,32 @@ def held_out(task, data, split, rows):
 
 def fetch(task, split):
     """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place."""
+    folder = cache_folder() / task.folder
     for wanted, address, sha256 in task.sources:
-        path = cache_folder() / task.folder / address.rpartition("/")[2]
-        verb = "unpack" if path.name.endswith((".zip", ".tar.gz")) else "put"
-        there = find_files(task, cache_folder(), split) if verb == "unpack" else path.is_file()
+        path = folder / address.rpartition("/")[2]
+        archive = path.name.endswith((".zip", ".tar.gz", ".tgz"))
+        there = find_files(task, cache_folder(), split) if archive else path.is_file()
         if wanted not in ("", split) or there:
             continue
         try:
             download(address, path, sha256)
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
-                            f"{verb} it into {path.parent}, or name a folder with its files by --data") from None
-        if verb == "unpack":
-            unpack(path, {f"{task.folder}/{file}": path.with_name(file) for file in sum(task.files.values(), ())})
+                            f"{'unpack' if archive else 'put'} it into {folder}, or name a folder with its files by "
+                            "--data") from None
+        if archive:
+            unpack(path, folder)
 
 
 def download(address, path, sha256=None):
-    """Fetch one file beside `path` and rename it there once its size and SHA-256 are right.
+    """Fetch one file beside `path` and rename it there once its size and known SHA-256 are right.
 
     $RANKS_MIRROR, if set, replaces "https://" in every address: http://localhost:8000 keeps files under /<host>/<path>.
-    Without a known SHA-256 the one first seen is kept in the cache's checksums.json, and another one is refused.
     """
     mirror = os.environ.get("RANKS_MIRROR")
-    url = mirror.rstrip("/") + "/" + address.removeprefix("https://") if mirror else address
+    url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
     path.parent.mkdir(parents=True, exist_ok=True)
     part, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()
-    book = cache_folder() / "checksums.json"
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
@@ -195,70 +259,89 @@ def download(address, path, sha256=None):
                     digest.update(block)
         if size and part.stat().st_size != size:
             raise UserError(f"{url}: the connection ended at {part.stat().st_size} of {size} bytes: run this again")
-        known, found = read_settings(book), digest.hexdigest()
-        expected = sha256 or known.get(address, found)
-        if found != expected:
-            remedy = "fetch it again" if sha256 else f"if you trust it, remove its line from {book}"
-            raise UserError(f"{url}: SHA-256 is {found}, not {expected}: the file is damaged or has changed: {remedy}")
+        if sha256 and digest.hexdigest() != sha256:
+            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: the file is damaged or has "
+                            "changed: fetch it again")
         os.replace(part, path)
-        if not sha256:
-            part.write_text(json.dumps({**known, address: found}, indent=1))
-            os.replace(part, book)
     finally:
         part.unlink(missing_ok=True)
 
 
-def unpack(archive, wanted, limit=4 << 30):
-    """Write the members of a .zip or .tar.gz named in wanted {member: path}, then remove it; it decides no path.
+def unpack(archive, folder, limit=16 << 30):
+    """Unpack a .zip or .tar.gz into `folder`, whose own name its members may begin with; then remove the archive.
 
-    Refused: a member that would leave its folder, a wanted one that is no plain file, more than `limit` bytes.
+    Nothing appears before all is unpacked. Refused: members that would leave the folder, links that lead out of it,
+    special files, more than `limit` bytes.
     """
-    tar = archive.suffix == ".gz"
+    part, size = archive.with_name(f"{archive.name}.{os.getpid()}.part"), 0
+
+    def safe(member, path):
+        nonlocal size
+        size += member.size
+        if size > limit:
+            raise tarfile.TarError(f"it unpacks to more than {limit} bytes")
+        return tarfile.data_filter(member, path)
+
     try:
-        with (tarfile.open if tar else zipfile.ZipFile)(archive) as file:
-            found = {}
-            for member in file if tar else file.infolist():
-                name = (member.name if tar else member.filename).replace("\\", "/")
-                plain = member.isfile() if tar else stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
-                if name.startswith("/") or ".." in name.split("/") or ":" in name or (name in wanted and not plain):
-                    raise UserError(f"{archive}: refused: member {name[:80]!r} is a link or leaves its folder")
-                if name in wanted:
-                    found[name] = member
-            if sum(member.size if tar else member.file_size for member in found.values()) > limit:
-                raise UserError(f"{archive}: refused: it unpacks to more than {limit} bytes")
-            for name, member in found.items():
-                part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
-                with (file.extractfile if tar else file.open)(member) as source, open(part, "wb") as target:
-                    shutil.copyfileobj(source, target)
-                os.replace(part, wanted[name])
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                if sum(member.file_size for member in file.infolist()) > limit:
+                    raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
+                file.extractall(part)   # drops leading / and .., writes no links
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(part, filter=safe)
+        for path in sorted((part / folder.name if (part / folder.name).is_dir() else part).iterdir()):
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: a broken archive ({error}): run the command again") from None
+        raise UserError(f"{archive}: a broken or unsafe archive ({error}): run the command again") from None
     finally:
+        shutil.rmtree(part, ignore_errors=True)
         archive.unlink()
 
 
 # -------------------- readers: reader(task, data, split) yields (where, row); labels stay text until read() checks them
 
+# names of a pair's texts, then of a single one; the first that a file's first row has are read
+TEXTS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("text", "pair"),
+         ("text", "text_pair"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"),
+         ("question", "sentence"), ("question", "passage"), ("question", "context"), ("query", "passage"),
+         ("query", "document"), ("claim", "evidence"), ("sentence", "context"), ("text", "context"),
+         ("sentence", None), ("text", None), ("content", None), ("review", None), ("tweet", None), ("comment", None))
+
+
 def read_texts(task, data, split):
-    """GLUE's files, and the user's own: text, sentence, sentence1 + sentence2 or text + pair, and label or score.
+    """GLUE's files, and the user's own: one or two texts under the names in TEXTS, and label, gold_label or score.
 
     MRPC also comes as Microsoft's original file with GLUE's list of the pairs that are dev.
     """
-    (path, *_), columns = locate(task, data, split), task.columns
+    path, columns, unlabelled = locate(task, data, split)[0], task.columns, 0
     original = path.name == "msr_paraphrase_train.txt"
     if original:
         dev_ids = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
-    rows = read_json(path) if path.suffix.startswith(".json") else read_table(path, task.header, task.name == "qqp")
+    if suffix(path).startswith(".json"):
+        rows = read_json(path)
+    else:
+        rows = read_table(path, task.header, skip_short=task.name == "qqp", quoted=not task.sources)
     for where, row in rows if original else held_out(task, data, split, rows):
         if original and ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev_ids) != (split == "dev"):
             continue
         if not columns:
-            texts = (("sentence1", "sentence2"), ("text", "pair"), ("sentence", None), ("text", None))
-            columns = (*next((pair for pair in texts if {*pair} <= {*row, None}), texts[-1]),
-                       "score" if "score" in row and "label" not in row else "label")
+            texts = next((names for names in TEXTS if {*names} <= {*row, None}), ("text", None))
+            label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
+            columns = (*texts, label)
         text, pair, label = columns
+        name_unread(where, row, (*columns, "#1 ID", "#2 ID"))
+        value = str(get(row, label, where, (str, int, float)))
+        if label == "gold_label" and value.strip() == "-":  # SNLI's and MNLI's pairs without a majority
+            unlabelled += 1
+            continue
         yield where, {"text": get(row, text, where), **({"pair": get(row, pair, where)} if pair else {}),
-                      "label": str(get(row, label, where, (str, int, float)))}
+                      "label": value}
+    if unlabelled:
+        note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
 
 def read_instructions(task, data, split):
@@ -303,17 +386,19 @@ def read_arrays(task, data, split):
     embedded = Path(__file__).parent / "assets" / "digits.npz"
     path = locate(task, embedded if data is None and task.name.startswith("digits") else data, split)[0]
     keys = ("images", "labels")
-    if path.suffix == ".bin":
-        raw = np.fromfile(path, np.uint8)
+    if suffix(path) == ".bin":
+        raw = np.frombuffer(read_bytes(path), np.uint8)
         if raw.size == 0 or raw.size % 3074:
             raise UserError(f"{path}: {raw.size} bytes, no multiple of 3074: fetch the binary version again")
         raw = raw.reshape(-1, 3074)  # coarse label, fine label (which we use), 3 x 32 x 32 pixels
         arrays = {"images": raw[:, 2:].reshape(-1, 3, 32, 32), "labels": raw[:, 1]}
+    elif path.name in ("train", "test"):
+        raise UserError(f"{path}: CIFAR's python version is pickled, which can run code: fetch the binary version")
     else:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-        except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
         if "x_train" in arrays:
             keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
@@ -337,33 +422,234 @@ def read_arrays(task, data, split):
 
 def read_image_folder(task, data, split):
     """data/train/<class>/* and data/{dev,val,valid,test}/<class>/*: .npy arrays, or whatever Pillow opens."""
-    names = ("train",) if split == "train" else ("dev", "val", "valid", "test")
+    names = ("train",) if split == "train" else ("dev", "val", "valid", "validation", "test")
     root = next((Path(data, name) for name in names if data and Path(data, name).is_dir()), None)
     if root is None:
-        raise UserError(f"{data}: no folder {' or '.join(names)}: --data must name one with train/<class>/<images>, "
-                        "dev/<class>/<images>")
-    for path in sorted(path for path in root.glob("*/*") if not path.name.startswith(".")):
+        there = sorted(path.name for path in Path(data).glob("[!.]*"))[:9] if data else []
+        raise UserError(f"{data}: no folder {' or '.join(names)} (there are {', '.join(map(ascii, there))[:200]}): "
+                        "--data must name one with train/<class>/<images>, dev/<class>/<images>")
+    for path in sorted(root.glob("*/**/*")):
+        if path.is_file() and not path.name.startswith("."):
+            yield str(path), {"pixels": Photo(path), "label": path.relative_to(root).parts[0]}
+
+
+def read_listed(task, data, split):
+    """Food-101: meta/train.txt lists <class>/<number>; RESISC45: resisc45-train.txt lists <class>_<number>.jpg.
+
+    RESISC45 has no split of its own: the lists are those of Neumann et al. (18,900, 6,300 and 6,300 images).
+    """
+    path = locate(task, data, split)[0]
+    for number, line in enumerate(read_text(path).split(), 1):
+        if task.name == "food101":
+            label, photo = line.partition("/")[0], path.parents[1] / "images" / f"{line}.jpg"
+        else:
+            label = line.rpartition("_")[0]
+            photo = path.parent / "NWPU-RESISC45" / label / line
+        yield f"{path} line {number}", {"pixels": Photo(photo), "label": label}
+
+
+def read_flowers102(task, data, split):
+    """Oxford's jpg/image_<number>.jpg, imagelabels.mat and setid.mat; train is trnid, dev the test images, tstid."""
+    root = locate(task, data, split)[0].parents[1]
+    labels = get(read_mat(root / "imagelabels.mat"), "labels", root / "imagelabels.mat", np.ndarray).ravel()
+    chosen = get(read_mat(root / "setid.mat"), "trnid" if split == "train" else "tstid", root / "setid.mat", np.ndarray)
+    if chosen.dtype.kind not in "iu" or chosen.min(initial=1) < 1 or chosen.max(initial=1) > len(labels):
+        raise UserError(f"{root / 'setid.mat'}: not numbers from 1 to {len(labels)}: fetch the .mat files again")
+    for number in chosen.ravel().tolist():
+        path = root / "jpg" / f"image_{number:05}.jpg"
+        yield str(path), {"pixels": Photo(path), "label": str(labels[number - 1])}
+
+
+def read_mat(path):
+    """Return {name: array} of a MATLAB file."""
+    try:
+        from scipy.io import loadmat    # the only need for SciPy
+    except ImportError:
+        raise UserError(f"{path}: reading MATLAB files needs SciPy: pip install scipy") from None
+    try:
+        return loadmat(io.BytesIO(read_bytes(path)))
+    except Exception as error:  # SciPy raises nearly anything for broken files
+        raise UserError(f"{path}: no MATLAB file ({' '.join(str(error).split())[:200]}): fetch it again") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+class Photo:
+    """An image file, decoded when its pixels are asked for: the rows of a large folder stay small."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @property
+    def shape(self):
+        return np.asarray(self).shape
+
+    def __array__(self, dtype=None, copy=None):
+        """Return uint8 (C, H, W), C 1 or 3, upright. UserError: no image, broken, too large to be one."""
         try:
-            if path.suffix == ".npy":
-                pixels = np.load(path, allow_pickle=False)
-            else:
-                from PIL import Image   # the only need for Pillow
-                with Image.open(path) as image:
-                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            if self.path.suffix == ".npy":
+                return channels_first(np.load(self.path, allow_pickle=False), self.path)
+            from PIL import Image, ImageOps     # the only need for Pillow
+            with Image.open(self.path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
+                    image = image.convert("RGB")
+                return channels_first(np.asarray(image), self.path)
+        except UserError:
+            raise
         except ImportError:
-            raise UserError(f"{path}: reading images needs Pillow: pip install pillow, or store .npy arrays") from None
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise UserError(f"{path}: not an image ({error}): remove or convert it") from None
-        yield str(path), {"pixels": channels_first(pixels, path), "label": path.parent.name}
+            raise UserError(f"{self.path}: reading images needs Pillow: pip install pillow, or store .npy") from None
+        except Exception as error:  # Pillow raises nearly anything for broken files
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: not an image ({reason}): remove or convert it") from None
 
 
 def channels_first(pixels, where):
-    """Return uint8 pixels (H, W), (H, W, C) or (C, H, W) as (C, H, W); C is 1 or 3."""
-    if pixels.dtype == np.uint8 and pixels.ndim == 2:
-        return pixels[None]
-    if pixels.dtype == np.uint8 and pixels.ndim == 3 and {1, 3} & {pixels.shape[0], pixels.shape[2]}:
-        return pixels.transpose(2, 0, 1) if pixels.shape[2] in (1, 3) else pixels
-    raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected uint8 (H, W) or (H, W, C) with 1 or 3 channels")
+    """Return pixels (H, W), (H, W, C) or (C, H, W) as uint8 (C, H, W); C is 1 or 3, of 4 the last (alpha) is dropped.
+
+    uint16 is scaled to uint8, as are floats in [0, 1] and booleans.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
+        pixels = pixels.transpose(2, 0, 1)
+    elif pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
+        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected (H, W) or (H, W, C) with 1, 3 or 4 channels")
+    pixels = pixels[:3]
+    if pixels.dtype == np.uint8:
+        return pixels
+    top = {"b": 1, "f": 1}.get(pixels.dtype.kind, 255 if pixels.max(initial=0) < 256 else 65535)
+    top = 65535 if pixels.dtype == np.uint16 else top
+    if pixels.dtype.kind not in "biuf" or not (pixels.min(initial=0) >= 0 and pixels.max(initial=0) <= top):
+        raise UserError(f"{where}: {pixels.dtype} from {pixels.min()} to {pixels.max()}, expected uint8, uint16 or "
+                        "floats in [0, 1]: scale it")
+    return np.rint(pixels.astype(np.float64) * (255 / top)).astype(np.uint8)
+
+
+# image_processor_type -> what its processor does by default
+VIT = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
+       "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224}
+PROCESSORS = {
+    "ViT": VIT,
+    "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True},
+    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
+             "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}     # Pillow's numbers
+NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
+            "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
+
+
+def plain_image(channels, height, width):
+    """Return the settings of images that are resized to the model's size, with mean and std 0.5."""
+    return {"size": (height, width), "channels": channels, "resize": (height, width), "resample": 2,
+            "crop": None, "scale": 1 / 255, "mean": (0.5,), "std": (0.5,)}
+
+
+def image_settings(folder):
+    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
+
+    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop: (height, width)
+    or None, scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    config, given = read_settings(path.with_name("config.json")), read_settings(path)
+    kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ViT"
+    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
+    steps = {**PROCESSORS.get(kind, VIT), **given}
+
+    def check(fits, key):
+        if not fits:
+            raise UserError(f"{path}: {key} {str(steps.get(key))[:60]} is not supported or does not fit the model of "
+                            f"{channels} x {target} pixels: mend it")
+
+    def pair(size, key):
+        size = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
+        size = size if isinstance(size, list) else [size, size]
+        check(len(size) == 2 and all(type(n) is int and 0 < n < 2**14 for n in size), key)
+        return tuple(size)
+
+    def numbers(value, low, key):
+        value = value if isinstance(value, list) else [value]
+        check(len(value) in (1, channels) and all(type(n) in (int, float) and low < n < 1e6 for n in value), key)
+        return tuple(map(float, value))
+
+    channels, target = config.get("num_channels", 3), config.get("image_size", 224)
+    target = pair(target, "image_size")
+    check(kind in PROCESSORS, "image_processor_type" if "image_processor_type" in given else "feature_extractor_type")
+    for key, value in given.items():
+        check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
+    check(type(steps["resample"]) is int and steps["resample"] in FILTERS, "resample")
+    image = plain_image(channels, *target) | {"resample": steps["resample"], "resize": None}
+    size = steps.get("size") or [*target]
+    if isinstance(size, dict) and [*size] == ["shortest_edge"]:
+        size = image["resize"] = size["shortest_edge"]
+        check(type(size) is int and 0 < size < 2**14, "size")
+    elif kind == "CLIP" and type(size) is int:
+        image["resize"] = pair(size, "size")[0]
+    else:
+        image["resize"] = pair(size, "size")
+    if not steps["do_resize"]:
+        image["resize"] = None
+    if steps["do_center_crop"]:
+        image["crop"] = pair(steps["crop_size"], "crop_size")
+        check(image["crop"] == target, "crop_size")
+    else:
+        check(image["resize"] in (target, None), "size")
+    image["scale"] = numbers(steps["rescale_factor"], 0, "rescale_factor")[0] if steps["do_rescale"] else 1.0
+    image["mean"], image["std"] = (0.0,), (1.0,)
+    if steps["do_normalize"]:
+        image["mean"] = numbers(steps["image_mean"], -1e6, "image_mean")
+        image["std"] = numbers(steps["image_std"], 0, "image_std")
+    return image
+
+
+def resize(pixels, size, resample):
+    """Return uint8 pixels (C, H, W) resized by Pillow, as transformers does: torch's filters differ a little."""
+    try:
+        from PIL import Image
+    except ImportError:     # within a few of 255
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        return F.interpolate(pixels, size, mode=FILTERS[resample], antialias=resample != 0)[0].numpy()
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return channels_first(np.asarray(image.resize(size[::-1], resample)), "")
+
+
+def fit(pixels, image, where):
+    """Return uint8 pixels (C, H, W) brought to the model's channels and size by its processor's steps."""
+    if len(pixels) == 3 and image["channels"] == 1:     # grey as Pillow makes it (ITU-R 601-2)
+        red, green, blue = pixels.astype(np.int64)
+        pixels = ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)[None]
+    height, width = pixels.shape[1:]
+    size = image["resize"]
+    if type(size) is int:   # the shortest edge
+        size = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    if size and size != (height, width):
+        pixels = resize(pixels, size, image["resample"])
+    if image["crop"]:
+        for axis, wanted in zip((1, 2), image["crop"]):
+            extra = pixels.shape[axis] - wanted
+            if extra < 0:   # put amid zeros
+                around = [(0, 0)] * 3
+                around[axis] = (-(extra // 2), extra // 2 - extra)
+                pixels = np.pad(pixels, around)
+            else:
+                pixels = pixels.take(range(extra // 2, extra // 2 + wanted), axis)
+    if pixels.shape[1:] != image["size"]:
+        raise UserError(f"{where}: {pixels.shape[1]} x {pixels.shape[2]} pixels, the model takes {image['size']} and "
+                        "preprocessor_config.json does not resize: resize the image")
+    return np.broadcast_to(pixels, (image["channels"], *image["size"]))
+
+
+@functools.cache
+def per_channel(values, device):
+    """Return a tuple of numbers as a tensor (C, 1, 1) on the device, where it stays."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def normalise_pixels(pixels, image):
+    """Return uint8 pixels (B, C, H, W) as the floats that the model takes; on a GPU if they are there."""
+    mean, std = (per_channel(image[key], pixels.device) for key in ("mean", "std"))
+    return (pixels * image["scale"] - mean) / std
 
 
 # -------------------------------------------------------------------------------------------------- prompts and answers
@@ -382,26 +668,36 @@ def docstring(text, test):
 
 
 # what asks and what answers: Alpaca, LLM-Adapters, AlpacaEval; GSM8K; MetaMathQA; CodeFeedback; MATH; UltraFeedback as
-# published and binarized; HumanEval; MBPP and its sanitized half
+# published and binarized; HumanEval; MBPP and its sanitized half; Dolly; OpenOrca
 COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("query", "answer"),
            ("problem", "solution"), ("instruction", "completions"), ("prompt", "chosen"),
-           ("prompt", "canonical_solution"), ("text", "code"), ("prompt", "code"))
+           ("prompt", "canonical_solution"), ("text", "code"), ("prompt", "code"), ("instruction", "response"),
+           ("question", "response"), ("prompt", "response"), ("prompt", "completion"))
 
 
 def instruction(task, where, row):
     """Return {prompt, answer} of a row with instructions; also {target, answers} where generated answers are scored.
 
-    {sample} where another program scores them: the columns that it wants beside the completion.
+    {sample} where another program scores them: the columns that it wants beside the completion. A context is the
+    template's input; a system prompt stands before it, earlier turns (history) before that, in the same template.
     """
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
     if asks is None:
         expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
         raise UserError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
-    extra = row.get("input") and get(row, "input", where)
+    extra, system = (next((name for name in names if row.get(name)), None)
+                     for names in (("input", "context"), ("system", "system_prompt")))
+    name_unread(where, row, (asks, says, extra, system, "answer", "history"))
+    extra, system = (name and get(row, name, where) for name in (extra, system))
     if "test_list" in row:
         extra = get(dict(enumerate(get(row, "test_list", where, list))), 0, where)
     answer = best(row, says, where) if isinstance(row[says], list) else get(row, says, where)
-    result = {"prompt": task.template(get(row, asks, where), extra), "answer": answer}
+    text = task.template(get(row, asks, where), extra)
+    for turn in reversed(row.get("history") or ()):
+        turn = dict(zip(("question", "answer"), turn if isinstance(turn, list) else ()))
+        question, said = (get(turn, key, f"{where} history") for key in ("question", "answer"))
+        text = f"{task.template(question)}{said}\n\n{text}"
+    result = {"prompt": f"{system}\n\n{text}" if system else text, "answer": answer}
     if task.sample:
         result["sample"] = {name: get(row, name, where, (str, int)) for name in task.sample}
     if task.answers is None:
@@ -418,6 +714,8 @@ def instruction(task, where, row):
 def best(row, says, where):
     """Return the best rated of UltraFeedback's completions ("" of none), or what a conversation's last message says."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
+    if says != "completions" and len(parts) > 2:
+        note(f"{where}: a conversation of {len(parts)} messages: only the prompt and the last message are read")
     if says != "completions":
         return get(parts[-1], "content", where) if parts else ""
     top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})
@@ -506,7 +804,7 @@ class Task:
     labels: tuple = ()               # class names in order; () = find_task finds them in the training rows
     files: dict = field(default_factory=dict)   # split -> names or patterns, the first that is there is read
     folder: str = ""                 # the files' folder in an archive and under --data
-    sources: tuple = ()              # (split it is for or "", address, SHA-256 or None = the one first seen)
+    sources: tuple = ()              # (split it is for or "", address, SHA-256 or None where it is not known)
     columns: tuple = ()              # text, pair or None, label
     header: tuple | None = None      # column names of files without a header line
     span: tuple = (-math.inf, math.inf)         # what a regression's scores lie in
@@ -527,6 +825,8 @@ FACEBOOK, GITHUB = "https://dl.fbaipublicfiles.com/", "https://raw.githubusercon
 HUB = "https://huggingface.co/datasets/"
 ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/main/"
 GSM8K = GITHUB + "openai/grade-school-math/master/grade_school_math/data/"
+FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+RESISC = "https://storage.googleapis.com/remote_sensing_representations/"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 BINARY, ENTAIL, DIGITS = ("0", "1"), ("entailment", "not_entailment"), tuple("0123456789")
@@ -566,7 +866,7 @@ def tune(name, file, *sources):
 
 def complete(name, file, address, sample, reader=read_instructions, **more):
     """Return the row of a set to generate completions for (eval.py --samples), which another program scores."""
-    return Task(name, "lm", ("perplexity",), reader, (), {"dev": (file, file + ".gz")}, name, (("dev", address, None),),
+    return Task(name, "lm", ("perplexity",), reader, (), {"dev": (file,)}, name, (("dev", address, None),),
                 sample=sample, **more)
 
 
@@ -637,8 +937,21 @@ TASKS = {task.name: task for task in (
     Task("image-folder", "image", ("accuracy",), read_image_folder),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
     Task("cifar100", "image", ("accuracy",), read_arrays, tuple(map(str, range(100))),
-         {"train": ("train.bin",), "dev": ("test.bin",)}, "cifar-100-binary",
-         (("", "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", None),)),
+         {"train": ("train.bin", "train"), "dev": ("test.bin", "test")}, "cifar-100-binary",
+         (("", "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+           "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),)),
+    Task("food101", "image", ("accuracy",), read_listed, (), {"train": ("meta/train.txt",), "dev": ("meta/test.txt",)},
+         "food-101", (("", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+                       "d97d15e438b7f4498f96086a4f7e2fa42a32f2712e87d3295441b2b6314053a4"),)),
+    Task("flowers102", "image", ("accuracy",), read_flowers102, tuple(map(str, range(1, 103))),
+         dict.fromkeys(("train", "dev"), ("jpg/image_*.jpg",)), "flowers-102",
+         (("", FLOWERS + "imagelabels.mat", "4903e94206bac23bf772aadf06451916df56b58fc483a62db32a97b82656651d"),
+          ("", FLOWERS + "setid.mat", "46b8678f91fd95d3c8f4feab80d271a6c834a1dd896fe29fd3e6ad9ce5c8dccd"),
+          ("", FLOWERS + "102flowers.tgz", "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"))),
+    Task("resisc45", "image", ("accuracy",), read_listed, (),
+         {"train": ("resisc45-train.txt",), "dev": ("resisc45-test.txt",)}, "resisc45",
+         (("", HUB + "isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip", None),
+          ("", RESISC + "resisc45-train.txt", None), ("", RESISC + "resisc45-test.txt", None))),
     Task("digits", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
     Task("digits-rot90", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(5e-3, 32, 15)),
 )}
@@ -658,18 +971,29 @@ def find_task(name, data=None, labels=None):
         there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
         return replace(task, eval_splits=there or COMMONSENSE)
     if task.kind in ("classify", "image") and not (labels or task.labels):
-        found = {row["label"] for _, row in task.reader(task, data, "train")}
-        if task.files and find_files(task, data, "train") == find_files(task, data, "dev"):
-            found |= {row["label"] for _, row in task.reader(task, data, "dev")}  # a rare class may be there alone
+        found = {row["label"] for _, row in labelled(task, data, "train")}
+        if not task.sources and task.files and find_files(task, data, "train") == find_files(task, data, "dev"):
+            found |= {row["label"] for _, row in labelled(task, data, "dev")}  # a rare class may be there alone
         labels = sorted(found, key=int if all(re.fullmatch(r"-?\d{1,18}", label) for label in found) else str)
     return replace(task, labels=tuple(labels)) if labels else task
+
+
+def labelled(task, data, split):
+    """Yield a reader's (where, row); class labels lose stray spaces and a number's .0. UserError: a missing label."""
+    for where, row in task.reader(task, data, split):
+        if task.kind in ("classify", "image"):
+            row["label"] = re.sub(r"^(-?\d+)\.0+$", r"\1", row["label"].strip())
+            if row["label"] in MISSING:
+                raise UserError(f"{where}: label {row['label']!r} stands for a missing one: remove the row, or give "
+                                "the class a name")
+        yield where, row
 
 
 def read(task, data=None, split="train", limit=0):
     """Return the rows of a split ("train" or one of task.eval_splits), the first `limit` of them unless that is 0.
 
     classify: {text, [pair], label: int}; regress: the same with a float; lm: {prompt, answer} and, where generated
-    answers are scored, {target, answers} for extract_answer; image: {pixels: uint8 (C, H, W), label: int}.
+    answers are scored, {target, answers} for extract_answer; image: {pixels: uint8 (C, H, W) or a Photo, label: int}.
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     if limit < 0:
@@ -679,7 +1003,7 @@ def read(task, data=None, split="train", limit=0):
     if split not in ("train", "dev", *task.eval_splits):
         raise UserError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
     index, (low, high), rows = {label: i for i, label in enumerate(task.labels)}, task.span, []
-    for where, row in task.reader(task, data, split):
+    for where, row in itertools.islice(labelled(task, data, split), limit or None):
         if task.kind in ("classify", "image"):
             if row["label"] not in index:
                 known = str([*task.labels])[:200]
@@ -693,40 +1017,80 @@ def read(task, data=None, split="train", limit=0):
             if not (low <= score <= high and math.isfinite(score)):
                 raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
             row["label"] = score
-        if task.kind == "image" and rows and row["pixels"].shape != rows[0]["pixels"].shape:
-            raise UserError(f"{where}: shape {row['pixels'].shape} after {rows[0]['pixels'].shape}: make all alike")
         rows.append(row)
     if not rows:
         raise UserError(f"{data or task.name}: no {split} rows: check the files")
-    if split == "train" and task.kind in ("classify", "image") and len({row["label"] for row in rows}) < 2:
-        raise UserError(f"{data or task.name}: all labels are {task.labels[rows[0]['label']]!r}: add another class")
-    return rows[:limit or None]
+    if task.kind in ("classify", "image"):
+        counts = np.bincount([row["label"] for row in rows], minlength=len(task.labels))
+        if split == "train" and np.count_nonzero(counts) < 2:
+            remedy = "raise the limit or shuffle the rows" if limit else "add another class"
+            raise UserError(f"{data or task.name}: all labels are {task.labels[rows[0]['label']]!r} in the {len(rows)} "
+                            f"rows: {remedy}")
+        shown = ", ".join(f"{count} {label[:40]!a}" for label, count in zip(task.labels[:10], counts))
+        more = f", {counts.min()} to {counts.max()} of each of {len(counts)} classes" if len(counts) > 10 else ""
+        note(f"{data or task.name}: {len(rows)} {split} rows: {shown}{more}")
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------- tokenizing and batches
 
-class Tokenizer:
-    """A checkpoint's tokenizer.json (backend: the tokenizers.Tokenizer) and the ids of its special tokens.
+# transformers' class -> the tokens it has by default; in these classes tokenizer_config.json rules over tokenizer.json
+CLASSES = {
+    "BertTokenizer": {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
+    "RobertaTokenizer": {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
+                         "mask": "<mask>"},
+    "GPT2Tokenizer": {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": "<|endoftext|>"},
+    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
+FAMILIES = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}    # where none is named
+KINDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+# settings in tokenizer_config.json that are read, and those that do not change a text's ids
+TOKENIZER_SETTINGS = set("""
+    tokenizer_class do_lower_case strip_accents tokenize_chinese_chars add_prefix_space add_bos_token add_eos_token
+    legacy truncation_side added_tokens_decoder model_max_length split_special_tokens extra_special_tokens
+    additional_special_tokens pad_token bos_token eos_token unk_token sep_token cls_token mask_token
 
-    pad_id falls back to eos, unk, 0; eos_ids: all tokens that end a generation; types: the model tells a pair's texts apart.
+    clean_up_tokenization_spaces padding_side pad_to_multiple_of pad_token_type_id padding truncation max_length stride
+    truncation_strategy chat_template auto_map tokenizer_file name_or_path special_tokens_map_file errors trim_offsets
+    backend is_local use_default_system_prompt model_input_names processor_class use_fast from_slow do_basic_tokenize
+    never_split vocab_type model_type sp_model_kwargs spaces_between_special_tokens full_tokenizer_file return_tensors
+""".split())
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer (backend: the tokenizers.Tokenizer) and the ids of its special tokens.
+
+    pad_id falls back to eos, unk, 0; eos_ids: all tokens that end a generation; types: the model
+    tells a pair's texts apart.
     """
 
     @classmethod
     def from_folder(cls, folder):
-        """Read tokenizer.json and the JSON files that name special tokens. UserError: missing or broken."""
+        """Read tokenizer.json, or vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa, GPT-2), like AutoTokenizer.
+
+        What tokenizer_config.json says rules. UserError: missing or broken files.
+        """
         self, path = cls(), Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file: make it with transformers: AutoTokenizer.from_pretrained"
-                            f"({str(folder)!r}).save_pretrained({str(folder)!r})")
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise UserError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
-        self.backend.no_padding()
-        self.backend.no_truncation()
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             "tokenizer_config.json", "config.json", "generation_config.json"))
         names = {**read_settings(path.with_name("special_tokens_map.json")), **names}
+        family = str(config.get("model_type"))
+        kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
+        kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
+        try:
+            self.backend = build(path, kind)
+            tokens = special_tokens(self.backend, names, kind)
+            configure(self.backend, names, kind, tokens)
+        except UserError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise UserError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
+        unread = [key for key, value in names.items() if value and not key.startswith("_")]
+        unread = [key for key in unread if key not in TOKENIZER_SETTINGS]
+        if unread:
+            note(f"{path.with_name('tokenizer_config.json')}: not used: {', '.join(map(ascii, unread))[:200]}")
+        self.side = names.get("truncation_side") if names.get("truncation_side") in ("left", "right") else "right"
+        longest = names.get("model_max_length")
+        self.longest = longest if type(longest) is int else math.inf
 
         def listed(settings, key):  # an id, or a list of them; some configs say -1 for none
             value = settings.get(key)
@@ -734,20 +1098,21 @@ class Tokenizer:
 
         ids = {}
         for kind in ("pad", "bos", "eos", "unk"):
-            name = names.get(f"{kind}_token")
-            name = name.get("content") if isinstance(name, dict) else name
-            found = listed(config, f"{kind}_token_id")
-            if isinstance(name, str):  # no half surrogate pairs, which tokenizers do not take
-                found.insert(0, self.backend.token_to_id(name.encode("utf-8", "replace").decode()))
-            ids[kind] = next((n for n in found if n is not None), None)
+            found = [self.backend.token_to_id(tokens[kind])] if kind in tokens else []
+            ids[kind] = next((n for n in found + listed(config, f"{kind}_token_id") if n is not None), None)
         self.bos_id, self.eos_id = ids["bos"], ids["eos"]
-        family, kinds = config.get("model_type"), config.get("type_vocab_size")
-        self.types = family == "bert" or family == "deberta-v2" and bool(kinds)
+        self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
         self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
         ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
         self.eos_ids = sorted(ends - {None})
         # bos where the post-processor begins with it; what it may put at the end would stop a generation there
-        self.prefix = [self.bos_id] if self.bos_id in self.backend.encode("").ids[:1] else []
+        whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+        begins, ends = whole[:1] == [self.bos_id] != plain[:1], whole[-1:] == [self.eos_id] != plain[-1:]
+        self.prefix = [self.bos_id] if begins else []
+        for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
+            if bool(names.get(key, there)) != there:
+                note(f"{path.with_name('tokenizer_config.json')}: {key} is {names[key]}, tokenizer.json does otherwise "
+                     "and rules, as in transformers 5")
         return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
@@ -758,7 +1123,7 @@ class Tokenizer:
         if max_length is not None:
             if max_length <= self.backend.num_special_tokens_to_add(pairs is not None):
                 raise UserError(f"max length {max_length} leaves no room for text: use at least 8")
-            self.backend.enable_truncation(max_length)
+            self.backend.enable_truncation(max_length, direction=self.side)
         ids, types = [], []
         for start in tqdm(range(0, len(texts), 4096), "tokenizing", leave=False, disable=len(texts) < 10_000):
             part = slice(start, start + 4096)       # encodings hold much besides ids: not all at once
@@ -769,6 +1134,20 @@ class Tokenizer:
         self.backend.no_truncation()
         return ids, types
 
+    def encode_answers(self, prompts, answers):
+        """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
+
+        Prompt and answer are encoded joined and split where the prompt's own ids end, from which a generation starts.
+        Where these do not begin the joined ids, a merge crosses the boundary, and the answer is encoded apart.
+        """
+        asked = self.encode(prompts, special=False)[0]
+        joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
+        apart = [i for i, ids in enumerate(asked) if not np.array_equal(joined[i][:len(ids)], ids)]
+        said = [whole[len(ids):] for whole, ids in zip(joined, asked)]
+        for i, ids in zip(apart, self.encode([answers[i] for i in apart], special=False)[0]):
+            said[i] = ids
+        return asked, said, len(apart)
+
     def decode(self, ids, prompt=()):
         """Return the text of ids generated after a prompt's ids, without special tokens.
 
@@ -776,6 +1155,91 @@ class Tokenizer:
         """
         before, whole = (self.backend.decode([int(i) for i in part]) for part in (prompt, [*prompt, *ids]))
         return whole[len(before):]
+
+
+def build(path, kind):
+    """Return the tokenizers.Tokenizer of tokenizer.json, or of the vocabulary beside it. UserError: there is none."""
+    vocabulary, merges = path.with_name("vocab.json"), path.with_name("merges.txt")
+    if path.is_file():
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+    if kind == "BertTokenizer" and path.with_name("vocab.txt").is_file():
+        lines = read_text(path.with_name("vocab.txt")).removesuffix("\n").split("\n")
+        vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
+        return tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    if kind in ("RobertaTokenizer", "GPT2Tokenizer") and vocabulary.is_file() and merges.is_file():
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        return backend
+    names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "spm.model",
+             "sentencepiece.bpe.model")
+    sources = [name for name in names if path.with_name(name).is_file()]
+    if not sources:
+        raise UserError(f"{path}: no such file, nor a vocabulary that it can be made from: fetch the model's tokenizer "
+                        "files into that folder, or copy them from the model that it was made of")
+    needs = " sentencepiece protobuf" if any(name.endswith(".model") for name in sources) else ""
+    raise UserError(f"{path}: no such file: make it of {', '.join(sources)}: pip install transformers{needs}, then "
+                    f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained({str(path.parent)!r})"
+                    f".save_pretrained({str(path.parent)!r})\"")
+
+
+def special_tokens(backend, names, kind):
+    """Return {"pad", "bos", ...: token}; what tokenizer_config.json has and the backend lacks is added to it."""
+    def content(token):     # no half surrogate pairs, which tokenizers do not take
+        token = token.get("content") if isinstance(token, dict) else token
+        return token.encode("utf-8", "replace").decode() if isinstance(token, str) else None
+
+    added = names.get("added_tokens_decoder")
+    for number, token in sorted(added.items(), key=lambda item: int(item[0])) if isinstance(added, dict) else []:
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        flags = {flag: bool(token[flag]) for flag in flags if flag in token}
+        backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
+        if backend.token_to_id(content(token)) != int(number):
+            note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
+                 f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
+    tokens = dict(CLASSES.get(kind, {}))
+    for key in KINDS:
+        if f"{key}_token" in names:
+            tokens[key] = content(names[f"{key}_token"])
+    tokens = {key: token for key, token in tokens.items() if token}
+    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
+    extra = [content(token) for token in extra] if isinstance(extra, list) else []
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = [token for token in [*tokens.values(), *extra] if token and token not in known]
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in dict.fromkeys(new)])
+    return tokens
+
+
+def configure(backend, names, kind, tokens):
+    """Do to the backend what transformers' class `kind` does on loading: AutoTokenizer's ids."""
+    model, byte_level = type(backend.model).__name__, "ByteLevel" in repr(backend.pre_tokenizer)
+    space = names.get("add_prefix_space")
+    if kind == "BertTokenizer" and model == "WordPiece":
+        backend.normalizer = tokenizers.normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=names.get("tokenize_chinese_chars", True),
+            strip_accents=names.get("strip_accents"), lowercase=names.get("do_lower_case", True))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        backend.decoder = tokenizers.decoders.WordPiece()
+        first, last = tokens["cls"], tokens["sep"]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[first, "$A", last], pair=[first, "$A", last, "$B:1", f"{last}:1"],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (first, last)])
+    elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
+        if space is not None and isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel):
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(space))
+        if kind == "RobertaTokenizer":
+            last, first = ((tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls"))
+            backend.post_processor = tokenizers.processors.RobertaProcessing(last, first)
+    elif kind == "LlamaTokenizer" and model == "BPE" and not byte_level:
+        scheme = "never" if space is False else "always" if names.get("legacy") else "first"
+        backend.normalizer = None
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    elif kind in CLASSES and model != "Unigram" and not byte_level:
+        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
+    backend.encode_special_tokens = bool(names.get("split_special_tokens"))
 
 
 @dataclass
@@ -788,8 +1252,7 @@ class Split:
     tokens: list | None = None                  # N int32 arrays
     types: list | None = None
     starts: list | None = None                  # lm: where the answers begin
-    numbers: list | None = None                 # lm: which of the encoded rows these are, from 0; None = all
-    pixels: torch.Tensor | None = None          # uint8 (N, C, H, W)
+    pixels: torch.Tensor | None = None          # uint8 (N, C, H, W), of the model's size
     image: dict | None = None                   # image_settings
     pad_id: int = 0
 
@@ -800,23 +1263,29 @@ class Split:
 class Processor:
     """Turns rows into Splits with a model's own preprocessing: its tokenizer, or its image settings.
 
-    `folder` holds the model's files; None, for images only, is a model without any, of `image_size` (channels, height,
-    width).
+    `folder` holds the model's files; None, for images only, is a model without any. config: the model's, whose tables
+    the tokens must fit.
     """
 
-    def __init__(self, task, folder, image_size):
-        self.task, self.folder, self.tokenizer, self.image = task, folder, None, None
-        if task.kind != "image":
-            self.tokenizer = Tokenizer.from_folder(folder)
-        elif folder:
-            self.image = image_settings(folder)
-        else:
-            channels, *size = image_size
-            self.image = {"size": tuple(size), "channels": channels, "mean": 0.5, "std": 0.5}
+    def __init__(self, task, folder, config):
+        self.task, self.folder, self.config, self.tokenizer, self.image = task, folder, config, None, None
+        if task.kind == "image":
+            self.image = image_settings(folder) if folder else plain_image(*config.image_size)
+            return
+        self.tokenizer = Tokenizer.from_folder(folder)
+        size, rows = self.tokenizer.backend.get_vocab_size(), config.vocab_size
+        if size < rows / 2:
+            raise UserError(f"{folder}: the tokenizer has {size} tokens, the model {rows}: it is not this model's, or "
+                            "part of it is missing: fetch the tokenizer's files again")
+        pad = self.tokenizer.pad_id
+        if pad >= rows:
+            self.tokenizer.pad_id = next((n for n in (self.tokenizer.eos_id,) if n is not None and n < rows), 0)
+            note(f"{folder}: pad token {self.tokenizer.backend.id_to_token(pad)!a} has id {pad}, the model only {rows} "
+                 f"embeddings: padding with id {self.tokenizer.pad_id} instead, which is masked anyway")
 
     def training(self, rows, max_length):
         """Split of training rows, cut to `max_length`."""
-        return encode(self.task, rows, self.tokenizer, max_length, self.image)
+        return self.encode(rows, max_length)
 
     def evaluation(self, s):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
@@ -824,8 +1293,27 @@ class Processor:
         splits = {}
         for name in self.task.eval_splits:
             rows = half(read(self.task, s.data, name, s.limit_eval), getattr(s, "eval_half", "all"))
-            splits[name] = encode(self.task, rows, self.tokenizer, length, self.image)
+            splits[name] = self.encode(rows, length)
         return splits
+
+    def encode(self, rows, max_length):
+        """Split of rows. UserError: a row without tokens, an id or a type that the model has no embedding for."""
+        split = encode(self.task, rows, self.tokenizer, max_length, self.image)
+        if self.tokenizer and max_length and max_length > self.tokenizer.longest:
+            note(f"{self.folder}: --max-length {max_length} is above the tokenizer's model_max_length, "
+                 f"{self.tokenizer.longest}")
+        for i, ids in enumerate(split.tokens or ()):
+            row, top = split.rows[i], ids.max(initial=0)
+            where = f"{self.task.name}, row {row.get('text', row.get('prompt'))[:60]!a}"
+            if len(ids) == 0:
+                raise UserError(f"{where}: no token: remove the row, or name a bos_token in tokenizer_config.json")
+            if top >= self.config.vocab_size:
+                raise UserError(f"{where}: token {self.tokenizer.backend.id_to_token(int(top))!a} has id {top}, the "
+                                f"model only {self.config.vocab_size} embeddings: fetch the model's own tokenizer")
+            if split.types and split.types[i].max() >= self.config.type_vocab_size:
+                raise UserError(f"{where}: the pair's second text has type {split.types[i].max()}, the model only "
+                                f"{self.config.type_vocab_size} type embeddings: use another model, or join the texts")
+        return split
 
 
 def drawn(rows, count, seed):
@@ -835,7 +1323,7 @@ def drawn(rows, count, seed):
 
 
 def half(rows, which):
-    """All rows, or one of two halves that are the same in every run: "tune" to choose settings on, "report" the rest."""
+    """All rows, or one of two halves, the same in every run: "tune" to choose settings on, "report" the rest."""
     if which == "all":
         return rows
     if len(rows) < 2:
@@ -844,31 +1332,20 @@ def half(rows, which):
     return [row for i, row in enumerate(rows) if (i in tune) == (which == "tune")]
 
 
-def image_settings(folder):
-    """Return a ViT checkpoint's size, channels (config.json), mean and std (preprocessor_config.json, default 0.5)."""
-    config, processor = (read_settings(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
-    size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-    mean, std = (processor.get("image_" + key) or 0.5 for key in ("mean", "std"))
-    mean, std = (values if isinstance(values, list) else [values] for values in (mean, std))
-    numbers = all(type(n) in (int, float) and abs(n) < 1e6 for n in mean + std)
-    if not numbers or not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
-        raise UserError(f"{folder}/preprocessor_config.json: image_mean and image_std do not fit {channels} channels")
-    mean, std = (torch.tensor(values).float().view(-1, 1, 1) for values in (mean, std))
-    return dict(size=tuple(size) if isinstance(size, list) else (size, size), channels=channels, mean=mean, std=std)
-
-
 def encode(task, rows, tokenizer=None, max_length=None, image=None):
     """Return the Split of rows; images need image_settings(model folder) instead of a tokenizer.
 
-    lm: prompt and answer are encoded apart, joined and ended with eos: so the prompt's ids are those that generation
-    starts from, where encoding the joined text may merge characters across the boundary. Sequences over max_length
-    lose their tail, as in LLM-Adapters; rows that lose the whole answer are dropped and noted. To generate answers,
-    encode with max_length=None: no row is dropped, no prompt cut.
+    Images are read, brought to the model's size and held as uint8 of that size. lm: prompt and answer (see
+    encode_answers), ended with eos. Sequences over max_length lose their tail, as in LLM-Adapters; rows that lose the
+    whole answer are dropped and noted. To generate answers, encode with max_length=None: no row is dropped.
     """
     if task.kind == "image":
-        pixels = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
+        pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
+        for i, row in enumerate(tqdm(rows, "reading images", unit="image", leave=False, delay=1)):
+            where = getattr(row["pixels"], "path", f"{task.name} image {i}")
+            pixels[i] = fit(np.asarray(row["pixels"]), image, where)
         labels = torch.tensor([row["label"] for row in rows])
-        return Split(task.kind, [], [pixels[0].numel()] * len(rows), labels, pixels=pixels, image=image)
+        return Split(task.kind, [], [pixels[0].size] * len(rows), labels, pixels=torch.from_numpy(pixels), image=image)
     if task.kind != "lm":
         pairs = [row["pair"] for row in rows] if "pair" in rows[0] else None
         tokens, types = tokenizer.encode([row["text"] for row in rows], pairs, max_length)
@@ -877,7 +1354,10 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
                      pad_id=tokenizer.pad_id)
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
-    asked, answers = (tokenizer.encode([row[key] for row in rows], special=False)[0] for key in ("prompt", "answer"))
+    asked, answers, apart = tokenizer.encode_answers(*([row[key] for row in rows] for key in ("prompt", "answer")))
+    if apart:
+        note(f"{task.name}: {apart} of {len(rows)} answers were encoded apart from their prompts, with whose last "
+             "characters they would merge")
     starts = [len(tokenizer.prefix) + len(ids) for ids in asked]
     keep = [i for i, start in enumerate(starts) if max_length is None or start < max_length]
     if not keep:
@@ -887,7 +1367,7 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
     tokens = [np.concatenate((tokenizer.prefix, asked[i], answers[i], [tokenizer.eos_id])).astype(np.int32)[:max_length]
               for i in keep]
     return Split(task.kind, [rows[i] for i in keep], [len(ids) for ids in tokens], tokens=tokens,
-                 starts=[starts[i] for i in keep], numbers=keep, pad_id=tokenizer.pad_id)
+                 starts=[starts[i] for i in keep], pad_id=tokenizer.pad_id)
 
 
 def batches(split, batch_size, seed=0, epoch=0, shuffle=True):
@@ -917,29 +1397,29 @@ def pad(sequences, value, left=False, pad_to=None):
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
-def collate(split, indices, pad_to=None):
-    """Return (inputs, labels) for model(**inputs); pad_to: widths to round up to, for compiled code to see few shapes.
+def collate(split, indices, pad_to=None, device="cpu"):
+    """Return (inputs on the device, labels) for model(**inputs); images stay uint8 until they are there.
 
+    pad_to: widths to round up to, for compiled code to see few shapes.
     classify, regress: tokens, mask, [types] (B, T); labels (B,) long or float. image: pixels (B, C, H, W) float.
     lm: tokens, mask and positions (N,), the flat indices into B * T whose next token is part of an answer; labels (N,)
     those next tokens: the loss is on answers only.
     """
+    def send(tensor):
+        tensor = tensor.pin_memory() if str(device).startswith("cuda") else tensor
+        return tensor.to(device, non_blocking=True)
+
     if split.kind == "image":
-        pixels, image = split.pixels[indices].float() / 255, split.image    # (B, C, H, W)
-        if pixels.shape[2:] != image["size"]:
-            pixels = F.interpolate(pixels, image["size"], mode="bilinear", antialias=True)
-        if pixels.shape[1] != image["channels"]:
-            pixels = pixels.mean(1, keepdim=True).expand(-1, image["channels"], -1, -1)
-        return {"pixels": (pixels - image["mean"]) / image["std"]}, split.labels[indices]
+        return {"pixels": normalise_pixels(send(split.pixels[indices]), split.image)}, split.labels[indices]
     tokens, mask = pad([split.tokens[i] for i in indices], split.pad_id, pad_to=pad_to)
-    inputs = {"tokens": tokens, "mask": mask}
+    inputs, labels = {"tokens": tokens, "mask": mask}, None
     if split.kind == "lm":
         answers = torch.cat([torch.arange(max(split.starts[i], 1), split.lengths[i]) + row * tokens.shape[1]
                              for row, i in enumerate(indices)])
-        return {**inputs, "positions": answers - 1}, tokens.view(-1)[answers]
-    if split.types is not None:
+        inputs["positions"], labels = answers - 1, tokens.view(-1)[answers]
+    elif split.types is not None:
         inputs["types"] = pad([split.types[i] for i in indices], 0, pad_to=pad_to)[0]
-    return inputs, split.labels[indices]
+    return {name: send(tensor) for name, tensor in inputs.items()}, split.labels[indices] if labels is None else labels
 
 
 def count_labels(split, indices):
@@ -988,7 +1468,7 @@ class Batches:
             mine = indices[self.process::self.processes]  # if there are none, take part with weight 0
             weight, mine = (1 / labels, mine) if mine else (0.0, indices[:1])
             most = self.s.forward_rows or len(mine)
-            passes += [(*collate(self.split, mine[i:i + most], self.widths), weight)
+            passes += [(*collate(self.split, mine[i:i + most], self.widths, self.s.device), weight)
                        for i in range(0, len(mine), most)]
         return passes, rows
 

@@ -109,7 +109,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     else:
         outputs, labels = [], []
         for indices in bar:
-            inputs, label = data.collate(split, indices)
+            inputs, label = data.collate(split, indices, device=next(model.parameters()).device)
             outputs.append(logits(model, inputs).float())  # (B, C)
             labels.append(label)
         outputs, labels = torch.cat(outputs), torch.cat(labels).numpy()
@@ -137,7 +137,7 @@ def token_loss(model, inputs, labels):
 def _perplexity(model, split, batches):
     total, count = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device), 0
     for indices in batches:
-        inputs, labels = data.collate(split, indices)
+        inputs, labels = data.collate(split, indices, device=total.device)
         total += token_loss(model, inputs, labels)
         count += labels.numel()
     models.require_finite(total, model)
@@ -193,7 +193,8 @@ def log_likelihoods(model, split, batch_size, tokenizer):
     for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, disable=None):
         chosen = order[start:start + batch_size]
         words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
-        answers = [[ids.tolist() for ids in tokenizer.encode(row, special=False)[0]] for row in texts]
+        answers = [[ids.tolist() for ids in tokenizer.encode_answers([split.rows[i]["prompt"]] * len(row), row)[1]]
+                   for i, row in zip(chosen, texts)]
         shared = [os.path.commonprefix([ids[:-1] for ids in row]) for row in answers]
         rest = [[ids[len(begin):] for ids in row] for row, begin in zip(answers, shared)]
         begun = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(chosen, shared)]
@@ -248,7 +249,7 @@ def load(s, task, adapted=False):
     config, folder = models.find_config(s.model, s.init_weights)
     if task.kind != "image":
         folder = folder or models.resolve(s.model, weights=False)
-    processor = data.Processor(task, folder, config.image_size)
+    processor = data.Processor(task, folder, config)
     count = {"lm": None, "regress": 1}.get(task.kind, len(task.labels))
     saved, outputs, remark = config.raw.get("id2label") or {}, None, None
     names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]

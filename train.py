@@ -524,7 +524,8 @@ def fit_memory(training, batches):
     while True:
         before = torch.cuda.get_rng_state(training.device)
         try:
-            training.forward_backward([(*data.collate(batches.split, longest[:s.forward_rows], batches.widths), 0.0)])
+            batch = data.collate(batches.split, longest[:s.forward_rows], batches.widths, s.device)
+            training.forward_backward([(*batch, 0.0)])
             fits = True
         except torch.OutOfMemoryError:
             fits = False
@@ -712,8 +713,8 @@ def start_at_mean(model, split):
 
 def validation(model, kind, split, device):
     """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
-    inputs, labels = data.collate(split, list(range(len(split))))
-    inputs, labels = {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
+    inputs, labels = data.collate(split, list(range(len(split))), device=device)
+    labels = labels.to(device)
 
     @torch.no_grad()
     def loss():

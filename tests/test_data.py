@@ -1,4 +1,4 @@
-"""data.py: every file layout, every error, encoding against transformers, batches, fetching from a loopback server."""
+"""data.py: every file layout, every error, encoding and images against transformers, batches, fetching on loopback."""
 
 import gzip
 import hashlib
@@ -6,13 +6,16 @@ import http.server
 import io
 import json
 import os
-import stat
+import struct
+import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +33,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def write(path, text):
-    """Write text (LF as it is) or bytes, with parent folders; returns the path."""
+    """Write text (LF as it is), bytes or JSON, with parent folders; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = text if isinstance(text, (str, bytes)) else json.dumps(text)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
@@ -42,13 +46,18 @@ def jsonl(rows):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """No test sees the user's cache or the network."""
+    """No test sees the user's cache or the network, nor has an earlier one's note kept it from being printed."""
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
+    data.note.cache_clear()
+
+
+def classify(path, split="train", **options):
+    """Rows of the user's own table."""
+    return data.read(data.find_task("text-classification", path), path, split, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ GLUE's layouts
-
 
 STSB = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
 MNLI = "index promptID pairID genre b1 b2 p1 p2 sentence1 sentence2".split()
@@ -61,64 +70,43 @@ def mnli(labels, gold):
 
 
 LAYOUTS = {
-    "cola": (
-        "CoLA",
-        'gj04\t1\t\tHe said "go.\ngj04\t0\t*\tHim \u2028 went\x85 \x1c off.\r\n',
-        [('He said "go.', None, 1), ("Him \u2028 went\x85 \x1c off.", None, 0)],
-    ),
-    "sst2": (
-        "SST-2",
-        'sentence\tlabel\r\na  film \t1\r\n"bad\rone\t0\r\n',
-        [("a  film ", None, 1), ('"bad\rone', None, 0)],
-    ),
-    "mrpc": (
-        "MRPC",
-        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tA "b\tC\r\n0\t9\t10\tD\tE',
-        [('A "b', "C", 1), ("D", "E", 0)],
-    ),
-    "stsb": (
-        "STS-B",
-        STSB + "0\t-\t-\t-\t-\t-\t-\tA\tB\t5.0\n1\t-\t-\t-\t-\t-\t-\tC\tD\t0\n",
-        [("A", "B", 5.0), ("C", "D", 0)],
-    ),
-    "qqp": (
-        "QQP",
-        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tA?\tB?\t1\n4\t5\tshort\n7\t8\t9\tC?\t\t0\n",
-        [("A?", "B?", 1), ("C?", "", 0)],
-    ),
-    "mnli": (
-        "MNLI",
-        mnli(["label1"], ["neutral", "contradiction", "entailment"]),
-        [("one 0", "two 0", 1), ("one 1", "two 1", 2), ("one 2", "two 2", 0)],
-    ),
-    "qnli": (
-        "QNLI",
-        "index\tquestion\tsentence\tlabel\n0\tQ?\tS.\tnot_entailment\n1\tR?\tT.\tentailment\n",
-        [("Q?", "S.", 1), ("R?", "T.", 0)],
-    ),
-    "rte": (
-        "RTE",
-        "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\n",
-        [("A", "B", 0), ("C", "D", 1)],
-    ),
+    "cola": ("CoLA", 'gj04\t1\t\tHe said "go.\ngj04\t0\t*\tHim \u2028 went\x85 \x1c off.\r\n',
+             [('He said "go.', None, 1), ("Him \u2028 went\x85 \x1c off.", None, 0)]),
+    "sst2": ("SST-2", 'sentence\tlabel\r\na  film \t1\r\n"bad\rone\t0\r\n',
+             [("a  film ", None, 1), ('"bad\rone', None, 0)]),
+    "mrpc": ("MRPC", '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tA "b\tC\r\n0\t9\t10\tD\tE',
+             [('A "b', "C", 1), ("D", "E", 0)]),
+    "stsb": ("STS-B", STSB + "0\t-\t-\t-\t-\t-\t-\tA\tB\t5.0\n1\t-\t-\t-\t-\t-\t-\tC\tD\t0\n",
+             [("A", "B", 5.0), ("C", "D", 0)]),
+    "qqp": ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tA?\tB?\t1\n4\t5\tshort\n"
+            "7\t8\t9\tC?\t\t0\n", [("A?", "B?", 1), ("C?", "", 0)]),
+    "mnli": ("MNLI", mnli(["label1"], ["neutral", "contradiction", "-", "entailment"]),
+             [("one 0", "two 0", 1), ("one 1", "two 1", 2), ("one 3", "two 3", 0)]),
+    "qnli": ("QNLI", "index\tquestion\tsentence\tlabel\n0\tQ?\tS.\tnot_entailment\n1\tR?\tT.\tentailment\n",
+             [("Q?", "S.", 1), ("R?", "T.", 0)]),
+    "rte": ("RTE", "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\n",
+            [("A", "B", 0), ("C", "D", 1)]),
 }
+LEFT_OUT = {"qqp": "skipped 1 short row", "mnli": "left out 1 row without a gold label"}
 
 
 @pytest.mark.parametrize("parent", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_glue_layouts(tmp_path, name, parent):
-    """Official layouts: headers, byte-order mark, quotes, CR LF, Unicode separators, no final newline."""
+def test_glue_layouts(tmp_path, caplog, name, parent):
+    """Official layouts: headers, byte-order mark, quotes, CR LF, Unicode separators, no final newline, gzipped."""
     folder, text, expected = LAYOUTS[name]
     root = tmp_path / "data"
-    for file in ("train.tsv", "dev_matched.tsv" if name == "mnli" else "dev.tsv"):
-        write(root / folder / file, text)
+    write(root / folder / "train.tsv.gz", gzip.compress(text.encode()))
+    write(root / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), text)
     where = root if parent else root / folder
     task = data.find_task(name, where)
     for split in ("train", "dev"):
         rows = data.read(task, where, split)
         assert [(row["text"], row.get("pair"), row["label"]) for row in rows] == expected
-    assert data.read(task, where, "train", limit=1) == rows[:1]
+    assert data.read(task, where, "train", limit=2) == rows[:2]
     assert type(rows[0]["label"]) is (float if name == "stsb" else int)
+    assert LEFT_OUT.get(name, "") in caplog.text and "not read" not in caplog.text
+    assert name == "stsb" or f"{len(rows)} train rows: 1 '" in caplog.text
 
 
 def test_mnli_has_two_dev_sets(tmp_path):
@@ -130,35 +118,22 @@ def test_mnli_has_two_dev_sets(tmp_path):
     assert [data.read(task, tmp_path, split)[1]["text"] for split in task.eval_splits] == ["one 1", "other 1"]
 
 
-def test_qqp_short_rows_are_counted(tmp_path, caplog):
-    write(tmp_path / "train.tsv", LAYOUTS["qqp"][1])
-    for _ in range(2):
-        assert len(data.read(TASKS["qqp"], tmp_path)) == 2
-    assert [r.message for r in caplog.records] == [f"{tmp_path}/train.tsv: skipped 1 short row"]
-
-
 def test_mrpc_original_files(tmp_path):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
-    write(
-        tmp_path / "msr_paraphrase_train.txt",
-        header + "".join(f'{i % 2}\t{i}\t{i + 100}\tleft {i}\tright "{i}\r\n' for i in range(6)),
-    )
+    rows = "".join(f'{i % 2}\t{i}\t{i + 100}\tleft {i}\tright "{i}\r\n' for i in range(6))
+    write(tmp_path / "msr_paraphrase_train.txt", header + rows)
     write(tmp_path / "mrpc_dev_ids.tsv", "1\t101\n4\t104\n2\t999\n")
-    task = TASKS["mrpc"]
-    assert [row["text"] for row in data.read(task, tmp_path, "dev")] == ["left 1", "left 4"]
-    assert [row["text"] for row in data.read(task, tmp_path, "train")] == ["left 0", "left 2", "left 3", "left 5"]
+    assert [row["text"] for row in data.read(TASKS["mrpc"], tmp_path, "dev")] == ["left 1", "left 4"]
+    train = [row["text"] for row in data.read(TASKS["mrpc"], tmp_path, "train")]
+    assert train == ["left 0", "left 2", "left 3", "left 5"]
 
 
 # ------------------------------------------------------------------------------------------------ instructions, prompts
 
 
 def ask(i, answer):
-    return {
-        "instruction": f"Q{i} {{x}} %s $(ls)?",
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+    return {"instruction": f"Q{i} {{x}} %s $(ls)?", "input": "", "output": f"the correct answer is {answer}",
+            "answer": answer}
 
 
 def test_prompt_survives_format_characters():
@@ -166,16 +141,14 @@ def test_prompt_survives_format_characters():
     assert text == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-        "what is {x} and {0} %s \\1?\n\n### Input:\n{input}\n\n### Response:\n"
-    )
+        "what is {x} and {0} %s \\1?\n\n### Input:\n{input}\n\n### Response:\n")
     assert data.prompt("a") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\na\n\n### Response:\n"
-    )
+        "completes the request.\n\n### Instruction:\na\n\n### Response:\n")
 
 
 @pytest.mark.parametrize("name", ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa"])
-def test_commonsense_layout(tmp_path, name):
+def test_commonsense_layout(tmp_path, caplog, name):
     task = TASKS[name]
     rows = [ask(i, answer) for i, answer in enumerate(task.answers)]
     write(tmp_path / task.folder / "test.json", json.dumps(rows, indent=1))
@@ -183,81 +156,77 @@ def test_commonsense_layout(tmp_path, name):
     assert [row["target"] for row in read] == list(task.answers)
     assert read[1]["prompt"] == data.prompt("Q1 {x} %s $(ls)?") and read[1]["answer"] == rows[1]["output"]
     assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in read)
+    assert caplog.text == ""
 
 
 def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
     for name, answer in (("boolq", "true"), ("piqa", "solution2")):
         for file in ("train.json", "test.json"):
-            write(tmp_path / TASKS[name].folder / file, json.dumps([ask(name, answer)]))
+            write(tmp_path / TASKS[name].folder / file, [ask(name, answer)])
     task = data.find_task("commonsense", tmp_path)
     assert task.eval_splits == ("boolq", "piqa")
-    assert [row["target"] for split in task.eval_splits for row in data.read(task, tmp_path, split)] == [
-        "true",
-        "solution2",
-    ]
+    targets = [row["target"] for split in task.eval_splits for row in data.read(task, tmp_path, split)]
+    assert targets == ["true", "solution2"]
     assert len(data.read(task, tmp_path, "dev")) == len(data.read(task, tmp_path, "train")) == 2
     assert "training on train.json of boolq, piqa" in caplog.text
-    write(tmp_path / "commonsense_170k.json", json.dumps([ask(i, "whatever") for i in range(5)]))
+    write(tmp_path / "commonsense_170k.json", [ask(i, "whatever") for i in range(5)])
     assert len(data.read(task, tmp_path, "train")) == 5
     assert data.find_task("commonsense").eval_splits == data.COMMONSENSE
 
 
 def test_gsm8k(tmp_path):
-    rows = [
-        {"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
-        {"question": "?", "answer": "#### -3"},
-    ]
+    rows = [{"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
+            {"question": "?", "answer": "#### -3"}]
     write(tmp_path / "gsm8k" / "test.jsonl", jsonl(rows))
     read = data.read(TASKS["gsm8k"], tmp_path, "dev")
     assert [row["target"] for row in read] == ["1200", "-3"] and read[0]["prompt"] == data.prompt("How many?")
 
 
-@pytest.mark.parametrize(
-    "text, answers, expected",
-    [
-        ("the correct answer is true", ("true", "false"), "true"),
-        ("false, not true", ("true", "false"), "false"),
-        ("True", ("true", "false"), ""),
-        ("", ("true", "false"), ""),
-        ("answer: solution2 because solution1 is", ("solution1", "solution2"), "solution2"),
-        ("answer6 or answer5", TASKS["siqa"].answers, "answer5"),
-        ("ending4", TASKS["hellaswag"].answers, "ending4"),
-        ("option3", TASKS["winogrande"].answers, ""),
-        ("axb a.b", ("a+b", "a.b"), "a.b"),
-        ("#### 18", data.last_number, "18"),
-        ("so $1,234,567.", data.last_number, "1234567"),
-        ("it is $80,000.50.", data.last_number, "80000.5"),
-        ("16 - 3 = 13 left", data.last_number, "13"),
-        ("minus: -$5", data.last_number, "-5"),
-        ("10-4", data.last_number, "4"),
-        ("72.00", data.last_number, "72"),
-        ("0.0", data.last_number, "0"),
-        ("of 1,2,3 the last", data.last_number, "3"),
-        ("about .5", data.last_number, ".5"),
-        ("100", data.last_number, "100"),
-        ("1,000 and 12,34", data.last_number, "34"),
-        ("no number", data.last_number, ""),
-    ],
-)
+EXTRACTED = [
+    ("the correct answer is true", ("true", "false"), "true"), ("false, not true", ("true", "false"), "false"),
+    ("True", ("true", "false"), ""), ("", ("true", "false"), ""),
+    ("answer: solution2 because solution1 is", ("solution1", "solution2"), "solution2"),
+    ("answer6 or answer5", TASKS["siqa"].answers, "answer5"), ("ending4", TASKS["hellaswag"].answers, "ending4"),
+    ("option3", TASKS["winogrande"].answers, ""), ("axb a.b", ("a+b", "a.b"), "a.b"),
+    ("#### 18", data.last_number, "18"), ("so $1,234,567.", data.last_number, "1234567"),
+    ("it is $80,000.50.", data.last_number, "80000.5"), ("16 - 3 = 13 left", data.last_number, "13"),
+    ("minus: -$5", data.last_number, "-5"), ("10-4", data.last_number, "4"), ("72.00", data.last_number, "72"),
+    ("0.0", data.last_number, "0"), ("of 1,2,3 the last", data.last_number, "3"), ("about .5", data.last_number, ".5"),
+    ("100", data.last_number, "100"), ("1,000 and 12,34", data.last_number, "34"), ("no number", data.last_number, "")]
+
+
+@pytest.mark.parametrize("text, answers, expected", EXTRACTED)
 def test_extract_answer(text, answers, expected):
     assert data.extract_answer(text, answers) == expected
 
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_own_instructions(tmp_path, caplog, lines):
-    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)] + [
-        {"instruction": f"i{i}", "input": "with" if i % 2 else None, "output": f"o{i}"} for i in range(25)
-    ]
-    path = write(tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else json.dumps(rows))
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
+    rows += [{"instruction": f"i{i}", "input": "with" if i % 2 else None, "output": f"o{i}"} for i in range(25)]
+    path = write(tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else rows)
     train, dev = (data.read(data.find_task("instructions", path), path, split) for split in ("train", "dev"))
-    assert len(train) == 40 and [row["answer"] for row in train + dev] == [
-        row.get("output", row["answer"] if "answer" in row else 0) for row in rows
-    ]
+    answers = [row.get("output", row.get("answer")) for row in rows]
+    assert len(train) == 40 and [row["answer"] for row in train + dev] == answers
     assert train[21]["prompt"] == data.prompt("i1", "with") and "target" not in train[0]
     assert "5 of 45 rows are dev (the last)" in caplog.text
-    write(tmp_path / "two" / "train.jsonl", jsonl(rows[:7]))
-    write(tmp_path / "two" / "dev.json", json.dumps(rows[:3]))
+    write(tmp_path / "two" / "train.jsonl.gz", gzip.compress(jsonl(rows[:7]).encode()))
+    write(tmp_path / "two" / "dev.json", rows[:3])
     assert [len(data.read(TASKS["instructions"], tmp_path / "two", split)) for split in ("train", "dev")] == [7, 3]
+
+
+def test_context_system_prompt_and_history_are_read_and_the_rest_is_named(tmp_path, caplog):
+    rows = [{"instruction": "Q", "context": "C", "response": "R", "category": "qa", "hint": "think of it"},
+            {"question": "Q", "response": "R", "system_prompt": "Be kind.", "id": "flan.1"},
+            {"instruction": "Q", "output": "R", "system": "", "history": [["q1", "a1"], ["q2", "a2"]]},
+            {"prompt": "Q", "completion": "R", "turns": [{"text": "more"}], "scores": [1, 2], "n": "17"}]
+    path = write(tmp_path / "rows.jsonl", jsonl(rows * 5))
+    read = data.read(TASKS["instructions"], path)
+    turns = data.prompt("q1") + "a1\n\n" + data.prompt("q2") + "a2\n\n" + data.prompt("Q")
+    expected = [data.prompt("Q", "C"), "Be kind.\n\n" + data.prompt("Q"), turns, data.prompt("Q")]
+    assert [row["prompt"] for row in read[:4]] == expected and {row["answer"] for row in read} == {"R"}
+    notes = [record.message for record in caplog.records if "not read" in record.message]
+    assert notes == [f"{path}: not read: column 'hint'", f"{path}: not read: column 'turns'"]
 
 
 def test_at_most_1000_rows_are_held_out(tmp_path):
@@ -268,343 +237,252 @@ def test_at_most_1000_rows_are_held_out(tmp_path):
 
 # ------------------------------------------------------------------- published sets: training, and completions to score
 
-
 HOSTILE = "{x} %s \u2028 \\n \x00 </s> <|im_end|> $(ls) \U0001f600 ### Instruction:\n"
 SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
 
 
 def completion(response, score):
-    return {
-        "model": "m",
-        "principle": "helpfulness",
-        "custom_system_prompt": "",
-        "response": response,
-        "overall_score": score,
-        "fine-grained_score": 4.0,
-        "annotations": {"honesty": {"Rating": "4"}},
-    }
+    return {"model": "m", "principle": "helpfulness", "custom_system_prompt": "", "response": response,
+            "overall_score": score, "fine-grained_score": 4.0, "annotations": {"honesty": {"Rating": "4"}}}
 
 
-def message(role, content):
-    return {"role": role, "content": content}
+def messages(*contents):
+    return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+
+
+def mbpp(i):
+    return {"text": "T", "code": "def f():\r\n  return 1", "task_id": i, "test_setup_code": "",
+            "challenge_test_list": [], "test_list": ["assert f() == 1", "assert f() != 2"]}
 
 
 # task: (file, rows as they are published, prompt of each without its frame, answer of each); sources in the comments
 PUBLISHED = {
     # huggingface.co/datasets/meta-math/MetaMathQA
-    "metamathqa": (
-        "MetaMathQA-395K.json",
-        [
-            {
-                "type": "MATH_AnsAug",
-                "query": f"Q{i} {HOSTILE}",
-                "original_question": "o",
-                "response": f"{HOSTILE}\nThe answer is: {i}",
-            }
-            for i in range(20)
-        ],
-        [data.prompt(f"Q{i} {HOSTILE}") for i in range(20)],
-        [f"{HOSTILE}\nThe answer is: {i}" for i in range(20)],
-    ),
+    "metamathqa": ("MetaMathQA-395K.json", [
+        {"type": "MATH_AnsAug", "query": f"Q{i} {HOSTILE}", "original_question": "o",
+         "response": f"{HOSTILE}\nThe answer is: {i}"} for i in range(20)],
+        [data.prompt(f"Q{i} {HOSTILE}") for i in range(20)], [f"{HOSTILE}\nThe answer is: {i}" for i in range(20)]),
     # huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction
-    "codefeedback": (
-        "CodeFeedback-Filtered-Instruction.jsonl",
-        [
-            {"query": f"Q{i} {HOSTILE}", "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}
-            for i in range(11)
-        ],
-        [data.prompt(f"Q{i} {HOSTILE}") for i in range(11)],
-        ["```python\nx\n```"] * 11,
-    ),
+    "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
+        {"query": f"Q{i} {HOSTILE}", "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}
+        for i in range(11)], [data.prompt(f"Q{i} {HOSTILE}") for i in range(11)], ["```python\nx\n```"] * 11),
     # huggingface.co/datasets/openbmb/UltraFeedback, and HuggingFaceH4/ultrafeedback_binarized as JSON lines
-    "ultrafeedback": (
-        "flan.jsonl",
-        [
-            {
-                "source": "flan",
-                "instruction": "Q0",
-                "models": ["a", "b", "c"],
-                "correct_answers": ["None"],
-                "incorrect_answers": ["None"],
-                "completions": [completion("bad", 2.0), completion(HOSTILE, 8.5), completion("worse", 8)],
-            },
-            {"source": "flan", "instruction": "none", "models": [], "completions": []},
-            {
-                "prompt": "Q1",
-                "prompt_id": "0",
-                "chosen": [message("user", "Q1"), message("assistant", "good")],
-                "rejected": [message("user", "Q1"), message("assistant", "bad")],
-                "messages": [],
-                "score_chosen": 8.0,
-            },
-            {
-                "source": "flan",
-                "instruction": "Q2",
-                "models": ["a"],
-                "completions": [completion("half \ud83d pair", 1)],
-            },
-        ],
-        [data.prompt("Q0"), data.prompt("Q1"), data.prompt("Q2")],
-        [HOSTILE, "good", "half ? pair"],
-    ),
+    "ultrafeedback": ("flan.jsonl", [
+        {"source": "flan", "instruction": "Q0", "models": ["a", "b", "c"], "correct_answers": ["None"],
+         "incorrect_answers": ["None"],
+         "completions": [completion("bad", 2.0), completion(HOSTILE, 8.5), completion("worse", 8)]},
+        {"source": "flan", "instruction": "none", "models": [], "completions": []},
+        {"prompt": "Q1", "prompt_id": "0", "chosen": messages("Q1", "good"), "rejected": messages("Q1", "bad"),
+         "messages": [], "score_chosen": 8.0},
+        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [completion("half \ud83d pair", 1)]}],
+        [data.prompt("Q0"), data.prompt("Q1"), data.prompt("Q2")], [HOSTILE, "good", "half ? pair"]),
     # github.com/tatsu-lab/stanford_alpaca
-    "alpaca": (
-        "alpaca_data.json",
-        [
-            {"instruction": "I0", "input": "", "output": "O0"},
-            {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
-            {"instruction": "some are empty", "input": "", "output": ""},
-        ],
-        [data.prompt("I0"), data.prompt("I1", HOSTILE)],
-        ["O0", HOSTILE],
-    ),
+    "alpaca": ("alpaca_data.json", [
+        {"instruction": "I0", "input": "", "output": "O0"}, {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
+        {"instruction": "some are empty", "input": "", "output": ""}],
+        [data.prompt("I0"), data.prompt("I1", HOSTILE)], ["O0", HOSTILE]),
     # github.com/meta-math/MetaMath, and the rows of github.com/hendrycks/math and github.com/openai/prm800k
-    "math": (
-        "MATH_test.jsonl",
-        [
-            {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
-            {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
-            {
-                "problem": "P",
-                "solution": SOLUTION,
-                "answer": "\\frac{3}{2}",
-                "subject": "Algebra",
-                "level": 5,
-                "unique_id": "t",
-            },
-        ],
-        [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")],
-        [SOLUTION] * 3,
-    ),
+    "math": ("MATH_test.jsonl", [
+        {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
+        {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
+        {"problem": "P", "solution": SOLUTION, "answer": "\\frac{3}{2}", "subject": "Algebra", "level": 5,
+         "unique_id": "t"}], [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")], [SOLUTION] * 3),
     # github.com/openai/human-eval
-    "humaneval": (
-        "HumanEval.jsonl",
-        [
-            {
-                "task_id": f"HumanEval/{i}",
-                "prompt": f"def f():\n    {HOSTILE}\n",
-                "entry_point": "f",
-                "canonical_solution": "    return 1\n",
-                "test": "def check(f):\n    assert f() == 1\n",
-            }
-            for i in range(2)
-        ],
-        [f"def f():\n    {HOSTILE}".rstrip()] * 2,
-        ["    return 1\n"] * 2,
-    ),
+    "humaneval": ("HumanEval.jsonl", [
+        {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
+         "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n"} for i in range(2)],
+        [f"def f():\n    {HOSTILE}".rstrip()] * 2, ["    return 1\n"] * 2),
     # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
-    "mbpp": (
-        "mbpp.jsonl",
-        [
-            {
-                "text": "T",
-                "code": "def f():\r\n  return 1",
-                "task_id": i,
-                "test_setup_code": "",
-                "challenge_test_list": [],
-                "test_list": ["assert f() == 1", "assert f() != 2"],
-            }
-            for i in (1, 10, 11, 510, 511, 974)
-        ]
-        + [
-            {
-                "source_file": "x",
-                "task_id": 12,
-                "prompt": "T",
-                "code": "def f():\r\n  return 1",
-                "test_imports": [],
-                "test_list": ["assert f() == 1"],
-            }
-        ],
-        ['"""\nT\nassert f() == 1\n"""\n'] * 3,
-        ["def f():\r\n  return 1"] * 3,
-    ),
+    "mbpp": ("mbpp.jsonl", [*map(mbpp, (1, 10, 11, 510, 511, 974)),
+        {"source_file": "x", "task_id": 12, "prompt": "T", "code": "def f():\r\n  return 1", "test_imports": [],
+         "test_list": ["assert f() == 1"]}],
+        ['"""\nT\nassert f() == 1\n"""\n'] * 3, ["def f():\r\n  return 1"] * 3),
     # huggingface.co/datasets/tatsu-lab/alpaca_eval
-    "alpacaeval": (
-        "alpaca_eval.json",
-        [{"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
-        [data.prompt(HOSTILE)],
-        ["O"],
-    ),
+    "alpacaeval": ("alpaca_eval.json", [
+        {"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
+        [data.prompt(HOSTILE)], ["O"]),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sets(tmp_path, name):
-    """The official files are read as they come, in a folder and named directly; nothing in them is formatted."""
+def test_published_sets(tmp_path, caplog, name):
+    """The official files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
     (file, rows, prompts, answers), task = PUBLISHED[name], TASKS[name]
-    path = write(tmp_path / file, json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows))
+    text = json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows)
+    path = write(tmp_path / file, text)
+    zipped = write(tmp_path / "gz" / f"{file}.gz", gzip.compress(text.encode()))
     tuning = task.files.get("train") == task.files["dev"]
-    for where in (tmp_path, path) if name != "math" else (tmp_path,):  # MATH's two splits are two files
+    places = (tmp_path, path, zipped.parent, zipped) if name != "math" else (tmp_path, zipped.parent)  # two files
+    for where in places:
         read = [row for split in ["train"] * tuning + ["dev"] for row in data.read(task, where, split)]
         assert [row["prompt"] for row in read] == prompts
         assert [row["answer"] for row in read] == answers
+    assert "not read" not in caplog.text
+    assert ("skipped 1 row without an answer" in caplog.text) == (name in ("alpaca", "ultrafeedback"))
     if tuning:
         assert len(data.read(task, tmp_path, "dev")) == -(-len(prompts) // 10)
     elif name == "math":
         assert [row["target"] for row in read] == ["\\frac{3}{2}"] * 3
     else:
-        scored = [row for row in rows if row["task_id"] not in (1, 10, 511, 974)] if "task_id" in rows[0] else rows
+        scored = [row for row in rows if row.get("task_id") not in (1, 10, 511, 974)]
         assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
         with pytest.raises(UserError, match=f"{name} has no training set: train on another task"):
             data.read(task, tmp_path, "train")
 
 
-def test_rows_without_an_answer_are_counted(tmp_path, caplog):
-    write(tmp_path / "alpaca_data.json", json.dumps(PUBLISHED["alpaca"][1]))
-    data.read(TASKS["alpaca"], tmp_path)
-    assert f"{tmp_path}: skipped 1 row without an answer" in caplog.text
-
-
-def test_gzipped_lines(tmp_path):
-    _, rows, prompts, _ = PUBLISHED["humaneval"]
-    path = write(tmp_path / "HumanEval.jsonl.gz", gzip.compress(jsonl(rows).encode()))
-    assert [row["prompt"] for row in data.read(TASKS["humaneval"], tmp_path, "dev")] == prompts
-    for bad in (b"no gzip", path.read_bytes()[:40], path.read_bytes()[:-9] + b"123456789"):
-        path.write_bytes(bad)
+def test_broken_gzip_files(tmp_path):
+    whole = gzip.compress(jsonl(PUBLISHED["humaneval"][1]).encode())
+    for bad in (b"no gzip", whole[:40], whole[:-9] + b"123456789"):
+        write(tmp_path / "HumanEval.jsonl.gz", bad)
         with pytest.raises(UserError, match="HumanEval.jsonl.gz: a broken archive .*: fetch it again"):
             data.read(TASKS["humaneval"], tmp_path, "dev")
 
 
 def test_math_as_it_is_in_the_official_archive(tmp_path):
     for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
-        write(
-            tmp_path / "MATH" / split / subject / f"{n}.json",
-            json.dumps(
-                {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}, indent=4
-            ),
-        )
+        row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}
+        write(tmp_path / "MATH" / split / subject / f"{n}.json", json.dumps(row, indent=4))
     for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
         assert [row["target"] for row in data.read(TASKS["math"], tmp_path, split)] == targets
-    with pytest.raises(UserError, match="MATH/train.jsonl: no such file: correct --data to name a file"):
+    with pytest.raises(UserError, match=r"MATH/train.jsonl: no such file \(there are 'algebra'\): correct --data"):
         data.read(TASKS["math"], tmp_path / "MATH" / "test", "train")
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        # hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
-        ("... so x = 2.\nThe answer is: 12", "12"),
-        ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
-        ("The answer is: $5", "$5"),
-        ("\\boxed{7} The answer is: 8.", "8"),
-        ("the answer is 4", ""),
-        ("\\boxed{1} and \\boxed{2}.", "2"),
-        ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
-        ("\\boxed 9$ and", "9"),
-        ("\\fbox{x}", "x"),
-        ("\\boxed{1} \\fbox{2}", "1"),
-        ("\\boxed{unclosed {3}", ""),
-        ("\\boxed", ""),
-        ("}{\\boxed}{", ""),
-        ("", ""),
-        # github.com/hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
-        ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
-        ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
-        ("\\boxed{10\\text{ units}}", "10"),
-        ("\\boxed{10 }", "10"),
-        ("\\boxed{\\$10}", "10"),
-        ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"),
-        ("\\boxed{.1}", "0.1"),
-        ("\\boxed{10\\%}", "10"),
-        ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"),
-        ("\\boxed{10\\sqrt3 + \\sqrt{4}}", "10\\sqrt{3}+\\sqrt{4}"),
-        ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
-        ("\\boxed{\\tfrac83}", "\\frac{8}{3}"),
-        ("\\boxed{1/2}", "\\frac{1}{2}"),
-        ("\\boxed{0.5}", "\\frac{1}{2}"),
-        # and other rules of its math_equivalence.py
-        ("\\boxed{x = 5}", "5"),
-        ("\\boxed{abc=5}", "abc=5"),
-        ("\\boxed{5x - 7y + 11z + 4 = 0}", "5x-7y+11z+4=0"),
-        ("\\boxed{90^\\circ}", "90"),
-        ("\\boxed{45^{\\circ}}", "45"),
-        ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"),
-        ("\\boxed{-3/4}", "\\frac{-3}{4}"),
-        ("\\boxed{03/4}", "03/4"),
-        ("\\boxed{1/2/3}", "1/2/3"),
-        ("\\boxed{\\frac}", "\\frac"),
-        ("\\boxed{\\sqrt}", "\\sqrt"),
-    ],
-)
+# hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
+ANSWERS = [
+    ("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
+    ("The answer is: $5", "$5"), ("\\boxed{7} The answer is: 8.", "8"), ("the answer is 4", ""),
+    ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
+    ("\\boxed 9$ and", "9"), ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""),
+    ("\\boxed", ""), ("}{\\boxed}{", ""), ("", ""),
+    # github.com/hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
+    ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
+    ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
+    ("\\boxed{10\\text{ units}}", "10"), ("\\boxed{10 }", "10"), ("\\boxed{\\$10}", "10"),
+    ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"), ("\\boxed{.1}", "0.1"), ("\\boxed{10\\%}", "10"),
+    ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"),
+    ("\\boxed{10\\sqrt3 + \\sqrt{4}}", "10\\sqrt{3}+\\sqrt{4}"), ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
+    ("\\boxed{\\tfrac83}", "\\frac{8}{3}"), ("\\boxed{1/2}", "\\frac{1}{2}"), ("\\boxed{0.5}", "\\frac{1}{2}"),
+    # and other rules of its math_equivalence.py
+    ("\\boxed{x = 5}", "5"), ("\\boxed{abc=5}", "abc=5"), ("\\boxed{5x - 7y + 11z + 4 = 0}", "5x-7y+11z+4=0"),
+    ("\\boxed{90^\\circ}", "90"), ("\\boxed{45^{\\circ}}", "45"), ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"),
+    ("\\boxed{-3/4}", "\\frac{-3}{4}"), ("\\boxed{03/4}", "03/4"), ("\\boxed{1/2/3}", "1/2/3"),
+    ("\\boxed{\\frac}", "\\frac"), ("\\boxed{\\sqrt}", "\\sqrt")]
+
+
+@pytest.mark.parametrize("text, expected", ANSWERS)
 def test_final_answer(text, expected):
     assert data.final_answer(text) == data.extract_answer(text, data.final_answer) == expected
 
 
 def test_a_reference_solution_has_its_answer_in_a_box():
     assert data.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
-    assert (
-        data.last_number("5 of 7 #### 1,000", reference=True) == "1000"
-        and data.last_number("5 of 7", reference=True) == ""
-    )
+    assert data.last_number("5 of 7 #### 1,000", reference=True) == "1000"
+    assert data.last_number("5 of 7", reference=True) == ""
 
 
 def test_allowed_answers_are_those_that_the_prompt_lists():
-    row = {
-        "prompt": "Answer format: answer1/answer2/answer3",
-        "answer": "the correct answer is answer2",
-        "target": "answer2",
-        "answers": TASKS["siqa"].answers,
-    }
-    assert data.allowed(row) == (
-        ["answer1", "answer2", "answer3"],
-        [f"the correct answer is answer{i}" for i in (1, 2, 3)],
-    )
+    row = {"prompt": "Answer format: answer1/answer2/answer3", "answer": "the correct answer is answer2",
+           "target": "answer2", "answers": TASKS["siqa"].answers}
+    expected = ["answer1", "answer2", "answer3"], [f"the correct answer is answer{i}" for i in (1, 2, 3)]
+    assert data.allowed(row) == expected
     assert data.allowed({**row, "prompt": "answer2 is in it by chance"})[0] == list(TASKS["siqa"].answers)
     assert data.allowed({**row, "answer": "B", "answers": ("answer1", "answer2")})[1] == ["answer1", "answer2"]
-
-
-def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
-    """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
-    make_tokenizer(tmp_path, "llama")
-    tokenizer = data.Tokenizer.from_folder(tmp_path)
-    vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
-    tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.backend.add_special_tokens(["</s>"])
-    assert tokenizer.decode([3, 3, 2, 4, 5]) == "  returnx"
-    assert tokenizer.decode([3, 3, 2, 4, 5], [5, 1, 4]) == "   returnx"
 
 
 # ---------------------------------------------------------------------------------------------------- the user's tables
 
 
-@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json"])
-@pytest.mark.parametrize("columns", [("text", None), ("sentence", None), ("sentence1", "sentence2"), ("text", "pair")])
-def test_own_classification(tmp_path, suffix, columns):
-    texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "two\nlines" if suffix != "tsv" else "one"]
+def table(suffix, rows):
+    """Text of a file of rows; quoted TSV is tsv with every cell quoted, as pandas writes cells with quotes."""
+    if suffix.startswith("json"):
+        return jsonl(rows) if suffix == "jsonl" else json.dumps(rows)
+    lines = [list(rows[0]), *(row.values() for row in rows)]
+    if suffix == "tsv":
+        return "\n".join("\t".join(line) for line in lines)
+    mark, end = (",", "\r\n") if suffix == "csv" else ("\t", "\n")
+    return end.join(mark.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines)
+
+
+PAIRS = [("text", None), ("sentence", None), ("review", None), ("sentence1", "sentence2"), ("question1", "question2"),
+         ("premise", "hypothesis"), ("text", "pair"), ("text", "text_pair"), ("question", "sentence"),
+         ("question", "context"), ("text", "context")]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "quoted.tsv", "csv", "jsonl", "json"])
+@pytest.mark.parametrize("columns", PAIRS)
+def test_own_classification(tmp_path, caplog, suffix, columns):
+    """Both texts are read whatever they are called, blank last lines are no rows, a column that is not read is named."""
+    texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if suffix == "tsv" else "two\n\tlines"]
     labels = ["pos", "neg", "neutral", "neg"]
-    names = [name for name in (*columns, "label") if name]
-    rows = [
-        dict(zip(names, ([text, text[::-1], label] if columns[1] else [text, label])))
-        for text, label in zip(texts, labels)
-    ]
-    rows = [{**row, "extra": "x"} for row in rows]
-    if suffix == "csv":
-
-        def quote(value):
-            return '"' + value.replace('"', '""') + '"'
-
-        text = "\r\n".join(",".join(map(quote, line)) for line in [list(rows[0]), *(row.values() for row in rows)])
-    elif suffix == "tsv":
-        text = "\n".join("\t".join(line) for line in [list(rows[0]), *(row.values() for row in rows)])
-    else:
-        text = jsonl(rows) if suffix == "jsonl" else json.dumps(rows)
-    write(tmp_path / f"train.{suffix}", text)
-    write(tmp_path / f"valid.{suffix}", text)
+    names = [name for name in (*columns, "label", "remark", "uid", "weight") if name]
+    rows = [dict(zip(names, [text, *[text[::-1]] * bool(columns[1]), label, "a remark", "x", "0.5"]))
+            for text, label in zip(texts, labels)]
+    ending = suffix.removeprefix("quoted.")
+    write(tmp_path / f"train.{ending}", table(suffix, rows) + "\n\n" * (suffix != "json"))
+    write(tmp_path / f"valid.{ending}.gz", gzip.compress(table(suffix, rows).encode()))
     task = data.find_task("text-classification", tmp_path)
     assert task.labels == ("neg", "neutral", "pos")
     for split in ("train", "dev"):
         read = data.read(task, tmp_path, split)
         assert [row["text"] for row in read] == texts and [row["label"] for row in read] == [2, 0, 1, 0]
         assert [row.get("pair") for row in read] == [text[::-1] if columns[1] else None for text in texts]
+        assert f"{tmp_path}: 4 {split} rows: 2 'neg', 1 'neutral', 1 'pos'" in caplog.text
+    named = {record.message for record in caplog.records if "not read" in record.message}
+    assert named == {f"{tmp_path}/{file}: not read: column 'remark'" for file in
+                     (f"train.{ending}", f"valid.{ending}.gz")}
     assert data.find_task("text-classification", None, ["b", "a"]).labels == ("b", "a")  # an earlier run's
 
 
-def test_own_labels_that_are_numbers_sort_as_numbers(tmp_path):
-    path = write(tmp_path / "train.jsonl", jsonl([{"text": "t", "label": label} for label in (10, 9, 1, 10)]))
-    task = data.find_task("text-classification", path)
-    assert task.labels == ("1", "9", "10")
+@pytest.mark.parametrize("label", ["-1", -1, "-1.0", "-", "", " ", "nan", "NaN", "None", "<NA>", float("nan"), None])
+def test_a_missing_label_is_no_class(tmp_path, label):
+    """Not in training rows, nor where the labels are known, nor in dev rows alone."""
+    rows = [{"text": "t", "label": other} for other in ("0", "1", "0")]
+    path = write(tmp_path / "train.jsonl", jsonl([*rows, {"text": "t", "label": label}]))
+    with pytest.raises(UserError, match="train.jsonl line 4: .*label"):
+        classify(path)
+    write(tmp_path / "train.jsonl", jsonl(rows))
+    write(tmp_path / "dev.jsonl", jsonl([{"text": "t", "label": label}, *rows]))
+    with pytest.raises(UserError, match="dev.jsonl line 1: .*label"):
+        classify(tmp_path, "dev")
+    if isinstance(label, str):
+        write(tmp_path / "train.tsv", f"sentence\tlabel\na\t0\nb\t1\nc\t{label}\n")
+        with pytest.raises(UserError, match="train.tsv line 4: label .* stands for a missing one"):
+            data.read(TASKS["sst2"], tmp_path)
+
+
+def test_gold_labels_may_be_missing(tmp_path, caplog):
+    """SNLI's own files mark pairs without a majority; columns of its parses are known not to matter."""
+    rows = [{"gold_label": label, "sentence1": "a b", "sentence2": "c d", "sentence1_parse": "(ROOT a b)",
+             "annotator_labels": ["neutral"], "captionID": "x.jpg#1"} for label in ("neutral", "-", "-", "entailment")]
+    assert [row["label"] for row in classify(write(tmp_path / "train.jsonl", jsonl(rows * 10)))][:2] == [1, 0]
+    assert "left out 18 rows without a gold label" in caplog.text and "not read" not in caplog.text
+
+
+def test_labels_are_compared_as_people_do(tmp_path):
+    """Numbers sort as numbers, 1.0 is 1, spaces around a label do not count."""
+    path = write(tmp_path / "train.jsonl", jsonl([{"text": "t", "label": n} for n in (10, "9", 1.0, "10.0", " 1 ")]))
+    assert data.find_task("text-classification", path).labels == ("1", "9", "10")
+    assert len(classify(path)) == 4     # one of five is held out
+
+
+def test_limits_look_at_the_rows_that_are_used(tmp_path):
+    text = "text,label\n" + "".join(f"t{i},{'ab'[i // 30]}\n" for i in range(60))
+    write(tmp_path / "train.csv", text)
+    write(tmp_path / "dev.csv", text + "bad row\n")
+    with pytest.raises(UserError, match="all labels are 'a' in the 20 rows: raise the limit or shuffle the rows"):
+        classify(tmp_path, limit=20)
+    assert len(classify(tmp_path, limit=40)) == 40 and len(classify(tmp_path, "dev", limit=20)) == 20
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    long = "word " * 100_000
+    write(tmp_path / "train.csv", f'text,label\n"{long}",a\n\nb,b\n\n\n')
+    write(tmp_path / "dev.csv", "text,label\na,a\n")
+    assert [len(row["text"]) for row in classify(tmp_path)] == [500_000, 1]
+    write(tmp_path / "rough" / "train.tsv", 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n')  # no CSV: quotes are text
+    write(tmp_path / "rough" / "dev.tsv", "text\tlabel\na\ta\n")
+    assert [row["text"] for row in classify(tmp_path / "rough")] == ['"so" he said', '"bad', '"" ']
 
 
 @pytest.mark.parametrize("rows", [3, 9, 10, 11, 29, 100, 1999, 12_345])
@@ -636,7 +514,7 @@ def some_images(shape, seed=0):
 def test_npz_layouts(tmp_path):
     images, labels = some_images((20, 6, 5, 3)), np.arange(20) % 4 + 7
     np.savez(tmp_path / "a.npz", x_train=images[:12], y_train=labels[:12, None], x_test=images[12:], y_test=labels[12:])
-    np.savez(tmp_path / "b.npz", images=images, labels=labels, split=np.arange(20) >= 12)
+    np.savez(tmp_path / "b.npz", images=images / 255, labels=labels, split=np.arange(20) >= 12)
     np.savez(tmp_path / "c.npz", images=images.transpose(0, 3, 1, 2), labels=labels)
     for name in "ab":
         path = tmp_path / f"{name}.npz"
@@ -653,142 +531,270 @@ def test_digits_are_embedded_and_turn():
     """The asset is scikit-learn's digits, times 15, with a fixed stratified split."""
     sklearn = pytest.importorskip("sklearn.datasets").load_digits()
     straight, turned = (
-        [data.read(TASKS[name], None, split) for split in ("train", "dev")] for name in ("digits", "digits-rot90")
-    )
+        [data.read(TASKS[name], None, split) for split in ("train", "dev")] for name in ("digits", "digits-rot90"))
     assert [len(rows) for rows in straight] == [1352, 445]
     found = sorted((row["label"], row["pixels"].tobytes()) for rows in straight for row in rows)
-    assert found == sorted(
-        (label, (image * 15).astype(np.uint8).tobytes()) for label, image in zip(sklearn.target, sklearn.images)
-    )
+    theirs = zip(sklearn.target, sklearn.images)
+    assert found == sorted((label, (image * 15).astype(np.uint8).tobytes()) for label, image in theirs)
     for a, b in zip(straight[1], turned[1]):
         assert a["label"] == b["label"] and np.array_equal(np.rot90(a["pixels"][0]), b["pixels"][0])
     shares = np.bincount([row["label"] for row in straight[1]]) / np.bincount(sklearn.target)
     assert 0.24 < shares.min() and shares.max() < 0.26
 
 
+def cifar(labels):
+    images = some_images((len(labels), 3, 32, 32))
+    return images, b"".join(bytes([19, label]) + image.tobytes() for label, image in zip(labels, images))
+
+
 def test_cifar100(tmp_path):
-    images, fine = some_images((6, 3, 32, 32)), [0, 99, 3, 4, 5, 6]
-    raw = b"".join(bytes([19, label]) + image.tobytes() for label, image in zip(fine, images))
-    for file in ("train.bin", "test.bin"):
-        write(tmp_path / "cifar-100-binary" / file, raw)
-    rows = data.read(data.find_task("cifar100", tmp_path), tmp_path, "dev")
-    assert [row["label"] for row in rows] == fine
-    assert all(np.array_equal(row["pixels"], image) for row, image in zip(rows, images))
+    images, raw = cifar([0, 99, 3, 4, 5, 6])
+    write(tmp_path / "cifar-100-binary" / "train.bin.gz", gzip.compress(raw))
+    write(tmp_path / "cifar-100-binary" / "test.bin", raw)
+    for split in ("train", "dev"):
+        rows = data.read(data.find_task("cifar100", tmp_path), tmp_path, split)
+        assert [row["label"] for row in rows] == [0, 99, 3, 4, 5, 6]
+        assert all(np.array_equal(row["pixels"], image) for row, image in zip(rows, images))
 
 
-def test_image_folder(tmp_path):
+def jpg(i, form="JPEG"):
+    """Bytes of a small image of size 8 x (6 + i)."""
+    image, buffer = pytest.importorskip("PIL.Image"), io.BytesIO()
+    image.fromarray(some_images((8, 6 + i, 3), i)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def food(folder):
+    names = {"train": ["waffles/1", "pizza/20", "waffles/3"], "test": ["pizza/4"]}
+    files = {f"images/{name}.jpg": jpg(i) for i, name in enumerate(sum(names.values(), []))}
+    return files | {f"meta/{split}.txt": "\n".join(lines) for split, lines in names.items()} | {"meta/classes.txt": "x"}
+
+
+def resisc(folder):
+    names = {"train": ["dense_residential_100.jpg", "airplane_001.jpg", "airplane_002.jpg"], "test": ["airplane_003.jpg"],
+             "val": ["airplane_004.jpg"]}
+    files = {f"NWPU-RESISC45/{name.rpartition('_')[0]}/{name}": jpg(i) for i, name in enumerate(sum(names.values(), []))}
+    return files | {f"resisc45-{split}.txt": "\n".join(lines) for split, lines in names.items()}
+
+
+def flowers(folder):
+    scipy, files = pytest.importorskip("scipy.io"), {f"jpg/image_{i:05}.jpg": jpg(i) for i in (1, 2, 3, 4, 5)}
+    ids = {"trnid": np.array([[2, 5]], np.uint16), "valid": np.array([[1]], np.uint16), "tstid": np.array([[4, 3]])}
+    for name, arrays in (("imagelabels", {"labels": np.array([[77, 102, 3, 1, 102]], np.uint8)}), ("setid", ids)):
+        buffer = io.BytesIO()
+        scipy.savemat(buffer, {**arrays, "labels" if name == "imagelabels" else "trnid": next(iter(arrays.values()))},
+                      do_compression=True)
+        files[f"{name}.mat"] = buffer.getvalue()
+    return files
+
+
+# task: (its files, {split: labels and widths of its photos}), as they are distributed
+PHOTO_SETS = {"food101": (food, {"train": [("waffles", 6), ("pizza", 7), ("waffles", 8)], "dev": [("pizza", 9)]}),
+              "resisc45": (resisc, {"train": [("dense_residential", 6), ("airplane", 7), ("airplane", 8)],
+                                    "dev": [("airplane", 9)]}),
+              "flowers102": (flowers, {"train": [("102", 8), ("102", 11)], "dev": [("1", 10), ("3", 9)]})}
+
+
+@pytest.mark.parametrize("name", PHOTO_SETS)
+def test_photo_sets_as_they_are_distributed(tmp_path, name):
+    files, expected = PHOTO_SETS[name]
+    for path, content in files(tmp_path).items():
+        write(tmp_path / TASKS[name].folder / path, content)
+    for where in (tmp_path, tmp_path / TASKS[name].folder):
+        task = data.find_task(name, where)
+        for split in ("train", "dev"):
+            rows = list(task.reader(task, where, split))
+            assert [(row["label"], row["pixels"].shape[2]) for _, row in rows] == expected[split]
+    assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, tmp_path, "dev")
+
+
+def vit(folder, pixels=16, channels=3, **processor):
+    write(folder / "config.json", {"model_type": "vit", "image_size": pixels, "num_channels": channels})
+    if processor:
+        write(folder / "preprocessor_config.json", processor)
+    return data.image_settings(folder)
+
+
+def save_modes(folder):
+    """One smooth picture in every mode that Pillow stores; returns {file: its RGB or grey pixels}."""
     image = pytest.importorskip("PIL.Image")
-    pixels = some_images((4, 9, 7, 3))
-    for i, (split, label) in enumerate([("train", "dog"), ("train", "cat"), ("val", "cat"), ("val", "dog")]):
-        folder = tmp_path / split / label
-        folder.mkdir(parents=True)
-        image.fromarray(pixels[i]).save(folder / f"{i}.png") if i % 2 else np.save(folder / f"{i}.npy", pixels[i])
-        write(folder / ".DS_Store", "junk")
+    ramp = np.linspace(40, 215, 48 * 36).reshape(48, 36)
+    grey, folder = ramp.astype(np.uint8), folder / "train" / "a"
+    colour = image.fromarray(np.stack([grey, grey[::-1], 255 - grey], -1))
+    folder.mkdir(parents=True)
+    made = {"L.png": image.fromarray(grey), "1.png": image.fromarray(grey > 128), "RGB.png": colour,
+            "P.png": colour.quantize(64), "RGBA.png": colour.copy(), "CMYK.jpg": colour.convert("CMYK"),
+            "LA.png": image.fromarray(grey).convert("LA"), "I16.png": image.fromarray((ramp * 257).astype(np.uint16)),
+            "F.tiff": image.fromarray((ramp / 255).astype(np.float32)), "YCbCr.jpg": colour.convert("YCbCr")}
+    made["RGBA.png"].putalpha(image.fromarray(grey))
+    expected = {name: np.asarray(picture.convert("RGB")) for name, picture in made.items()}
+    expected["I16.png"] = expected["F.tiff"] = np.repeat(grey[..., None], 3, -1)
+    for name, picture in made.items():
+        picture.save(folder / name)
+    turned = colour.getexif()
+    turned[0x0112] = 6      # the camera was held upright
+    colour.save(folder / "turned.png", exif=turned)
+    expected["turned.png"] = np.rot90(np.asarray(colour), -1)
+    for name, array in {"f.npy": ramp / 255, "u2.npy": (ramp * 257).astype(np.uint16), "chw.npy": grey[None],
+                        "i8.npy": grey.astype(np.int64), "rgba.npy": np.stack([grey] * 3 + [255 - grey], -1)}.items():
+        np.save(folder / name, array)
+        expected[name] = np.repeat(grey[..., None], 3, -1)
+    return expected
+
+
+def test_photos_of_every_mode_and_size(tmp_path):
+    """Each is read upright, as uint8 of the model's size and channels; hidden files and folders in folders do no harm."""
+    expected = save_modes(tmp_path)
+    for file in ("b/deep/er/1.png", "b/2.png"):
+        write(tmp_path / "train" / file, (tmp_path / "train" / "a" / "RGB.png").read_bytes())
+    write(tmp_path / "train" / "b" / ".DS_Store", "junk")
     task = data.find_task("image-folder", tmp_path)
-    assert task.labels == ("cat", "dog")
-    rows = data.read(task, tmp_path) + data.read(task, tmp_path, "dev")
-    assert [row["label"] for row in rows] == [0, 1, 0, 1]
-    for row, i in zip(rows, (1, 0, 2, 3)):
-        assert np.array_equal(row["pixels"], pixels[i].transpose(2, 0, 1))
+    rows = data.read(task, tmp_path)
+    assert task.labels == ("a", "b") and [row["label"] for row in rows].count(1) == 2
+    for row in rows:
+        known = expected[row["pixels"].path.name] if row["label"] == 0 else expected["RGB.png"]
+        loose = 12 if row["pixels"].path.suffix == ".jpg" else 1
+        pixels = np.broadcast_to(row["pixels"], (3, *row["pixels"].shape[1:]))
+        assert np.abs(pixels.astype(int) - known.transpose(2, 0, 1)).max() <= loose, row["pixels"].path
+    for channels in (3, 1):
+        split = data.encode(task, rows, image=vit(tmp_path / "vit", 20, channels))
+        assert split.pixels.shape == (len(rows), channels, 20, 20) and split.pixels.dtype == torch.uint8
+    inputs, labels = data.collate(split, [1, 0])
+    torch.testing.assert_close(inputs["pixels"], (split.pixels[[1, 0]] / 255 - 0.5) / 0.5)
+    assert labels.tolist() == [0, 0]
 
 
-def test_image_batches(tmp_path):
-    """Resized as Pillow does (antialiased), grey repeated, normalised by the checkpoint's own mean and std."""
+def test_grey_and_colour_become_each_other_as_in_pillow(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    write(tmp_path / "preprocessor_config.json", json.dumps(settings))
-    grey = some_images((5, 1, 24, 24))
-    rows = [{"pixels": pixels, "label": i} for i, pixels in enumerate(grey)]
-    for size in (48, 24, 8):
-        write(tmp_path / "config.json", json.dumps({"image_size": size, "num_channels": 3}))
-        split = data.encode(TASKS["digits"], rows, image=data.image_settings(tmp_path))
-        assert split.pixels.dtype == torch.uint8 and len(split) == 5
-        inputs, labels = data.collate(split, [3, 1])
-        assert inputs["pixels"].shape == (2, 3, size, size) and labels.tolist() == [3, 1]
-        expected = np.asarray(image.fromarray(grey[3, 0]).resize((size, size), image.Resampling.BILINEAR)) / 255
-        for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)]):
-            assert np.abs(inputs["pixels"][0, channel].numpy() * std + mean - expected).max() < 0.005
+    colour = some_images((16, 16, 3))
+    rows = [{"pixels": colour.transpose(2, 0, 1), "label": 0}]
+    split = data.encode(TASKS["digits"], rows, image=vit(tmp_path, 16, 1))
+    assert np.array_equal(split.pixels[0, 0], image.fromarray(colour).convert("L"))
+    split = data.encode(TASKS["digits"], [{"pixels": colour[None, ..., 0], "label": 0}], image=vit(tmp_path, 16, 3))
+    assert np.array_equal(split.pixels[0], np.stack([colour[..., 0]] * 3))
 
 
-def test_image_batches_by_default(tmp_path):
-    """Without preprocessor_config.json mean and std are 0.5; colour becomes grey for a model with one channel."""
-    write(tmp_path / "config.json", json.dumps({"image_size": [8, 6], "num_channels": 1}))
-    colour = some_images((2, 3, 8, 6))
-    rows = [{"pixels": pixels, "label": 0} for pixels in colour]
-    split = data.encode(TASKS["digits"], rows, image=data.image_settings(tmp_path))
-    expected = (torch.from_numpy(colour).float().mean(1, keepdim=True) / 255 - 0.5) / 0.5
-    torch.testing.assert_close(data.collate(split, [0, 1])[0]["pixels"], expected)
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+CROP = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
+PROCESSORS = {
+    "plain": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}},
+    "old": {"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "resample": 2, **HALF},
+    "fast": {"image_processor_type": "ViTImageProcessorFast", "size": {"height": 24, "width": 24}, "resample": 3},
+    "nearest": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "resample": 0},
+    "raw": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "do_normalize": False},
+    "bytes": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "do_rescale": False},
+    "factor": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24},
+               "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 27, "width": 29}, **CROP},
+    "deit square": {"image_processor_type": "DeiTImageProcessor", "size": 28, "do_center_crop": True, "crop_size": 24},
+    "small": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 13, "width": 31}, **CROP},
+    "crop alone": {"image_processor_type": "DeiTImageProcessor", "do_resize": False, **CROP},
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, **CROP},
+    "clip old": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 26, "crop_size": 24, "do_convert_rgb": True},
+    "clip square": {"image_processor_type": "CLIPImageProcessor", "size": {"height": 24, "width": 24}, **CROP},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_prepared_as_transformers_does(tmp_path, name):
+    """Up to one level of 255, in larger, smaller, odd, wide and high pictures, of noise and of hard edges."""
+    transformers, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
+    settings = vit(tmp_path, 24, **PROCESSORS[name])
+    pictures = [some_images(shape + (3,)) for shape in ((24, 24), (48, 64), (65, 31), (24, 9), (11, 90))]
+    pictures += [np.repeat(np.kron(np.eye(n, dtype=np.uint8), np.full((5, 7), 255, np.uint8))[..., None], 3, -1) for n in (3, 9)]
+    rows = [{"pixels": picture.transpose(2, 0, 1), "label": 0} for picture in pictures]
+    ours = data.collate(data.encode(TASKS["digits"], rows, image=settings), list(range(len(rows))))[0]["pixels"]
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
+        [image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    level = settings["scale"] / torch.tensor(settings["std"]).min()
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1.01 * level
+    assert (ours - theirs).abs().mean() < 0.1 * level
+
+
+REFUSED = {
+    "resample": {"resample": 1}, "size": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
+    "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "offset": {"offset": True},
+    "crop_pct": {"crop_pct": 0.9}, "do_flip_channel_order": {"do_flip_channel_order": True},
+    "image_processor_type": {"image_processor_type": "ConvNextImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
+    "image_std": {"image_std": [0, 1, 1]}, "rescale_factor": {"rescale_factor": "1/255"},
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "other size"])
+def test_what_is_not_done_to_images_is_named(tmp_path, name):
+    changes = REFUSED.get(name, {"size": {"height": 30, "width": 24}})
+    with pytest.raises(UserError, match=f"preprocessor_config.json: {name if name in REFUSED else 'size'} .*: mend it"):
+        vit(tmp_path, 24, **{"size": {"height": 24, "width": 24}} | changes)
+
+
+def test_an_image_that_is_not_resized_must_fit(tmp_path):
+    rows = [{"pixels": some_images((3, 24, 24)), "label": 0}, {"pixels": some_images((3, 24, 25)), "label": 0}]
+    with pytest.raises(UserError, match="digits image 1: 24 x 25 pixels, the model takes"):
+        data.encode(TASKS["digits"], rows, image=vit(tmp_path, 24, do_resize=False))
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizing
 
-
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "the dog",
-    "",
-    "naïve café — 42 %",
-    "fox " * 40,
-    "unseen žluťoučký",
-]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "the dog", "", "naïve café — 42 %", "fox " * 40,
+         "unseen žluťoučký", "中文 The\tFOX\n [SEP] </s> fox", " Fox  dog"]
 
 
-def make_tokenizer(folder, kind):
-    """Train a small tokenizer and write a model folder with it as transformers would find one."""
-    if kind == "bpe":
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<s>", "</s>"],
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )
-        special, config = (
-            {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
-            {"model_type": "llama", "eos_token_id": [1, 7]},
-        )
-    else:
-        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+def make_tokenizer(folder, kind, model_type=None, **settings):
+    """Train a small tokenizer of a kind and write a model folder with it as transformers would find one."""
+    models, before, decoders, processors = (
+        tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders, tokenizers.processors)
+    if kind == "bert":
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer = tokenizers.normalizers.BertNormalizer()
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        backend.decoder = tokenizers.decoders.WordPiece()
-        trainer = tokenizers.trainers.WordPieceTrainer(
-            vocab_size=200, show_progress=False, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        )
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        config = {"model_type": kind}
-    backend.train_from_iterator(TEXTS[:4] * 5 + ["### Response:\nthe correct answer is true"], trainer)
-    if kind == "bpe":
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
+        backend.pre_tokenizer, backend.decoder = before.BertPreTokenizer(), decoders.WordPiece()
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        train, config = tokenizers.trainers.WordPieceTrainer, {"model_type": "bert", "type_vocab_size": 2}
+        options = {"vocab_size": 200}
+        template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1",
+                    "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
+    elif kind == "sentencepiece":
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        backend.normalizer = tokenizers.normalizers.Sequence([
+            tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                             decoders.Strip(" ", 1, 0)])
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        train, config = tokenizers.trainers.BpeTrainer, {"model_type": "llama"}
+        options = {"vocab_size": 200}
+        template = {"single": "<s> $A", "pair": "<s> $A <s>:1 $B:1", "special_tokens": [("<s>", 1)]}
     else:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = before.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "unk_token": "<unk>",
+                   "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+        if kind == "bpe":
+            special = {name: special[name] for name in ("bos_token", "eos_token")}
+        train, config = tokenizers.trainers.BpeTrainer, {"model_type": "llama", "eos_token_id": [1, 7]}
+        options = {"vocab_size": 400, "initial_alphabet": before.ByteLevel.alphabet()}
+        template = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    names = [token if isinstance(token, str) else token["content"] for token in special.values()]
+    trainer = train(show_progress=False, special_tokens=[*dict.fromkeys(names)], **options)
+    more = ["### Response:\nthe correct answer is true"] if kind != "sentencepiece" else ["the correct answer is true"]
+    backend.train_from_iterator(TEXTS[:4] * 5 + more, trainer)
+    if kind == "sentencepiece":
+        content = json.loads(backend.to_str())
+        content["model"]["vocab"] |= {f"<0x{i:02X}>": len(content["model"]["vocab"]) + i for i in range(256)}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.post_processor = processors.TemplateProcessing(**template)
     backend.enable_truncation(5)  # settings left in the file must not matter
     backend.enable_padding(length=50)
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    write(
-        folder / "tokenizer_config.json",
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                **{name: token for name, token in special.items() if isinstance(token, str)},
-            }
-        ),
-    )
-    write(folder / "special_tokens_map.json", json.dumps(special))
-    write(folder / "config.json", json.dumps(config))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    write(folder / "tokenizer_config.json", {key: value for key, value in (special | settings).items() if value is not None})
+    write(folder / "special_tokens_map.json", special)
+    write(folder / "config.json", config | ({"model_type": model_type} if model_type else {}))
     return folder
 
 
-def compare_with_transformers(folder, fast):
-    ours = data.Tokenizer.from_folder(folder)
-    pairs = TEXTS[::-1]
+def compare_with_transformers(folder, fast=None):
+    transformers = pytest.importorskip("transformers")
+    fast, ours, pairs = fast or transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer.from_folder(folder), TEXTS[::-1]
     for length in (None, 64, 16, 8):
         for second in (None, pairs):
             ids, types = ours.encode(TEXTS, second, length)
@@ -812,29 +818,50 @@ def test_sentencepiece_tokenizer_of_deberta(types, tmp_path):
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     pieces.train_from_iterator(TEXTS[:4] * 5, trainer)
     vocabulary = [tuple(piece) for piece in json.loads(pieces.to_str())["model"]["vocab"]]
-    fast = transformers.DebertaV2TokenizerFast(vocab=vocabulary)
-    fast.save_pretrained(tmp_path)
-    write(tmp_path / "config.json", json.dumps({"model_type": "deberta-v2", "type_vocab_size": types}))
-    ours = compare_with_transformers(tmp_path, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    transformers.DebertaV2TokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
+    write(tmp_path / "config.json", {"model_type": "deberta-v2", "type_vocab_size": types})
+    ours = compare_with_transformers(tmp_path)
     assert ours.types == bool(types) and ours.pad_id == 0
     assert "\u2581" in ours.backend.encode("the answer").tokens
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bert", "roberta"])
-def test_encoding_equals_transformers(tmp_path, kind):
-    transformers = pytest.importorskip("transformers")
-    folder = make_tokenizer(tmp_path / "model", kind)
-    special = json.loads((folder / "special_tokens_map.json").read_text())
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        **{name: token if isinstance(token, str) else token["content"] for name, token in special.items()},
-    )
-    ours = compare_with_transformers(folder, fast)
-    if kind == "bpe":
+# name: (kind, what tokenizer_config.json says against tokenizer.json); the oracle is AutoTokenizer
+OVERRIDES = {
+    "as it is": ("bpe", {}), "bert": ("bert", {"tokenizer_class": "BertTokenizer"}),
+    "cased": ("bert", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
+    "cased fast": ("bert", {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True}),
+    "no class": ("bert", {"tokenizer_class": None, "do_lower_case": False}),
+    "accents": ("bert", {"tokenizer_class": "BertTokenizer", "strip_accents": False}),
+    "chinese": ("bert", {"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": False}),
+    "left": ("bert", {"tokenizer_class": "BertTokenizer", "truncation_side": "left"}),
+    "any class left": ("bpe", {"truncation_side": "left"}), "not for this class": ("bert", {"do_lower_case": False}),
+    "split": ("bert", {"tokenizer_class": "BertTokenizer", "split_special_tokens": True}),
+    "added": ("bert", {"tokenizer_class": "BertTokenizer", "added_tokens_decoder": {
+        "900": {"content": "quick", "lstrip": False, "rstrip": False, "normalized": False, "special": False,
+                "single_word": False}, "5": {"content": "fox", "special": True}}}),
+    "extra": ("bpe", {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
+    "roberta": ("roberta", {"tokenizer_class": "RobertaTokenizer"}),
+    "roberta space": ("roberta", {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}),
+    "gpt2": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+    "gpt2 bos": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}),
+    "eos": ("bpe", {"add_eos_token": True}), "neither": ("bpe", {"add_bos_token": False}),
+    "llama": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}),
+    "llama eos": ("sentencepiece", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}),
+    "llama no space": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
+    "llama legacy": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+    "llama byte level": ("bpe", {"tokenizer_class": "LlamaTokenizer"}),
+}
+TYPES = {"roberta": "roberta", "roberta space": "roberta", "gpt2": "gpt2", "gpt2 bos": "gpt2"}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_encoding_equals_transformers(tmp_path, name):
+    kind, settings = OVERRIDES[name]
+    ours = compare_with_transformers(make_tokenizer(tmp_path, kind, TYPES.get(name), **settings))
+    if name == "as it is":
         assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.eos_ids, ours.prefix) == (1, 0, 1, [1, 7], [0])
-    else:
-        assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.prefix) == (0, None, None, [])
-    assert ours.types == (kind == "bert")
+    elif kind == "bert":
+        assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.prefix, ours.types) == (0, None, None, [], True)
 
 
 def checkpoint(name):
@@ -846,22 +873,89 @@ def checkpoint(name):
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2-135m"])
 def test_encoding_equals_transformers_on_checkpoints(name):
-    transformers = pytest.importorskip("transformers")
-    folder = checkpoint(name)
-    compare_with_transformers(folder, transformers.AutoTokenizer.from_pretrained(folder))
+    compare_with_transformers(checkpoint(name))
 
 
-def test_fallback_ids(tmp_path):
-    folder = make_tokenizer(tmp_path / "model", "bert")
+def split_files(folder, kind, model_type):
+    """A repository without tokenizer.json: its vocabulary as vocab.txt, or as vocab.json and merges.txt."""
+    make_tokenizer(folder, kind, model_type, tokenizer_class=None)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    if kind == "bert":
+        write(folder / "vocab.txt", "".join(f"{token}\n" for token in sorted(model["vocab"], key=model["vocab"].get)))
+    else:
+        write(folder / "vocab.json", model["vocab"])
+        write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    return folder
+
+
+@pytest.mark.parametrize("kind, model_type", [("bert", "bert"), ("roberta", "roberta"), ("bpe", "gpt2")])
+def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
+    compare_with_transformers(split_files(tmp_path, kind, model_type))
+
+
+def test_the_remedy_for_other_vocabularies_works(tmp_path):
+    """What the message says to run makes a tokenizer.json, with which the ids are transformers'."""
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="make it of vocab.json, merges.txt: pip install transformers, then") as caught:
+        data.Tokenizer.from_folder(split_files(tmp_path, "bpe", "qwen2"))
+    command = str(caught.value).partition(", then python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
+    compare_with_transformers(tmp_path)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="nor a vocabulary that it can be made from: fetch the model's tokenizer files"):
+        data.Tokenizer.from_folder(tmp_path)
+
+
+def test_fallback_ids(tmp_path, caplog):
+    folder = make_tokenizer(tmp_path, "bert")
     write(folder / "special_tokens_map.json", "{}")
-    write(folder / "tokenizer_config.json", json.dumps({"unk_token": "[UNK]"}))
-    write(folder / "config.json", json.dumps({"model_type": "bert", "bos_token_id": 2, "eos_token_id": 3}))
-    write(folder / "generation_config.json", json.dumps({"eos_token_id": [3, 5]}))
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
+    write(folder / "config.json", {"model_type": "bert", "bos_token_id": 2, "eos_token_id": 3})
+    write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
     ours = data.Tokenizer.from_folder(folder)
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 2, 3, [3, 5], [2])
+    assert f"{folder}/tokenizer_config.json: not used: 'normalise_numbers'" in caplog.text
     write(folder / "config.json", "{}")
     (folder / "generation_config.json").unlink()
     assert data.Tokenizer.from_folder(folder).pad_id == 1
+
+
+def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
+    """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
+    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "bpe"))
+    vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
+    tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.backend.add_special_tokens(["</s>"])
+    assert tokenizer.decode([3, 3, 2, 4, 5]) == "  returnx"
+    assert tokenizer.decode([3, 3, 2, 4, 5], [5, 1, 4]) == "   returnx"
+
+
+def processor(folder, task="rte", vocab_size=200, types=2):
+    return data.Processor(TASKS[task], folder, SimpleNamespace(vocab_size=vocab_size, type_vocab_size=types))
+
+
+def test_tokens_are_checked_against_the_model(tmp_path, caplog):
+    folder = make_tokenizer(tmp_path, "bert")
+    size = data.Tokenizer.from_folder(folder).backend.get_vocab_size()
+    rows = [{"text": "the dog", "pair": "fox", "label": 0}]
+    assert len(processor(folder, vocab_size=size).training(rows, 32)) == 1
+    with pytest.raises(UserError, match="rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
+        processor(folder, vocab_size=20).training(rows, 32)
+    with pytest.raises(UserError, match=f"the tokenizer has {size} tokens, the model 999: it is not this model's"):
+        processor(folder, vocab_size=999)
+    with pytest.raises(UserError, match="the pair's second text has type 1, the model only 1 type embeddings"):
+        processor(folder, types=1).training(rows, 32)
+    make_tokenizer(folder, "bpe", add_bos_token=False, pad_token="<|pad|>")
+    ours = processor(folder, "sst2", size := data.Tokenizer.from_folder(folder).pad_id)
+    assert ours.tokenizer.pad_id == 1 and f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
+    content = json.loads((folder / "tokenizer.json").read_text())
+    write(folder / "tokenizer.json", content | {"post_processor": None})
+    ours = processor(folder, "sst2", size)
+    with pytest.raises(UserError, match="sst2, row '': no token: remove the row"):
+        ours.training([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
 
 
 def test_classification_batches(tmp_path):
@@ -869,20 +963,14 @@ def test_classification_batches(tmp_path):
     transformers = pytest.importorskip("transformers")
     rows = [{"text": a, "pair": b, "label": i % 2} for i, (a, b) in enumerate(zip(TEXTS, TEXTS[::-1]))]
     for kind in ("bert", "roberta"):
-        folder = make_tokenizer(tmp_path / kind, kind)
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
+        folder = make_tokenizer(tmp_path / kind, kind, kind)
+        fast = transformers.AutoTokenizer.from_pretrained(folder)
         split = data.encode(TASKS["rte"], rows, data.Tokenizer.from_folder(folder), 24)
         for indices in ([1], [0, 4, 2], [5, 3]):
             inputs, labels = data.collate(split, indices)
-            theirs = fast(
-                [rows[i]["text"] for i in indices],
-                [rows[i]["pair"] for i in indices],
-                padding=True,
-                truncation=True,
-                max_length=24,
-                return_tensors="pt",
-                return_token_type_ids=True,
-            )
+            texts = [[rows[i][name] for i in indices] for name in ("text", "pair")]
+            theirs = fast(*texts, padding=True, truncation=True, max_length=24, return_tensors="pt",
+                          return_token_type_ids=True)
             assert torch.equal(inputs["tokens"], theirs["input_ids"])
             assert torch.equal(inputs["mask"], theirs["attention_mask"].bool())
             assert ("types" in inputs) == (kind == "bert")
@@ -892,39 +980,60 @@ def test_classification_batches(tmp_path):
         for width, length in zip(widths, split.lengths):
             assert width == min([bucket for bucket in (8, 16, 20) if bucket >= length], default=length)
         assert len(set(widths)) > 1
-    regression = data.encode(
-        TASKS["stsb"], [{"text": "a", "pair": "b", "label": 2.5}], data.Tokenizer.from_folder(folder)
-    )
-    assert data.collate(regression, [0])[1].dtype == torch.float32
+    rows = [{"text": "a", "pair": "b", "label": 2.5}]
+    assert data.collate(data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder)), [0])[1].dtype == torch.float32
+
+
+JOINED = {"sentencepiece": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer"}), "byte level": ("roberta", {}),
+          "bos": ("bpe", {"add_bos_token": True}), "eos": ("bpe", {"add_eos_token": True}),
+          "both": ("bpe", {"add_bos_token": True, "add_eos_token": True})}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
+    """The ids are transformers' for the joined text; where a prompt's ids do not begin them, both are encoded apart."""
+    transformers = pytest.importorskip("transformers")
+    kind, settings = JOINED[name]
+    folder = make_tokenizer(tmp_path, kind, **settings)
+    ours, fast = data.Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    rows = [{"prompt": data.prompt("fox"), "answer": answer} for answer in ("the dog", "true", " fox", "  \n", "é")]
+    split = data.encode(TASKS["instructions"], rows, ours)
+    for row, ids, start in zip(rows, split.tokens, split.starts):
+        theirs = fast(row["prompt"] + row["answer"])["input_ids"]
+        theirs = theirs if theirs[-1] == ours.eos_id else [*theirs, ours.eos_id]
+        assert ids.tolist() == theirs
+        prompt = fast(row["prompt"], add_special_tokens=False)["input_ids"]
+        assert ids[:start].tolist() == [*ours.prefix, *prompt]
+    assert "apart" not in caplog.text
+    rows[1] = {"prompt": "the qui", "answer": "ck fox"}
+    split = data.encode(TASKS["instructions"], rows, ours)
+    apart = [fast(text, add_special_tokens=False)["input_ids"] for text in ("the qui", "ck fox")]
+    assert split.tokens[1].tolist() == [*ours.prefix, *apart[0], *apart[1], ours.eos_id]
+    assert "1 of 5 answers were encoded apart from their prompts" in caplog.text
 
 
 def instruction_rows(count, seed=0):
     random = np.random.default_rng(seed)
-    return [
-        {
-            "prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
-            "answer": f"the correct answer is {random.integers(1, 10**6)}",
-        }
-        for _ in range(count)
-    ]
+    return [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
+             "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(count)]
 
 
 def test_instruction_batches(tmp_path, caplog):
     """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
-    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path / "model", "bpe"))
+    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "bpe"))
     rows = instruction_rows(12)
     split = data.encode(TASKS["boolq"], rows, tokenizer)
     inputs, labels = data.collate(split, list(range(12)), pad_to=[512])
     flat, start = inputs["tokens"].view(-1), 0
     for i, row in enumerate(rows):
-        answer = tokenizer.encode([row["answer"]], special=False)[0][0].tolist() + [tokenizer.eos_id]
-        part = inputs["positions"][start : start + len(answer)]
-        assert labels[start : start + len(answer)].tolist() == answer == flat[part + 1].tolist()
+        answer = split.tokens[i][split.starts[i]:].tolist()
+        assert tokenizer.decode(answer) == row["answer"] and answer[-1] == tokenizer.eos_id
+        part = inputs["positions"][start:start + len(answer)]
+        assert labels[start:start + len(answer)].tolist() == answer == flat[part + 1].tolist()
         assert (part // inputs["tokens"].shape[1] == i).all() and inputs["mask"][i].sum() == split.lengths[i]
-        sentence = [tokenizer.bos_id] + tokenizer.encode([row["prompt"]], special=False)[0][0].tolist() + answer
-        assert inputs["tokens"][i][inputs["mask"][i]].tolist() == sentence
+        assert inputs["tokens"][i][inputs["mask"][i]].tolist() == split.tokens[i].tolist()
         start += len(answer)
-    assert start == len(labels)
+    assert start == len(labels) == data.count_labels(split, list(range(12)))
     tokens, mask = data.prompts(split, [2, 7])
     for row, prompt, real in zip((2, 7), tokens, mask):
         expected = [tokenizer.bos_id] + tokenizer.encode([rows[row]["prompt"]], special=False)[0][0].tolist()
@@ -954,9 +1063,8 @@ def test_batches_properties(seed, count, size, shuffle):
     assert [len(batch) for batch in order[:-1]] == [size] * (len(order) - 1) and 1 <= len(order[-1]) <= size
     assert order == data.batches(split, size, seed, epoch=3, shuffle=shuffle)
     if shuffle and count > 100:
-        assert order != data.batches(split, size, seed, epoch=4) and order != data.batches(
-            split, size, seed + 1, epoch=3
-        )
+        assert order != data.batches(split, size, seed, epoch=4)
+        assert order != data.batches(split, size, seed + 1, epoch=3)
         padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in order)
         assert padded < 1.15 * sum(lengths)
         longest = [max(lengths[i] for i in batch) for batch in order[:-1]]
@@ -971,54 +1079,31 @@ def test_batches_of_equal_lengths_are_in_order_without_shuffle():
 
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
+PAPERS = [
+    ("cola", "roberta", 768, dict(lr=4e-4, batch_size=64, epochs=80, warmup=0.06, weight_decay=0.1)),  # lelora 5
+    ("mnli", "bert", 384, dict(lr=5e-4, batch_size=128, epochs=30)),
+    ("stsb", "roberta", 1024, dict(lr=3e-4, batch_size=16, epochs=30, warmup=0.03)),  # lelora 6
+    ("qnli", "roberta", 1024, dict(lr=1e-4, batch_size=6, epochs=10)),
+    ("boolq", "llama", 4096, dict(lr=3e-4, batch_size=64, epochs=3, warmup=100, dropout=0.05)),  # lelora 7
+    ("instructions", "gemma", 2048, dict(lr=3e-4, batch_size=64, epochs=3, warmup=100, dropout=0.05)),
+    ("cola", "llama", 4096, dict(steps=1024, epochs=None, batch_size=32, alpha=32, weight_decay=1e-4)),  # weightlora 10
+    ("sst2", "mistral", 4096, dict(steps=128, epochs=None, dropout=0.05, max_length=512)),
+    ("gsm8k", "qwen3", 4096, dict(steps=5000, warmup=500, batch_size=32, alpha=32, max_length=512))]  # weightlora 11
 
-@pytest.mark.parametrize(
-    "name, family, size, expected",
-    [
-        ("cola", "roberta", 768, dict(lr=4e-4, batch_size=64, epochs=80, warmup=0.06, weight_decay=0.1)),  # lelora 5
-        ("mnli", "bert", 384, dict(lr=5e-4, batch_size=128, epochs=30)),
-        ("stsb", "roberta", 1024, dict(lr=3e-4, batch_size=16, epochs=30, warmup=0.03)),  # lelora 6
-        ("qnli", "roberta", 1024, dict(lr=1e-4, batch_size=6, epochs=10)),
-        ("boolq", "llama", 4096, dict(lr=3e-4, batch_size=64, epochs=3, warmup=100, dropout=0.05)),  # lelora 7
-        ("instructions", "gemma", 2048, dict(lr=3e-4, batch_size=64, epochs=3, warmup=100, dropout=0.05)),
-        (
-            "cola",
-            "llama",
-            4096,
-            dict(steps=1024, epochs=None, batch_size=32, alpha=32, weight_decay=1e-4),
-        ),  # weightlora 10
-        ("sst2", "mistral", 4096, dict(steps=128, epochs=None, dropout=0.05, max_length=512)),
-        (
-            "gsm8k",
-            "qwen3",
-            4096,
-            dict(steps=5000, warmup=500, batch_size=32, alpha=32, max_length=512),
-        ),  # weightlora 11
-    ],
-)
+
+@pytest.mark.parametrize("name, family, size, expected", PAPERS)
 def test_hyperparameters_are_the_papers(name, family, size, expected):
     found, _ = data.hyperparameters(TASKS[name], family, size, "lora")
     assert {key: found[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "family, size", [("bert", 384), ("roberta", 1024), ("llama", 2048), ("qwen3", 4096), ("vit", 768)]
-)
+FAMILIES = [("bert", 384), ("roberta", 1024), ("llama", 2048), ("qwen3", 4096), ("vit", 768)]
+
+
+@pytest.mark.parametrize("family, size", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full", "bitfit", "weightlora"])
 def test_hyperparameters_are_complete(family, size, method):
-    keys = {
-        "lr",
-        "batch_size",
-        "epochs",
-        "steps",
-        "warmup",
-        "weight_decay",
-        "max_length",
-        "dropout",
-        "alpha",
-        "rank",
-        "schedule",
-    }
+    keys = set("lr batch_size epochs steps warmup weight_decay max_length dropout alpha rank schedule".split())
     for task in TASKS.values():
         found, _ = data.hyperparameters(task, family, size, method)
         assert set(found) == keys and (found["epochs"] is None) != (found["steps"] is None) and 0 < found["lr"] < 0.01
@@ -1026,305 +1111,182 @@ def test_hyperparameters_are_complete(family, size, method):
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-
 COLA = "gj04\t1\t\tGood.\ngj04\t0\t*\tBad are.\n"
 GOOD = {"instruction": "q", "input": "", "output": "the correct answer is true", "answer": "true"}
 
 
-def tsv(name, text, split="train"):
-    """Case: this text as a file of a GLUE task."""
-
+def files(name, content, split="train", named=None):
+    """Case: these files of a task; `named`: it is --data, not the folder."""
     def make(folder):
-        write(folder / "train.tsv", text)
-        data.read(data.find_task(name, folder), folder, split)
-
+        for path, text in content.items():
+            write(folder / path, text)
+        where = folder / named if named else folder
+        task = data.find_task(name, where)
+        rows = data.read(task, where, split)
+        if task.kind == "image":
+            data.encode(task, rows, image=data.plain_image(3, 4, 4))
     return make
 
 
-def own(name, file, text):
-    """Case: this text as the user's own file, or as training and dev file."""
+def glue(name, text):
+    return files(name, {"train.tsv": text})
 
-    def make(folder):
-        for stem in ("train", "dev"):
-            path = write(folder / file.replace("train", stem), text)
-        where = folder if "train" in file else path
-        data.read(data.find_task(name, where), where)
 
-    return make
+def own(text, file="train.csv", name="text-classification"):
+    return files(name, {file: text, file.replace("train", "dev"): text})
+
+
+def rows(*rows, name="instructions"):
+    return own(jsonl(rows), "train.jsonl", name)
 
 
 def published(name, row):
     """Case: this row in the file of a published set."""
-
-    def make(folder):
-        names = TASKS[name].files["dev"]
-        write(
-            folder / names[0].replace("*", "flan"),
-            json.dumps([row]) if names[0].endswith(".json") or name == "math" else jsonl([row]),
-        )
-        data.read(TASKS[name], folder, "dev")
-
-    return make
+    file = TASKS[name].files["dev"][0].replace("*", "flan")
+    return files(name, {file: jsonl([row])}, "dev")
 
 
-def arrays(labels=(0, 1, 0), **more):
-    def make(folder):
-        np.savez(folder / "a.npz", **{"images": some_images((len(labels), 4, 4)), "labels": np.array(labels), **more})
-        data.read(data.find_task("npz", folder / "a.npz"), folder / "a.npz")
-
-    return make
-
-
-def image_files(files):
-    def make(folder):
-        for name, content in files.items():
-            write(folder / name, content)
-        data.read(data.find_task("image-folder", folder), folder)
-
-    return make
-
-
-def npy(shape, dtype=np.uint8):
+def buffered(save, *arrays, **named):
     buffer = io.BytesIO()
-    np.save(buffer, np.zeros(shape, dtype))
+    save(buffer, *arrays, **named)
     return buffer.getvalue()
 
 
-def model(files, tokens=("a",), task="cola", max_length=None, **row):
+def arrays(labels=(0, 1, 0), **more):
+    images = {"images": some_images((len(labels), 4, 4)), "labels": np.array(labels), **more}
+    return files("npz", {"a.npz": buffered(np.savez, **images)}, named="a.npz")
+
+
+def photos(content, name="1.npy"):
+    """Case: this file in a folder of images."""
+    return files("image-folder", {"train/b/0.npy": buffered(np.save, some_images((4, 4))), f"train/a/{name}": content})
+
+
+def score(value):
+    return glue("stsb", STSB + "0" + "\t-" * 6 + f"\ta\tb\t{value}\n")
+
+
+def model(files, task="cola", max_length=None):
     def make(folder):
         make_tokenizer(folder, "bert")
         for name, text in files.items():
             (folder / name).unlink() if text is None else write(folder / name, text)
-        row_ = {"text": "a", "label": 0, "prompt": "a", "answer": "b", **row}
-        data.encode(TASKS[task], [row_], data.Tokenizer.from_folder(folder), max_length)
-
+        row = {"text": "a", "label": 0, "prompt": "a", "answer": "b"}
+        data.encode(TASKS[task], [row], data.Tokenizer.from_folder(folder), max_length)
     return make
 
 
-def image_model(**files):
-    def make(folder):
-        for name, value in files.items():
-            write(folder / f"{name}.json", json.dumps(value))
-        data.image_settings(folder)
-
-    return make
-
-
-def two_files(first, second):
-    def make(folder):
-        write(folder / "train.csv", first)
-        write(folder / "dev.csv", second)
-        data.read(data.find_task("text-classification", folder), folder, "dev")
-
-    return make
-
-
-def mrpc(folder):
-    write(folder / "msr_paraphrase_train.txt", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\ta\tb\n")
-    data.read(TASKS["mrpc"], folder)
+def bomb():
+    """A PNG whose header says that it has 2^31 pixels."""
+    content = bytearray(jpg(0, "PNG"))
+    content[16:24] = struct.pack(">II", 2**16, 2**15)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    return bytes(content)
 
 
 BAD = {
     "unknown task": (lambda folder: data.find_task("colla"), "no task 'colla': choose from cola, "),
     "negative limit": (lambda folder: data.read(TASKS["digits"], None, limit=-1), "limit -1: .*use 0 for all"),
     "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "no split 'test': .*dev_mismatched"),
-    "no such folder": (
-        lambda folder: data.read(TASKS["cola"], folder / "none"),
-        "none/CoLA/train.tsv: no such file: correct",
-    ),
-    "no such file": (lambda folder: data.read(TASKS["cola"], folder), "CoLA/train.tsv: no such file.*--data"),
-    "a file as folder": (
-        lambda folder: data.read(TASKS["cola"], write(folder / "x.tsv", COLA)),
-        "x.tsv/CoLA/.*: no such file",
-    ),
+    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file: correct"),
+    "other names": (files("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"}),
+                    r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file or its folder"),
+    "a file as folder": (files("cola", {"x.tsv": COLA}, named="x.tsv"), "x.tsv/CoLA/.*: no such file"),
     "no data": (lambda folder: data.read(TASKS["text-classification"]), "--task text-classification needs --data"),
-    "no instruction data": (lambda folder: data.find_task("npz"), "--task npz needs --data"),
-    "no dev ids": (mrpc, "mrpc_dev_ids.tsv: no such file"),
-    "empty file": (tsv("cola", ""), "train.tsv: the file is empty"),
-    "blank file": (tsv("cola", " \n\n"), "train.tsv: the file is empty"),
-    "header only": (tsv("sst2", "sentence\tlabel\n"), "no train rows"),
-    "not UTF-8": (tsv("cola", COLA.encode() + b"x\t1\t\tna\xefve\n"), r"train.tsv line 3: byte \d+ is not UTF-8"),
-    "UTF-16": (tsv("cola", COLA.encode("utf-16")), "train.tsv line 1: byte 0 is not UTF-8"),
-    "short row": (tsv("cola", COLA + "gj04\t1\tx\n"), "train.tsv line 3: 3 columns, expected 4"),
-    "long row": (tsv("cola", COLA + "gj04\t1\t\ta\tb\n"), "train.tsv line 3: 5 columns, expected 4"),
-    "blank line": (tsv("cola", COLA + "\n" + COLA), "train.tsv line 3: 1 columns, expected 4"),
-    "missing column": (tsv("sst2", "text\tlabel\na\t1\n"), "line 2: no column 'sentence' .there are .*rename"),
-    "unknown label": (tsv("cola", COLA + "gj04\t2\t\tx\n"), "train.tsv line 3: label '2' is none of .'0', '1'.:"),
-    "empty label": (tsv("cola", COLA + "gj04\t\t\tx\n"), "line 3: label '' is none of"),
-    "unlabelled pair": (
-        tsv("mnli", mnli(["label1"], ["neutral", "-"])),
-        "line 3: label '-' is none of .'entailment', 'neutral'",
-    ),
-    "one class": (tsv("cola", "a\t1\t\tx\nb\t1\t\ty\n"), "all labels are '1': add another class"),
-    "score no number": (
-        tsv("stsb", STSB + "0" + "\t-" * 6 + "\ta\tb\tfour\n"),
-        "line 2: score 'four' is no number in .0, 5.",
-    ),
-    "score too high": (
-        tsv("stsb", STSB + "0" + "\t-" * 6 + "\ta\tb\t5.5\n"),
-        "line 2: score '5.5' is no number in .0, 5.",
-    ),
-    "score nan": (tsv("stsb", STSB + "0" + "\t-" * 6 + "\ta\tb\tnan\n"), "line 2: score 'nan'"),
-    "own score infinite": (own("text-regression", "train.csv", "text,score\na,inf\nb,1\n"), "line 2: score 'inf'"),
+    "no npz": (lambda folder: data.find_task("npz"), "--task npz needs --data"),
+    "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\ta\tb\n"}),
+                   "mrpc_dev_ids.tsv: no such file"),
+    "empty file": (glue("cola", ""), "train.tsv: the file is empty"),
+    "blank file": (glue("cola", " \n\n"), "train.tsv: the file is empty"),
+    "header only": (glue("sst2", "sentence\tlabel\n"), "no train rows"),
+    "not UTF-8": (glue("cola", COLA.encode() + b"x\t1\t\tna\xefve\n"), r"train.tsv line 3: byte \d+ is not UTF-8"),
+    "UTF-16": (glue("cola", COLA.encode("utf-16")), "train.tsv line 1: byte 0 is not UTF-8"),
+    "short row": (glue("cola", COLA + "gj04\t1\tx\n"), "train.tsv line 3: 3 columns, expected 4"),
+    "long row": (glue("cola", COLA + "gj04\t1\t\ta\tb\n"), "train.tsv line 3: 5 columns, expected 4"),
+    "blank line": (glue("cola", COLA + "\n" + COLA), "train.tsv line 3: 1 columns, expected 4"),
+    "missing column": (glue("sst2", "text\tlabel\na\t1\n"), "line 2: no column 'sentence' .there are .*rename"),
+    "unknown label": (glue("cola", COLA + "gj04\t2\t\tx\n"), "train.tsv line 3: label '2' is none of .'0', '1'.:"),
+    "one class": (glue("cola", "a\t1\t\tx\nb\t1\t\ty\n"), "all labels are '1' in the 2 rows: add another class"),
+    "score no number": (score("four"), "line 2: score 'four' is no number in .0, 5."),
+    "score too high": (score("5.5"), "line 2: score '5.5' is no number in .0, 5."),
+    "score nan": (score("nan"), "line 2: score 'nan'"),
+    "own score infinite": (own("text,score\na,inf\nb,1\n", name="text-regression"), "line 2: score 'inf'"),
     "label unseen in training": (
-        two_files("text,label\na,x\nb,y\n", "text,label\nc,z\n"),
-        "dev.csv line 2: label 'z' is none of .'x', 'y'",
-    ),
-    "own file without text": (
-        own("text-classification", "train.csv", "words,label\na,1\n"),
-        "line 2: no column 'text' .there are .'words', 'label'",
-    ),
-    "own file without label": (
-        own("text-classification", "train.jsonl", jsonl([{"text": "a"}])),
-        "line 1: no column 'label'",
-    ),
-    "broken CSV": (
-        own("text-classification", "train.csv", 'text,label\n"a"b,1\n'),
-        "train.csv line 2: .*mend the CSV quoting",
-    ),
-    "own short CSV row": (
-        own("text-classification", "train.csv", "text,label\na\n"),
-        "train.csv line 2: 1 columns, expected 2",
-    ),
-    "wrong suffix": (
-        own("text-classification", "a.xlsx", "x"),
-        "a.xlsx.*correct --data to name a file or its folder",
-    ),
-    "text is a number": (
-        own("text-classification", "train.jsonl", jsonl([{"text": 3, "label": 1}])),
-        "line 1: 'text' is int",
-    ),
-    "label is null": (
-        own("text-classification", "train.jsonl", jsonl([{"text": "a", "label": None}])),
-        "line 1: 'label' is NoneType",
-    ),
-    "half a surrogate pair": (
-        own("instructions", "train.jsonl", '{"question": "\\ud800", "answer": "b"}'),
-        "line 1: 'question' is",
-    ),
-    "not JSON": (
-        own("instructions", "train.json", '[{"question": "a",\n "answer": }]'),
-        "train.json line 2: not JSON",
-    ),
-    "broken JSON line": (
-        own("instructions", "train.jsonl", jsonl([GOOD, GOOD]) + "{oops}\n"),
-        "train.jsonl line 3: not JSON",
-    ),
-    "deeply nested JSON": (own("instructions", "train.json", "[" * 200_000), "train.json line 1: not JSON"),
-    "JSON list of text": (own("instructions", "train.json", '["a"]'), "train.json row 1: str, expected an object"),
-    "JSON number": (own("instructions", "train.json", "3"), "train.json line 1: int, expected an object"),
-    "JSON line with a list": (
-        own("instructions", "train.jsonl", jsonl([GOOD]) + "[3]\n"),
-        "row 1: int, expected an object",
-    ),
-    "missing keys": (
-        own("instructions", "train.jsonl", jsonl([GOOD, {"instruction": "a"}])),
-        "line 2: .'instruction'.: expected",
-    ),
-    "no keys": (own("instructions", "train.jsonl", "{}\n"), "line 1: ..: expected instruction"),
-    "empty answer": (
-        own("instructions", "train.jsonl", jsonl([{"question": "a", "answer": " "}])),
-        "line 1: the answer is empty",
-    ),
-    "answer is a number": (
-        own("instructions", "train.jsonl", jsonl([{"question": "a", "answer": 4}])),
-        "line 1: 'answer' is int",
-    ),
-    "no ####": (
-        lambda folder: (
-            write(folder / "train.jsonl", jsonl([{"question": "a", "answer": "4"}])),
-            data.read(TASKS["gsm8k"], folder),
-        ),
-        "train.jsonl line 1: answer '', expected a number after ####",
-    ),
-    "no box": (published("math", {"problem": "a", "solution": "4"}), r"row 1: answer '', expected one in .boxed"),
-    "completions are text": (
-        published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
-        "'completions' is str 'b'",
-    ),
-    "no rating": (
-        published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}),
-        "line 1: no column 'overall_score'",
-    ),
-    "rating is text": (
-        published(
-            "ultrafeedback", {"instruction": "a", "completions": [{"response": "b", "overall_score": "N/A"}] * 2}
-        ),
-        "line 1: 'overall_score' is str 'N/A'",
-    ),
-    "message without content": (
-        published("ultrafeedback", {"prompt": "a", "chosen": [{"role": "b"}]}),
-        "no column 'content'",
-    ),
+        files("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"}, "dev"),
+        "dev.csv line 2: label 'z' is none of .'x', 'y'"),
+    "own file without text": (own("words,label\na,1\n"), "line 2: no column 'text' .there are .'words', 'label'"),
+    "own file without label": (rows({"text": "a"}, name="text-classification"), "line 1: no column 'label'"),
+    "broken CSV": (own('text,label\n"a"b,1\n'), "train.csv line 2: .*mend the CSV quoting"),
+    "own short CSV row": (own("text,label\na\n"), "train.csv line 2: 1 columns, expected 2"),
+    "text is a number": (rows({"text": 3, "label": 1}, name="text-classification"), "line 1: 'text' is int"),
+    "half a surrogate pair": (own('{"question": "\\ud800", "answer": "b"}', "train.jsonl", "instructions"),
+                              "line 1: 'question' is"),
+    "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
+    "broken JSON line": (own(jsonl([GOOD, GOOD]) + "{oops}\n", "train.jsonl", "instructions"), "train.jsonl line 3: not JSON"),
+    "deeply nested JSON": (own("[" * 200_000, "train.json", "instructions"), "train.json line 1: not JSON"),
+    "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
+    "JSON number": (own("3", "train.json", "instructions"), "train.json line 1: int, expected an object"),
+    "JSON line with a list": (own(jsonl([GOOD]) + "[3]\n", "train.jsonl", "instructions"), "row 1: int, expected an object"),
+    "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: .'instruction'.: expected"),
+    "no keys": (own("{}\n", "train.jsonl", "instructions"), "line 1: ..: expected instruction"),
+    "conversation": (rows({"messages": [{"role": "user", "content": "a"}]}), "line 1: .'messages'.: expected instruction"),
+    "broken history": (rows({**GOOD, "history": ["a"]}), "line 1 history: no column 'question'"),
+    "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
+    "answer is a number": (rows({"question": "a", "answer": 4}), "line 1: 'answer' is int"),
+    "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
+                "train.jsonl line 1: answer '', expected a number after ####"),
+    "no box": (published("math", {"problem": "a", "solution": "4"}), r"line 1: answer '', expected one in .boxed"),
+    "completions are text": (published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
+                             "'completions' is str 'b'"),
+    "no rating": (published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}),
+                  "line 1: no column 'overall_score'"),
+    "rating is text": (published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}),
+                       "line 1: 'overall_score' is str 'N/A'"),
+    "message without content": (published("ultrafeedback", {"prompt": "a", "chosen": [{"role": "b"}]}),
+                                "no column 'content'"),
     "no task_id": (published("humaneval", {"prompt": "a", "canonical_solution": "b"}), "line 1: no column 'task_id'"),
     "no tests": (published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}), "line 1: no column 0"),
-    "task_id is text": (
-        published("mbpp", {"text": "a", "code": "b", "task_id": "11", "test_list": ["c"]}),
-        "'task_id' is str '11'",
-    ),
-    "layout of nothing": (
-        published("alpaca", {"input": "a", "output": "b"}),
-        "row 1: .'input', 'output'.: expected instruction",
-    ),
-    "choice out of range": (
-        lambda folder: (
-            write(folder / "test.json", json.dumps([GOOD, {**GOOD, "answer": "maybe"}])),
-            data.read(TASKS["boolq"], folder, "dev"),
-        ),
-        "row 2: answer 'maybe', expected true or false",
-    ),
+    "task_id is text": (published("mbpp", {"text": "a", "code": "b", "task_id": "11", "test_list": ["c"]}),
+                        "'task_id' is str '11'"),
+    "layout of nothing": (published("alpaca", {"input": "a", "output": "b"}), ": .'input', 'output'.: expected instruction"),
+    "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
+                            "row 2: answer 'maybe', expected true or false"),
     "object arrays": (arrays(images=np.array([{}, {}, {}], object)), "a.npz: no .npz of plain arrays"),
-    "not an npz": (own("npz", "a.npz", b"nonsense"), "a.npz: no .npz of plain arrays"),
-    "truncated npz": (own("npz", "a.npz", b"PK\3\4 cut"), "a.npz: no .npz of plain arrays"),
-    "npy called npz": (own("npz", "a.npz", npy((2, 2))), "a.npz: no .npz of plain arrays"),
+    "not an npz": (files("npz", {"a.npz": b"nonsense"}, named="a.npz"), "a.npz: no .npz of plain arrays"),
+    "truncated npz": (files("npz", {"a.npz": b"PK\3\4 cut"}, named="a.npz"), "a.npz: no .npz of plain arrays"),
     "missing array": (arrays(x_train=some_images((2, 4, 4))), "a.npz: no column 'y_train'"),
     "fewer labels": (arrays(images=some_images((4, 4, 4))), r"images \(4, 4, 4\) and labels \(3,\)"),
     "labels are floats": (arrays(labels=(0.5, 1.0, 2.0)), "float64: expected"),
+    "label -1": (arrays(labels=(0, 1, -1)), r"images\[2\]: label '-1' stands for a missing one"),
     "flat images": (arrays(images=some_images((3, 16))), r"images \(3, 16\) and labels"),
-    "float images": (arrays(images=np.zeros((3, 4, 4))), r"images\[.\]: float64 \(4, 4\), expected uint8"),
-    "five channels": (arrays(images=some_images((3, 4, 4, 5))), r"images\[.\]: uint8 \(4, 4, 5\), expected"),
+    "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 1.5 to 1.5, expected uint8"),
+    "images that are nan": (arrays(images=np.full((3, 4, 4), np.nan)), r"images\[.\]: float64 from nan to nan"),
+    "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
     "split of another length": (arrays(split=np.zeros(4)), r"split has shape \(4,\), expected \(3,\)"),
-    "cut cifar file": (
-        lambda folder: (write(folder / "train.bin", bytes(5000)), data.read(TASKS["cifar100"], folder)),
-        "train.bin: 5000 bytes, no multiple of 3074",
-    ),
-    "cifar label": (
-        lambda folder: (
-            write(folder / "train.bin", bytes([0, 100]) + bytes(3072)),
-            data.read(TASKS["cifar100"], folder),
-        ),
-        r"images\[0\]: label '100' is none of .'0', '1', ",
-    ),
-    "no image folder": (
-        lambda folder: data.find_task("image-folder", folder),
-        "no folder train: --data must name one",
-    ),
-    "no images": (
-        lambda folder: (
-            (folder / "train" / "a").mkdir(parents=True),
-            data.read(data.find_task("image-folder", folder), folder),
-        ),
-        "no train rows",
-    ),
-    "mixed shapes": (
-        image_files({"train/a/1.npy": npy((4, 4)), "train/b/2.npy": npy((4, 5))}),
-        r"2.npy: shape \(1, 4, 5\) after \(1, 4, 4\): make",
-    ),
-    "object image": (image_files({"train/a/1.npy": b"\x93NUMPY\1\0junk"}), "1.npy: not an image"),
-    "not an image": (image_files({"train/a/1.png": "junk"}), "1.png: not an image"),
-    "no tokenizer": (model({"tokenizer.json": None}), "tokenizer.json: no such file: make it with transformers"),
+    "cut cifar file": (files("cifar100", {"train.bin": bytes(5000)}), "train.bin: 5000 bytes, no multiple of 3074"),
+    "cifar label": (files("cifar100", {"train.bin": bytes([0, 100]) + bytes(3072)}), r"images\[0\]: label '100' is none"),
+    "pickled cifar": (files("cifar100", {"train": b"\x80\x02}"}), "train: CIFAR's python version is pickled"),
+    "listed photo missing": (files("food101", {"meta/train.txt": "a/1\nb/2"}), "images/a/1.jpg: not an image .*No such file"),
+    "no .mat": (files("flowers102", {"jpg/image_00001.jpg": "x"}), "imagelabels.mat: no such file"),
+    "broken .mat": (files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99}),
+                    "imagelabels.mat: no MATLAB file"),
+    "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must name one"),
+    "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
+                  "no train rows"),
+    "an npy of objects": (photos(b"\x93NUMPY\1\0junk"), "1.npy: not an image"),
+    "an npy that lies": (photos(buffered(np.save, np.zeros((4, 4), np.uint8)).replace(b"(4, 4)", b"(9**9, 4)"[:6])),
+                         "1.npy: not an image"),
+    "not an image": (photos("junk", "1.png"), "1.png: not an image"),
+    "cut image": (lambda folder: photos(jpg(60)[:-300], "1.jpg")(folder), "1.jpg: not an image .*truncated"),
+    "decompression bomb": (lambda folder: photos(bomb(), "1.png")(folder), "1.png: not an image .*2147483648 pixels"),
+    "no tokenizer": (model({"tokenizer.json": None}), "tokenizer.json: no such file, nor a vocabulary"),
     "broken tokenizer": (model({"tokenizer.json": "{}"}), "tokenizer.json: not a tokenizer"),
     "broken tokenizer config": (model({"tokenizer_config.json": "{,}"}), "tokenizer_config.json line 1: not JSON"),
-    "tokenizer config is a list": (
-        model({"tokenizer_config.json": "[3]"}),
-        "tokenizer_config.json row 1: int, expected",
-    ),
+    "tokenizer config is a list": (model({"tokenizer_config.json": "[3]"}), "tokenizer_config.json row 1: int, expected"),
+    "tokenizer setting of a wrong type": (
+        model({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": []}}), "not a tokenizer"),
     "no room for text": (model({}, max_length=2), "max length 2 leaves no room for text"),
     "no eos": (model({}, task="boolq"), "the tokenizer has no eos token"),
-    "mean of another size": (
-        image_model(config={"num_channels": 1}, preprocessor_config={"image_mean": [1, 2, 3]}),
-        "preprocessor_config.json: image_mean and image_std do not fit 1 channels",
-    ),
 }
 
 
@@ -1339,10 +1301,16 @@ def test_bad_input_is_one_line(tmp_path, name):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_pillow_is_named_where_it_is_missing(tmp_path, monkeypatch):
+def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
+    """Arrays need neither Pillow nor SciPy, of any size."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match="1.png: reading images needs Pillow: pip install pillow"):
-        image_files({"train/a/1.png": "junk"})(tmp_path)
+        photos("junk", "1.png")(tmp_path)
+    (tmp_path / "train" / "a" / "1.png").unlink()
+    photos(buffered(np.save, some_images((9, 7, 3))))(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
+        files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "x"})(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- fetching
@@ -1376,42 +1344,59 @@ def mirror(monkeypatch):
     server.server_close()
 
 
+def place(address):
+    return "/" + address.partition("://")[2]
+
+
 def make_zip(members):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in members.items():
-            info = zipfile.ZipInfo(name)
-            if isinstance(content, tuple):  # a symbolic link
-                info.external_attr, content = (stat.S_IFLNK | 0o777) << 16, content[0]
-            file.writestr(info, content)
+    with zipfile.ZipFile(buffer, "w") as file:
+        for member in members.items():
+            file.writestr(*member)
     return buffer.getvalue()
 
 
-def serve_cola(mirror, monkeypatch, body, sha256=None):
-    mirror.files["/dl.fbaipublicfiles.com/glue/data/CoLA.zip"] = body
-    source = (TASKS["cola"].sources[0][:2] + (sha256 or hashlib.sha256(body).hexdigest(),),)
-    monkeypatch.setitem(TASKS, "cola", replace(TASKS["cola"], sources=source))
-    return TASKS["cola"]
+def make_tar(members):
+    """A .tar.gz; text is the target of a symbolic link."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname, content = tarfile.SYMTYPE, content, b""
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def serve(mirror, monkeypatch, name, bodies):
+    """Serve these bodies as a task's sources, with their own checksums; returns the task."""
+    sources = []
+    for (split, address, sha256), body in zip(TASKS[name].sources, bodies):
+        mirror.files[place(address)] = body
+        sources.append((split, address, sha256 and hashlib.sha256(body).hexdigest()))
+    task = replace(TASKS[name], sources=tuple(sources))
+    monkeypatch.setitem(TASKS, name, task)
+    return task
 
 
 def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if path.suffix in (".part", ".zip", ".gz")]
+    return [path.name for path in folder.rglob("*") if path.suffix in (".part", ".zip", ".gz", ".tgz")]
+
+
+COLA_ZIP = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/original/more.txt": "x"}
 
 
 def test_fetch_archive(tmp_path, mirror, monkeypatch):
-    task = serve_cola(
-        mirror,
-        monkeypatch,
-        make_zip({"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/more.txt": "x"}),
-    )
+    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP)])
     assert len(data.read(task)) == 2 and len(data.read(task, None, "dev")) == 2
     assert len(mirror.asked) == 1  # the second read finds the files
-    assert sorted(path.name for path in (tmp_path / "cache").rglob("*")) == ["CoLA", "dev.tsv", "train.tsv"]
+    assert sorted(path.name for path in (tmp_path / "cache" / "CoLA").iterdir()) == ["dev.tsv", "original", "train.tsv"]
 
 
-def test_every_glue_task_names_its_archive():
-    for name in LAYOUTS:
-        assert all(address.startswith("https://") and len(sha256) == 64 for _, address, sha256 in TASKS[name].sources)
+def test_every_published_archive_has_a_checksum():
+    for name in [*LAYOUTS, "cifar100", "food101", "flowers102"]:
+        assert all(address.startswith("http") and len(sha256) == 64 for _, address, sha256 in TASKS[name].sources)
     readme = SHARED / "README.md"
     if not readme.is_file():
         pytest.skip("no ../shared: checksums not compared with its list")
@@ -1421,19 +1406,16 @@ def test_every_glue_task_names_its_archive():
             assert f"`{address.removeprefix(data.FACEBOOK)}`" in listed and sha256 in listed
 
 
-def test_fetch_refuses_another_checksum(tmp_path, mirror, monkeypatch):
-    task = serve_cola(mirror, monkeypatch, make_zip({"CoLA/train.tsv": COLA}), sha256="0" * 64)
-    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not 0{64}: the file is damaged"):
-        data.read(task)
+def test_fetch_refuses_another_checksum(tmp_path, mirror):
+    mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
+    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: the file is damaged"):
+        data.read(TASKS["cola"])
     assert not leftovers(tmp_path) and not (tmp_path / "cache" / "CoLA" / "train.tsv").exists()
 
 
 def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
-    body = make_zip(
-        {"CoLA/train.tsv": os.urandom(50_000).hex()[:10] + "\t1\t\ta\nb\t0\t\tc\n", "CoLA/dev.tsv": os.urandom(9000)}
-    )
-    task = serve_cola(mirror, monkeypatch, body)
-    mirror.cut.add("/dl.fbaipublicfiles.com/glue/data/CoLA.zip")
+    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)})])
+    mirror.cut.update(mirror.files)
     with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
         data.read(task)
     assert not leftovers(tmp_path)
@@ -1441,173 +1423,129 @@ def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
     assert len(data.read(task)) == 2
 
 
-@pytest.mark.parametrize(
-    "members",
-    [
-        {"CoLA/train.tsv": COLA, "../evil.txt": "x"},
-        {"CoLA/train.tsv": COLA, "CoLA/../../evil.txt": "x"},
-        {"CoLA/train.tsv": COLA, "/tmp/evil.txt": "x"},
-        {"CoLA/train.tsv": COLA, "..\\evil.txt": "x"},
-        {"CoLA/train.tsv": COLA, "C:\\evil.txt": "x"},
-        {"CoLA/train.tsv": ("/etc/passwd",)},
-    ],
-)
-def test_fetch_refuses_archives_that_escape(tmp_path, mirror, monkeypatch, members):
-    task = serve_cola(mirror, monkeypatch, make_zip(members))
-    with pytest.raises(UserError, match="refused: member .* is a link or leaves its folder"):
-        data.read(task)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not Path("/tmp/evil.txt").exists()
+@pytest.mark.parametrize("name", ["../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil.txt"])
+def test_zip_members_stay_in_their_folder(tmp_path, mirror, monkeypatch, name):
+    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {name: "x"})])
+    assert len(data.read(task)) == 2 and not leftovers(tmp_path) and not Path("/tmp/evil.txt").exists()
+    outside = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "cache" / "CoLA" not in path.parents]
+    assert outside == []
 
 
-def test_unpack_has_a_size_limit(tmp_path):
-    archive = write(tmp_path / "a.zip", make_zip({"x/a": bytes(5000), "x/b": bytes(5000), "x/c": bytes(10**6)}))
-    with pytest.raises(UserError, match="refused: it unpacks to more than 9999 bytes"):
-        data.unpack(archive, {"x/a": tmp_path / "a", "x/b": tmp_path / "b"}, limit=9999)
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_unpack_has_a_size_limit(tmp_path, make):
+    members = {"x/a": bytes(5000), "x/b": bytes(5000)}
+    archive = write(tmp_path / ("a.zip" if make is make_zip else "a.tar.gz"), make(members))
+    with pytest.raises(UserError, match="it unpacks to more than 9999 bytes"):
+        data.unpack(archive, tmp_path, limit=9999)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_broken_archive(tmp_path, mirror, monkeypatch):
-    task = serve_cola(mirror, monkeypatch, b"not a zip")
-    with pytest.raises(UserError, match="CoLA.zip: a broken archive"):
-        data.read(task)
+    for name in ("cola", "cifar100"):
+        with pytest.raises(UserError, match="a broken or unsafe archive"):
+            data.read(serve(mirror, monkeypatch, name, [b"not an archive"]))
     assert not leftovers(tmp_path)
 
 
-def make_tar(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-                file.addfile(info)
-            else:
-                info.size = len(content)
-                file.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def test_fetch_cifar(tmp_path, mirror):
-    rows = b"".join(bytes([0, label]) + some_images(3072, label).tobytes() for label in range(3))
-    address = "/www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+def test_fetch_cifar(mirror, monkeypatch):
     for bad in ({"cifar-100-binary/train.bin": "/etc/passwd"}, {"../x": b"1"}):
-        mirror.files[address] = make_tar(bad)
-        with pytest.raises(UserError, match="refused: member"):
-            data.read(TASKS["cifar100"])
-        (tmp_path / "cache" / "checksums.json").unlink()
-    mirror.files[address] = make_tar({"cifar-100-binary/train.bin": rows, "cifar-100-binary/test.bin": rows[:3074]})
-    assert [len(data.read(TASKS["cifar100"], None, split)) for split in ("train", "dev")] == [3, 1]
+        with pytest.raises(UserError, match="a broken or unsafe archive"):
+            data.read(serve(mirror, monkeypatch, "cifar100", [make_tar(bad)]))
+    raw = cifar([0, 1, 2])[1]
+    body = make_tar({"cifar-100-binary/train.bin": raw, "cifar-100-binary/test.bin": raw[:3074]})
+    task = serve(mirror, monkeypatch, "cifar100", [body])
+    assert [len(data.read(task, None, split)) for split in ("train", "dev")] == [3, 1]
     assert len(mirror.asked) == 3
 
 
-def test_first_seen_checksum_is_remembered(tmp_path, mirror):
-    address = "/raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset/boolq/test.json"
-    mirror.files[address] = json.dumps([GOOD]).encode()
-    assert len(data.read(TASKS["boolq"], None, "dev")) == 1
-    assert mirror.asked == [address]  # the training file is not needed for this
-    file = tmp_path / "cache" / "boolq" / "test.json"
-    known = json.loads((tmp_path / "cache" / "checksums.json").read_text())
-    assert known == {"https:/" + address: hashlib.sha256(file.read_bytes()).hexdigest()}
-    file.unlink()
-    assert len(data.read(TASKS["boolq"], None, "dev")) == 1  # the same again
-    file.unlink()
-    mirror.files[address] = json.dumps([GOOD, GOOD]).encode()
-    with pytest.raises(UserError, match="has changed: if you trust it, remove its line from .*checksums.json"):
-        data.read(TASKS["boolq"], None, "dev")
-    assert not file.exists()
+@pytest.mark.parametrize("name", PHOTO_SETS)
+def test_fetch_photo_sets(tmp_path, mirror, monkeypatch, name):
+    """Archives and lists are fetched once, also where the first try ends before all are there."""
+    members = PHOTO_SETS[name][0](tmp_path)
+    members = {path: text if isinstance(text, bytes) else text.encode() for path, text in members.items()}
+    names, inner = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources], "food-101/" * (name == "food101")
+    packed = {inner + path: content for path, content in members.items() if path not in names}
+    archive = (make_zip if name == "resisc45" else make_tar)(packed)
+    task = serve(mirror, monkeypatch, name, [members.get(file, archive) for file in names])
+    last = place(task.sources[-1][1])
+    kept = mirror.files.pop(last)
+    with pytest.raises(UserError, match="cannot fetch"):
+        next(task.reader(task, None, "train"))
+    mirror.files[last] = kept
+    for split, expected in PHOTO_SETS[name][1].items():
+        found = list(data.find_task(name).reader(task, None, split))
+        assert [(row["label"], row["pixels"].shape[2]) for _, row in found] == expected
+    assert mirror.asked.count(last) == 2 and not leftovers(tmp_path)
 
 
 def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
-    mirror.files["/raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/test.jsonl"] = (
-        jsonl([{"question": "a", "answer": "#### 5"}] * 11).encode()
-    )
-    assert [row["target"] for row in data.read(TASKS["gsm8k"], None, "dev")] == ["5"] * 11
+    lines = jsonl([{"question": "a", "answer": "#### 5"}] * 11).encode()
+    assert [row["target"] for row in data.read(serve(mirror, monkeypatch, "gsm8k", [lines, lines]), None, "dev")] == ["5"] * 11
     text = b"\xef\xbb\xbfQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     text += b"1\t2\t3\ta\tb\r\n0\t4\t5\tc\td\r\n1\t6\t7\te\tf\r\n"
-    files = {"glue/data/mrpc_dev_ids.tsv": b"4\t5\n", "senteval/senteval_data/msr_paraphrase_train.txt": text}
-    mirror.files.update({"/dl.fbaipublicfiles.com/" + name: body for name, body in files.items()})
-    sources = tuple(
-        ("", address, hashlib.sha256(files[address.removeprefix(data.FACEBOOK)]).hexdigest())
-        for _, address, _ in TASKS["mrpc"].sources
-    )
-    task = replace(TASKS["mrpc"], sources=sources)
+    task = serve(mirror, monkeypatch, "mrpc", [b"4\t5\n", text])
     assert [row["text"] for row in data.read(task, None, "dev")] == ["c"]
     with pytest.raises(UserError, match="all labels are '1'"):
         data.read(task)
 
 
-def test_fetch_a_set_in_several_files(tmp_path, mirror):
+def test_fetch_a_set_in_several_files(mirror):
     """UltraFeedback: what was fetched before an interruption is not taken for the whole."""
     _, rows, prompts, _ = PUBLISHED["ultrafeedback"]
-    addresses = ["/" + address.removeprefix("https://") for _, address, _ in TASKS["ultrafeedback"].sources]
+    addresses = [place(address) for _, address, _ in TASKS["ultrafeedback"].sources]
     assert len(addresses) == 6
     mirror.files.update(dict.fromkeys(addresses[:4], jsonl(rows).encode()))
     for _ in range(2):
         with pytest.raises(UserError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
             data.read(TASKS["ultrafeedback"])
     mirror.files.update(dict.fromkeys(addresses, jsonl(rows).encode()))
-    assert len(data.read(TASKS["ultrafeedback"])) + len(data.read(TASKS["ultrafeedback"], None, "dev")) == 6 * len(
-        prompts
-    )
+    found = [len(data.read(TASKS["ultrafeedback"], None, split)) for split in ("train", "dev")]
+    assert sum(found) == 6 * len(prompts)
     assert [mirror.asked.count(address) for address in addresses] == [1, 1, 1, 1, 3, 1]
 
 
 def test_fetch_gzipped_lines(mirror):
     _, rows, prompts, _ = PUBLISHED["humaneval"]
-    mirror.files["/" + TASKS["humaneval"].sources[0][1].removeprefix("https://")] = gzip.compress(jsonl(rows).encode())
+    mirror.files[place(TASKS["humaneval"].sources[0][1])] = gzip.compress(jsonl(rows).encode())
     for _ in range(2):
         assert [row["prompt"] for row in data.read(TASKS["humaneval"], None, "dev")] == prompts
     assert len(mirror.asked) == 1
 
 
-def test_no_network_is_one_line(tmp_path):
-    """RANKS_MIRROR points at a closed port."""
+def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
+    """A closed port, then a server that does not have the file."""
+    with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
+        data.read(TASKS["piqa"])
+    monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
     for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put"), (TASKS["cifar100"], "unpack")):
-        with pytest.raises(
-            UserError,
-            match=f"cannot fetch https://.*: download it elsewhere and {verb} it into "
-            f"{tmp_path}/cache/.*, or name a folder with its files by --data",
-        ) as caught:
+        pattern = (f"cannot fetch https://.*: download it elsewhere and {verb} it into {tmp_path}/cache/.*, "
+                   "or name a folder with its files by --data")
+        with pytest.raises(UserError, match=pattern) as caught:
             data.read(task)
         assert "\n" not in str(caught.value)
     assert not leftovers(tmp_path)
 
 
-def test_missing_on_the_server(mirror):
-    with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
-        data.read(TASKS["piqa"])
-
-
 # ---------------------------------------------------------------------------------------------------------- real data
 
-
-REAL = {
-    ("cola", "glue"): (8551, 1043),
-    ("sst2", "glue"): (67349, 872),
-    ("stsb", "glue"): (5749, 1500),
-    ("boolq", "commonsense"): (9427, 3270),
-    ("obqa", "commonsense"): (4957, 500),
-    ("arc-e", "commonsense"): (2251, 2376),
-    ("arc-c", "commonsense"): (1119, 1172),
-    ("piqa", "commonsense"): (0, 1838),
-    ("siqa", "commonsense"): (0, 1954),
-    ("winogrande", "commonsense"): (0, 1267),
-    ("gsm8k", "."): (7473, 1319),
-}
+REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb", "glue"): (5749, 1500),
+        ("boolq", "commonsense"): (9427, 3270), ("obqa", "commonsense"): (4957, 500),
+        ("arc-e", "commonsense"): (2251, 2376), ("arc-c", "commonsense"): (1119, 1172),
+        ("piqa", "commonsense"): (0, 1838), ("siqa", "commonsense"): (0, 1954), ("winogrande", "commonsense"): (0, 1267),
+        ("gsm8k", "."): (7473, 1319)}
 
 
 @pytest.mark.parametrize("name, folder", REAL)
-def test_real_files(name, folder):
-    """Every row of the real files is read; expected outputs contain their own answers."""
+def test_real_files(name, folder, caplog):
+    """Every row and column of the real files is read; expected outputs contain their own answers."""
     if not SHARED.is_dir():
         pytest.skip("no ../shared with the real data")
     task = data.find_task(name, SHARED / folder)
     for split, count in zip(("train", "dev"), REAL[name, folder]):
         rows = data.read(task, SHARED / folder, split) if count else []
-        assert len(rows) == count
-        assert all(
-            data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in rows if "target" in row
-        )
+        assert len(rows) == count and "not read" not in caplog.text
+        scored = [row for row in rows if "target" in row]
+        assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in scored)
 
 
 def test_real_commonsense_together():
@@ -1625,7 +1563,6 @@ def test_real_text_through_a_real_tokenizer():
     folder = checkpoint("minilm")
     rows = data.read(TASKS["stsb"], SHARED / "glue", "dev", limit=300)
     split = data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder), 32)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)(
-        [row["text"] for row in rows], [row["pair"] for row in rows], truncation=True, max_length=32
-    )["input_ids"]
+    texts = [[row[name] for row in rows] for name in ("text", "pair")]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)(*texts, truncation=True, max_length=32)["input_ids"]
     assert [list(ids) for ids in split.tokens] == theirs

@@ -390,10 +390,10 @@ def test_a_run_that_stays_bad_stops_and_names_the_batch(method, log_every, tmp_p
         calls.append(1)
         return criterion(*args) * (float("nan") if len(calls) >= 9 else 1)
 
-    def watch(split, indices, *rest):
+    def watch(split, indices, *rest, **options):
         if len(split) > 100:  # not the validation rows, nor those of the evaluation
             batches.append(split.pixels[indices])
-        return collate(split, indices, *rest)
+        return collate(split, indices, *rest, **options)
 
     monkeypatch.setattr(train, "criterion", turned_bad)
     monkeypatch.setattr(data, "collate", watch)
