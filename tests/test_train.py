@@ -277,10 +277,10 @@ def test_lelora_never_trains_on_its_validation_rows(checkpoints, texts, tmp_path
         splits.append(encode(self, rows, max_length))
         return splits[-1]
 
-    def watch(split, indices, *rest):
+    def watch(split, indices, *rest, **options):
         if split is splits[0]:
             trained.update(indices)
-        return collate(split, indices, *rest)
+        return collate(split, indices, *rest, **options)
 
     monkeypatch.setattr(data.Processor, "training", remember)
     monkeypatch.setattr(data, "collate", watch)
