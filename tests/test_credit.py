@@ -1,0 +1,93 @@
+"""credit against a float64 NumPy transcription: gradients of the gates, the dealing, and what is left afterwards."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
+
+import allocators
+import lora
+from model import UserError
+
+ALL = ["query", "key", "value", "out", "up", "down"]
+
+
+def build(steps=40, **changes):
+    torch.manual_seed(0)
+    return allocators.Credit(Tiny(), settings(**{"method": "credit", "rank": 2, "credit_steps": 4, **changes}), steps)
+
+
+def deal(credit, cost, cap, budget, power):
+    """The docstring of Credit in plain loops."""
+    share, units = [max(c, 0) ** power / k for c, k in zip(credit, cost)], [0] * len(credit)
+    while True:
+        worth = [(s / (u + 1), -u) if u < most and k <= budget else (-1, 0)
+                 for s, u, most, k in zip(share, units, cap, cost)]
+        best = worth.index(max(worth))
+        if worth[best] == (-1, 0):
+            return units
+        units[best] += 1
+        budget -= cost[best]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(targets=ALL), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=0.5),
+    dict(targets=["up", "down"], credit_cap=1.5), dict(targets=ALL, credit_power=0.0, freeze_a=True),
+    dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL)], ids=str)
+def test_credit_and_ranks_are_the_formulas(changes):
+    allocator = build(**changes)
+    s, names, training = allocator.settings, list(allocator.layers), training_of(allocator)
+    costs = [layer.out_features + layer.in_features * (not s.freeze_a) for layer in allocator.layers.values()]
+    own = [min(layer.weight.shape) for layer in allocator.layers.values()]
+    credit = np.zeros(len(names))
+    for step, (x, labels) in enumerate(batches(4), start=1):
+        merged, updates = Tiny().double(), {}
+        for name, layer in allocator.layers.items():  # d loss / d g = <d loss / d W', dW' / dg> at W' = W + g s B A
+            A, B, W = layer.A.detach().double(), layer.B.detach().double(), merged.get_submodule(name).weight
+            updates[name] = layer.scale * B @ A
+            if s.dora:  # the lengths that are divided by are constants
+                factor = (layer.magnitude.detach() / (W + updates[name]).norm(dim=1))[:, None]
+                W.data, updates[name] = factor * (W + updates[name]), factor * updates[name]
+            else:
+                W.data += updates[name]
+            W.requires_grad_(True)
+        F.cross_entropy(merged(x.double()), labels).backward()
+        credit -= [(merged.get_submodule(name).weight.grad * updates[name]).sum().item() for name in names]
+        train(training, [(x, labels)], first=step)
+        np.testing.assert_allclose(allocator.credit, credit, rtol=1e-4, atol=1e-5 * abs(credit).max())
+        assert (allocator.allocations == 1) == (step == 4) and (step == 1) == (not credit.any())
+
+    costs = costs if s.credit_budget == "parameters" else [1] * len(names)
+    budget, cap = s.rank * sum(costs), [min(m, int(s.credit_cap * s.rank)) for m in own]
+    expected = deal(allocator.credit.tolist(), costs, cap, budget, s.credit_power)
+    assert list(allocator.ranks().values()) == expected
+    spent = sum(k * units for k, units in zip(costs, expected))
+    assert budget - min(costs) < spent <= budget and max(expected) <= s.credit_cap * s.rank
+    assert set(lora.adapters(allocator.model)) == {name for name, units in zip(names, expected) if units}
+    for name, layer in allocator.layers.items():  # plain LoRA, fresh, at one scale
+        assert layer.g is None and layer.scale == s.alpha / s.rank and (layer.start is not None or not layer.B.any())
+    train(training, batches(4, seed=1), first=5)
+    allocator.check_ranks()
+    assert all(layer.B.any() for layer in allocator.layers.values()) and not allocator.own
+    assert len(set(expected)) > 1 or not s.credit_power
+
+
+def test_dealing_by_hand():
+    assert allocators.dealt_units([4.0, 2.0, 1.0, 0.0], [1] * 4, [9] * 4, 7) == [4, 2, 1, 0]
+    assert allocators.dealt_units([4.0, 2.0, 1.0, 0.0], [1] * 4, [2] * 4, 7) == [2, 2, 2, 1]
+    assert allocators.dealt_units([4.0, 2.0], [5, 3], [9] * 2, 14) == [2, 1]  # a third does not fit
+    assert allocators.dealt_units([0.0] * 3, [2] * 3, [9] * 3, 15) == [3, 2, 2]  # nobody earns: all alike
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_resumed_run_is_the_same_to_the_bit(stop):
+    whole, parts = resumes_to_the_same_bits(lambda: build(targets=ALL, steps=12), list(batches(12)), stop)
+    assert parts.allocations == 1 and torch.equal(whole.credit, parts.credit)
+
+
+def test_flags():
+    allocator = build(credit_examples=50)
+    assert [allocator.examples(step) for step in (1, 4, 5)] == [50, 50, 0] and build(credit_steps=0).warmup == 10
+    with pytest.raises(UserError, match="--credit-steps 40"):
+        build(credit_steps=40)
