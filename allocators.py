@@ -245,16 +245,12 @@ def given_ranks(s, names):
                         '{"blocks.0.query": 4, ...}') from None
     unknown = [name for name in ranks if name not in names]
     if unknown or not any(ranks.values()):
-        raise UserError(f"--ranks {file}: " + (f"{unknown[0]} is no target of this run: choose --targets to fit" if
-                                               unknown else "all ranks are 0"))
-    ranks = [ranks.get(name, 0) for name in names]
+        wrong = f"{unknown[0]} is no target of this run: choose --targets to fit" if unknown else "all ranks are 0"
+        raise UserError(f"--ranks {file}: {wrong}")
+    order = range(len(names))
     if s.ranks_shuffled:
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(s.seed)).tolist()
-        ranks = [ranks[i] for i in order]
-    return dict(zip(names, ranks))
-
-
-# ---------------------------------------------------------------------------------------------- static shapes
+    return {name: ranks.get(names[i], 0) for name, i in zip(names, order)}
 
 
 class Static(Allocator):
@@ -302,9 +298,6 @@ class Direct(Allocator):
         return self.size
 
 
-# ---------------------------------------------------------------------------------------------- AdaLoRA
-
-
 class AdaLora(Allocator):
     """AdaLoRA (Zhang et al. 2023): W + s P diag(lambda) Q, and lambda of the least sensitive triplets is set to zero.
 
@@ -321,12 +314,9 @@ class AdaLora(Allocator):
 
     def setup(self):
         s = self.settings
-        self.t_init, t_final = s.adalora_t_init, s.adalora_t_final
-        if self.t_init is None:
-            self.t_init = round(0.1 * self.steps)
-        if t_final is None:
-            t_final = min(round(0.5 * self.steps), max(0, self.steps - 2))
-        self.end = self.steps - t_final
+        half = min(round(0.5 * self.steps), max(0, self.steps - 2))
+        self.t_init = round(0.1 * self.steps) if s.adalora_t_init is None else s.adalora_t_init
+        self.end = self.steps - (half if s.adalora_t_final is None else s.adalora_t_final)
         if not 0 <= self.t_init < self.end <= self.steps or self.end < 2:
             raise UserError(f"--adalora-t-init {self.t_init} and --adalora-t-final {self.steps - self.end} leave "
                             f"no time to allocate in a run of {self.steps} steps; lower them or train longer")
@@ -347,15 +337,11 @@ class AdaLora(Allocator):
         return super().parameters() + [self.g]
 
     def penalty(self, inputs, labels, outputs):
-        """Orthogonality of P and Q: the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F.
-
-        `adalora_penalty` "squared" is Eq. 4 instead: their squares, summed over all matrices.
-        """
+        """Orthogonality of P and Q (Eq. 4): the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F."""
         grams = [product for stack in self.stacks for product in (stack.A @ stack.A.mT, stack.B.mT @ stack.B)]
         gram = torch.cat(grams)  # (2 n, R, R)
         norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device))
-        squared = self.settings.adalora_penalty == "squared"
-        return self.settings.adalora_orth * (norms.square().sum() if squared else norms.mean())
+        return self.settings.adalora_orth * norms.mean()
 
     @torch.no_grad()
     def after_step(self, step):
@@ -393,19 +379,15 @@ class AdaLora(Allocator):
         return int((full - target) * left ** 3 + target)
 
 
-# ---------------------------------------------------------------------------------------------- La-LoRA
-
-
 class LaLora(Allocator):
     """La-LoRA (Gu et al. 2025, Algorithm 1): a rank for every transformer block, from the norms of its adapters.
 
     All adapters of block i use the first r_i of their `rank` components; the others are switched off and stand still.
-    Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. Flags: `lalora_gamma` is gamma;
-    `lalora_budget` "grow" is Eq. 5, "full" holds D = r L, where every block has rank r; `lalora_fidelity` is f: "step"
-    as in Eq. 10, "truncation" as in the text of section 3.3 (truncated over full norm), "initial" as in section 5.2
-    (Eq. 10 with the norms at the start, of which B's are 0), "off" 1; `lalora_score` is c: "norm" as in Eq. 9, "fisher"
-    as in section 5.7, see `after_backward`; `lalora_softmax` "relative" divides c by its mean over the blocks, as is
-    always done with Fisher information: with "raw" norms Eq. 8 gives all to one block where they are large.
+    Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. `lalora_budget` "full" holds D = r L, where
+    every block has rank r; `lalora_fidelity` "truncation" is section 3.3's text (truncated over full norm), "initial"
+    section 5.2's: Eq. 10 with the norms at the start, of which B's are 0; `lalora_score` "fisher" is section 5.7's. A
+    "relative" softmax divides c by its mean over the blocks: with "raw" norms Eq. 8 gives all to one where they are
+    large.
     """
 
     refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's
@@ -444,8 +426,8 @@ class LaLora(Allocator):
     def after_step(self, step):
         s, L, r = self.settings, *self.mask.shape
         energy, last = self.squared_norms("data").cumsum(2), self.block_ranks[self.block][:, None] - 1  # ..., (n, 1)
-        norms = [e.gather(2, last.expand(2, -1, 1)).sqrt().squeeze(2) for e in (energy, self.energy, self.initial)]
-        new, old, initial = norms  # (2, n) each
+        new, old, initial = (e.gather(2, last.expand(2, -1, 1)).sqrt().squeeze(2)  # (2, n) each
+                             for e in (energy, self.energy, self.initial))
         if s.lalora_budget == "grow":
             s_new, s_old = self.member @ new.sum(0), self.member @ old.sum(0)  # Eq. 7; both at r_i: 1 / r_i cancels
             growth = ((s_new - s_old) / s_old).mean()  # Eq. 6
@@ -453,8 +435,7 @@ class LaLora(Allocator):
         if s.lalora_score == "fisher":
             c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
         else:
-            full = energy[:, :, -1].sqrt()
-            above, below = {"step": (old, new), "truncation": (new, full), "initial": (initial, new),
+            above, below = {"step": (old, new), "truncation": (new, energy[:, :, -1].sqrt()), "initial": (initial, new),
                             "off": (new, new)}[s.lalora_fidelity]
             f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
             c = self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
@@ -492,19 +473,15 @@ def whole_ranks(shares, total, r):
     return 1 + torch.zeros_like(order).scatter_(0, order, given.long()).view_as(unmet).sum(1)
 
 
-# ---------------------------------------------------------------------------------------------- WeightLoRA
-
-
 class WeightLora(Allocator):
     """WeightLoRA and WeightLoRA+: W + omega_i s B A; a short warm-up finds the K matrices worth adapting (Eqs. 1-2).
 
     For T steps omega, one number per matrix, follows StoIHT (Appendix B): a plain gradient step, scaled by the learning
-    rate's schedule as in the authors' code, then only the K largest stay, those tied with the K-th included;
-    `weightlora_threshold` "end" does the second only after step T. `weightlora_rank_by` says which are the largest:
-    omega ("value", the authors' code), |omega| ("magnitude", the text), or |omega - 1| ("moved"; the rest then go back
-    to 1). Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and
-    every other matrix is its plain frozen layer again. Ties that step T leaves go to the matrix that comes first in
-    the model. Raises UserError for a K or T that cannot work.
+    rate's schedule as in the authors' code, then only the K largest stay, those tied with the K-th included; with
+    `weightlora_threshold` "end" only after step T. What is not the largest by "moved", |omega - 1|, goes back to 1.
+    Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and all others
+    are plain frozen layers again. Ties that step T leaves go to the matrix that comes first in the model. Raises
+    UserError for a K or T that cannot work.
     """
 
     dynamic = True
@@ -545,8 +522,7 @@ class WeightLora(Allocator):
         self.omega -= s.weightlora_lr * self.rate * self.own[0].grad[:, 0].double()
         if last or s.weightlora_threshold == "every":
             score = self.score()
-            rest = 1.0 if s.weightlora_rank_by == "moved" else 0.0
-            self.omega.masked_fill_(score < score.topk(self.keep).values[-1], rest)
+            self.omega.masked_fill_(score < score.topk(self.keep).values[-1], float(s.weightlora_rank_by == "moved"))
         self.own[0].data.copy_(self.omega[:, None])
         if last:
             best = self.score().argsort(descending=True, stable=True)[:self.keep].tolist()
@@ -595,9 +571,6 @@ def matrices_to_keep(settings, n):
     return keep
 
 
-# ---------------------------------------------------------------------------------------------- credit
-
-
 class Credit(WeightLora):
     """Rank in proportion to what it earns: this project's own method, on WeightLoRA's gate.
 
@@ -607,10 +580,9 @@ class Credit(WeightLora):
         credit_i = - sum over the T steps of dL/dg_i
         share_i = max(credit_i, 0)^power / cost_i
 
-    cost_i is what a unit of rank costs: its in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". The
-    cost of uniform LoRA of rank r is dealt out in units of rank, each to the largest share_i / (units_i + 1) among the
-    matrices that may still have one: at most `credit_cap` r units, their own rank, and what is left of the budget. Then
-    all start afresh as plain LoRA of that rank, at one scale, and without a unit as plain frozen layers.
+    cost_i is what a unit of rank costs: in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". What
+    uniform LoRA of rank r costs is dealt out unit by unit, each to the largest share_i / (units_i + 1) that may have
+    one: at most `credit_cap` r, its own rank, and what is left. Then all start afresh as plain LoRA, at one scale.
     """
 
     saved = ("credit",)
@@ -694,9 +666,9 @@ class LeLora(Allocator):
             self.spectra[i, :len(S)], self.where[i] = S, window_indices(len(S), R)
         self.masks = torch.zeros(len(self.dims), len(self.locations), 3 * R, device=self.device)
         for i, r in enumerate(self.dims):
-            starts = {"first": 0, "middle": R, "last": 3 * R - r}
             for j, location in enumerate(self.locations):
-                self.masks[i, j, starts[location]:starts[location] + r] = 1
+                first = {"first": 0, "middle": R, "last": 3 * R - r}[location]
+                self.masks[i, j, first:first + r] = 1
         self.dimension = torch.tensor(self.dims, dtype=torch.float64, device=self.device)
         place = [(block, lora.TARGETS.index(kind)) for _, block, kind in self.sites]
         self.place = torch.tensor(place, device=self.device)  # (n, 2)
@@ -743,13 +715,11 @@ class LeLora(Allocator):
         self.current.copy_(self.dimension[self.choice[:, 0]])
 
     def after_step(self, step):
-        s = self.settings
-        if step % s.lelora_every:
-            return False
-        if s.lelora_ablate != "random":
-            self.learn(self.validation_loss().float())
-        self.allocations += 1
-        self.act(step)
+        if step % self.settings.lelora_every == 0:
+            if self.settings.lelora_ablate != "random":
+                self.learn(self.validation_loss().float())
+            self.allocations += 1
+            self.act(step)
         return False
 
     def learn(self, after):
@@ -860,10 +830,10 @@ METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static,
 def policy(method):
     """The class of a method: a name in METHODS, or `file.py:Class` for one in a file of your own; raises UserError."""
     file, colon, name = method.rpartition(":")
-    if not colon:
-        if method not in METHODS:
-            raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, or name my_policy.py:MyPolicy")
+    if method in METHODS:
         return METHODS[method]
+    if not colon:
+        raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, or name my_policy.py:MyPolicy")
     if not Path(file).is_file():
         raise UserError(f"--method {method}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

@@ -139,8 +139,6 @@ class Settings:
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
     adalora_orth: float = setting(0.1, "adalora", "gamma, weight of the orthogonality penalty; its authors' scripts: "
                                                   "0.1, RTE and STS-B 0.3; PEFT: 0.5")
-    adalora_penalty: str = setting("norm", "adalora", "mean of the norms, as in its authors' code and PEFT, or Eq. 4: "
-                                                      "the sum of their squares", ("norm", "squared"))
     lalora_gamma: float = setting(None, "lalora", "gamma, how fast the budget grows (Eq. 5); default by --rank")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, truncated over full norm (section 3.3's prose), norm "
