@@ -117,6 +117,9 @@ class Allocator:
         al. 2024) gives B its own learning rate, and DoRA's lengths, as the authors' code does.
         """
         s, init = self.settings, init or self.settings.init
+        twice = [name for name in ranks if name in self.layers]
+        if twice:
+            raise UserError(f"{type(self).__name__}: {twice[0]} has an adapter already: drop it first")
         layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
         for layer in layers.values() if init != "lora" else ():
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
@@ -163,7 +166,7 @@ class Allocator:
     def watcher(self, name):
         """A hook that calls `watch` in training passes."""
         def see(layer, inputs):
-            if layer.training:
+            if layer.training and layer.enabled:
                 self.watch(name, inputs[0], self.real)
         return see
 

@@ -482,7 +482,7 @@ def on_parts(optimizer):
 # What a run must save is named where it is made, in `saved`; these two functions are all that reads it.
 
 
-def children(thing):
+def children(thing, name):
     """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
     if isinstance(thing, dict):
         return thing
@@ -492,8 +492,10 @@ def children(thing):
         return thing.state_dict()
     if isinstance(thing, torch.optim.Optimizer):
         return {i: state for i, state in thing.state_dict()["state"].items()}
-    names = [name for part in reversed(type(thing).__mro__) for name in vars(part).get("saved", ())]
-    return {name: getattr(thing, name) for name in dict.fromkeys(names)}
+    names = [child for part in reversed(type(thing).__mro__) for child in vars(part).get("saved", ())]
+    if not names:
+        raise TypeError(f"{name}: a {type(thing).__name__} cannot be kept over a restart")
+    return {child: getattr(thing, child) for child in dict.fromkeys(names)}
 
 
 def state_of(thing, name="run"):
@@ -506,7 +508,7 @@ def state_of(thing, name="run"):
         return {name: torch.tensor(thing, dtype=torch.float64)}
     if thing is None:
         return {}
-    return {key: value for child, part in children(thing).items()
+    return {key: value for child, part in children(thing, name).items()
             for key, value in state_of(part, f"{name}.{child}").items()}
 
 
@@ -524,11 +526,14 @@ def restore(thing, state, name="run"):
                 held.setdefault(int(i), {})[entry] = value
         thing.load_state_dict({"state": held, "param_groups": thing.state_dict()["param_groups"]})
     else:
-        for child, part in children(thing).items():
+        for child, part in children(thing, name).items():
+            at = f"{name}.{child}"
             if isinstance(part, (bool, int, float)):
-                setattr(thing, child, type(part)(state[f"{name}.{child}"].item()))
+                setattr(thing, child, type(part)(state[at].item()))
             elif part is not None:
-                restore(part, state, f"{name}.{child}")
+                restore(part, state, at)
+            elif any(key == at or key.startswith(f"{at}.") for key in state):
+                raise TypeError(f"{at}: was saved, but is None before the restart's first step: make it in setup")
 
 
 # ---------------------------------------------------------------------------------------------- adapter files

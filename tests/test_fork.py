@@ -1,0 +1,337 @@
+"""What a fork of this project relies on: policies of its own, optimizers of its own, activations, given ranks."""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_lora import batch, pair
+from tiny import Tiny, batches, checkpoint, interrupted_after, resumed, resumes_to_the_same_bits, settings, train
+from tiny import training_of
+
+import allocators
+import lora
+import train as program
+from model import UserError
+
+README = Path(program.__file__).with_name("README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- policies and restarts
+
+
+def test_the_readmes_policy_resumes_to_the_same_ranks_budget_and_adapter(tmp_path):
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Thaw" in block]
+    (tmp_path / "thaw.py").write_text(source)
+    flags = ["--method", f"{tmp_path}/thaw.py:Thaw", "--limit-train", "60", "--limit-eval", "30", "--steps", "12",
+             "--batch-size", "6", "--rank", "4", "--save-every", "3", "--log-every", "4"]
+    program.main([*flags, "--out", str(tmp_path / "whole")])
+    with interrupted_after(8):
+        program.main([*flags, "--out", str(tmp_path / "parts")])
+    program.main(["--resume", str(tmp_path / "parts")])
+    whole, parts = ([json.loads((tmp_path / run / "result.json").read_text())["trainable_params"],
+                     (tmp_path / run / "ranks.jsonl").read_text(),
+                     load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")] for run in ("whole", "parts"))
+    assert whole[:2] == parts[:2] and 0 < whole[0]["mean"] < whole[0]["peak"]
+    assert whole[2].keys() == parts[2].keys() and all(torch.equal(whole[2][key], parts[2][key]) for key in whole[2])
+
+
+class Late(allocators.Allocator):
+    """Switches components off at step 5, and has neither `saved` nor `restored` that would do so after a restart."""
+
+    told = 2
+
+    def after_step(self, step):
+        if step == 5:
+            for layer in self.layers.values():
+                layer.g = torch.tensor([1.0, 1.0, 0.0, 0.0])
+            self.current.fill_(self.told)
+
+
+def test_ranks_that_differ_from_the_adapters_are_found(monkeypatch):
+    training = train(training_of(Late(Tiny(), settings(), 10)), batches(6))
+    training.allocator.check_ranks()
+    again = resumed(Late(Tiny(), settings(), 10), checkpoint(training))
+    with pytest.raises(UserError, match="has rank 2, but its g lets 4 .* `saved`"):
+        again.allocator.check_ranks()
+    monkeypatch.setattr(Late, "told", 4)  # g without `current`
+    with pytest.raises(UserError, match="has rank 4, but its g lets 2 .* `saved`"):
+        train(training_of(Late(Tiny(), settings(), 10)), batches(6)).allocator.check_ranks()
+
+
+class Keeps(allocators.Allocator):
+    saved = ("thing",)
+
+
+@pytest.mark.parametrize("before, after", [("phase 2", "phase 1"), (torch.ones(2), None), ({1, 2}, {1})])
+def test_state_that_cannot_be_kept_is_an_error(before, after):
+    first, again = (Keeps(Tiny(), settings(), 10) for _ in range(2))
+    first.thing, again.thing = before, after
+    with pytest.raises(TypeError, match="thing"):
+        resumed(again, checkpoint(training_of(first)))
+
+
+class Drop(allocators.Allocator):
+    """LoRA-drop: after 6 steps the half of the matrices whose update is smallest lose their adapters."""
+
+    def after_step(self, step):
+        if step != 6:
+            return False
+        size = {name: layer.delta().norm().item() for name, layer in self.layers.items()}
+        self.drop(sorted(size, key=size.get)[:len(size) // 2])
+        return True
+
+
+class Grow(allocators.Allocator):
+    """Blocks get adapters one after the other; at step 9 one is replaced by one of higher rank."""
+
+    def setup(self):
+        self.grow(0, 2)
+
+    def grow(self, block, rank):
+        self.add({name: rank for name, i, _ in self.sites if i == block})
+
+    def after_step(self, step):
+        if step in (3, 6):
+            self.grow(step // 3, 3)
+        if step == 9:
+            self.drop(["blocks.0.query"])
+            self.add({"blocks.0.query": 5})
+        return step in (3, 6, 9)
+
+
+class Masked(Drop):
+    """Components are held still, too."""
+
+    saved = ("masks",)
+
+    def setup(self):
+        super().setup()
+        self.masks = torch.ones(len(self.names), self.settings.rank)
+        for layer, mask in zip(self.layers.values(), self.masks):
+            layer.mask_updates(mask)
+
+    def after_step(self, step):
+        self.masks.copy_((torch.arange(4) + step) % 4 > 0)
+        return super().after_step(step)
+
+
+def moments(training):
+    """The optimizers' state of every adapter, {(name, "A" or "B"): state or None}."""
+    found = {}
+    for optimizer in training.optimizers:
+        for p, state in optimizer.state.items():
+            for i, part in enumerate(getattr(p, "parts", [p])):
+                found[part] = {key: t[i] if p is not part and t.dim() else t for key, t in state.items()}
+    return {(name, key): found.get(getattr(layer, key)) for name, layer in training.allocator.layers.items()
+            for key in "AB"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("policy, changes_at", [(Drop, [6]), (Masked, [6]), (Grow, [3, 6, 9])])
+def test_adapters_come_and_go_and_the_others_go_on(policy, changes_at, optimizer):
+    build = lambda: policy(Tiny(), settings(optimizer=optimizer, weight_decay=0.1, dropout=0.1), 12)
+    data, training, before = list(batches(12)), training_of(build()), {}
+
+    def follow():
+        before.update(copy.deepcopy(moments(training)))  # adapters have come or gone, the optimizers not followed
+        program.Training.follow(training)
+
+    training.follow = follow
+    for step, batch in enumerate(data, start=1):
+        held = dict(training.allocator.layers)
+        train(training, [batch], first=step)
+        assert bool(before) == (step in changes_at)
+        after = moments(training)
+        for (name, key), old in before.items():
+            assert (old is None) == (held.get(name) is not training.allocator.layers[name])  # new ones start afresh
+            assert old or not after[name, key]
+            assert all(torch.equal(value, after[name, key][k]) for k, value in (old or {}).items())
+        before.clear()
+        training.allocator.check_ranks()
+    for stop in (2, 6, 10):
+        resumes_to_the_same_bits(build, data, stop)
+
+
+def test_a_matrix_has_one_adapter():
+    allocator = allocators.Allocator(Tiny(), settings(), 10)
+    with pytest.raises(UserError, match="blocks.1.value has an adapter"):
+        allocator.add({"blocks.1.value": 2})
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+
+
+class Sign(torch.optim.Optimizer):
+    """A forker's own: sign descent with momentum, state made in the first step, weight decay."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            state["count"] = state.get("count", 0) + 1
+            state["mean"] = state.get("mean", torch.zeros_like(p)).lerp(p.grad, 0.3)
+            p.mul_(0.99).sub_(state["mean"].sign(), alpha=1e-2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.2),
+    lambda params: torch.optim.RMSprop(params, lr=1e-2, momentum=0.5, weight_decay=0.2), Sign], ids=["sgd", "rms", "own"])
+def test_any_optimizer_holds_components_still(make):
+    """Each component goes as under the optimizer alone, fed only the steps in which it may move and none is bad."""
+    torch.manual_seed(0)
+    whole = lora.stacked([torch.nn.Parameter(torch.randn(4, 5)) for _ in range(3)])
+    masks = torch.ones(3, 4)
+    for part, mask in zip(whole.parts, masks):
+        part.active = mask[:, None]
+    alone = [[torch.nn.Parameter(row.clone()) for row in part] for part in whole.data]
+    optimizer, others = lora.hold_still(make([whole])), [[make([row]) for row in rows] for rows in alone]
+    for step in range(40):
+        masks.copy_(torch.rand(3, 4) < 0.5)
+        bad, grad = step % 7 == 3, torch.randn(3, 4, 5)
+        before = whole.detach().clone()
+        whole.grad = grad * masks[..., None]
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        moved = masks.bool() & ~torch.tensor(bad)
+        assert torch.equal((whole != before).any(2), moved)
+        for i, k in moved.nonzero().tolist():
+            alone[i][k].grad = grad[i, k].clone()
+            others[i][k].step()
+    torch.testing.assert_close(whole.detach(), torch.stack([torch.stack(rows) for rows in alone]).detach())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_muon_is_torchs_on_each_matrix_and_holds_still(masked):
+    allocator = (Masked if masked else allocators.Allocator)(Tiny(), settings(optimizer="muon", weight_decay=0.1), 99)
+    training, other = training_of(allocator), copy.deepcopy(allocator.model)
+    params = [p for name, p in other.named_parameters() if name.endswith((".A", ".B"))]
+    muon = torch.optim.Muon(params, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step, (x, labels) in enumerate(batches(5), start=1):
+        before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
+        still = allocator.masks[0] == 0 if masked else torch.zeros(4, dtype=torch.bool)
+        train(training, [(x, labels)], first=step)
+        assert all(torch.equal((layer.A != before[name]).any(1), ~still) for name, layer in allocator.layers.items())
+        if not masked:
+            F.cross_entropy(other(x), labels).backward()
+            muon.step()
+            muon.zero_grad()
+            for name, layer in allocator.layers.items():
+                torch.testing.assert_close(layer.B, other.get_submodule(name).B, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- the base model, activations
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(init="pissa"), dict(init="milora", dora=True), dict(method="lelora")])
+def test_disabled_adapters_leave_the_base_model(changes, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKS_CACHE", str(tmp_path))
+    s, model, base, x = settings(**changes, rank=2), Tiny(dim=16), Tiny(dim=16), torch.randn(9, 16)
+    allocator = allocators.METHODS[s.method](model, s, 20)
+    allocator.validation_loss = lambda: torch.tensor(1.0)
+    train(training_of(allocator), batches(20, dim=16))
+    trained = model(x)
+    with lora.disabled(model):
+        torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(x), trained) and (trained - base(x)).abs().max() > 0.01
+
+
+class Watch(allocators.Allocator):
+    """Sums each matrix's inputs over the real tokens; its penalty is the KL to the base model."""
+
+    summed = ("total",)
+
+    def setup(self):
+        super().setup()
+        self.total = torch.zeros(len(self.names), self.model.get_submodule(self.names[0]).in_features)
+        self.seen, self.terms = [], []
+
+    def watch(self, name, x, real):
+        x = x if real is None else x * real[..., None]
+        self.total[self.names.index(name)] += x.detach().flatten(0, -2).sum(0)
+
+    def penalty(self, inputs, labels, outputs):
+        with torch.no_grad(), lora.disabled(self.model):
+            base = self.model(**inputs)
+        kl = F.kl_div(outputs.log_softmax(-1), base.softmax(-1), reduction="batchmean")
+        self.terms.append(kl.detach())
+        return kl
+
+    def after_backward(self, step):
+        self.seen.append(self.total.clone())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_policy_sees_real_tokens_of_all_passes_and_the_base_model(compiled, tmp_path):
+    model, base = (pair("roberta", tmp_path)[1] for _ in range(2))
+    allocator = Watch(model, settings(), 10)
+    training = program.Training(allocator.settings, model.train(), "classify", allocator)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # as train.py has it
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)  # a graph break is an error
+    plain, inputs_of = pair("roberta", tmp_path)[1], {}
+    for name in allocator.names:
+        plain.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs_of.setdefault(name, []).append(args[0]))
+    generator = torch.Generator().manual_seed(2)
+    data = [batch("roberta", generator)[1:] for _ in range(3)]
+    training.step(1, [(inputs, labels, 1 / 18) for inputs, labels in data])  # all is still as in the base model
+    assert len(allocator.terms) == 3 and max(allocator.terms) < 1e-6
+    for inputs, _ in data:
+        plain(**inputs)
+    for row, name in zip(allocator.seen[0], allocator.names):
+        expected = sum((x * inputs["mask"][..., None]).sum((0, 1)) for x, (inputs, _) in zip(inputs_of[name], data))
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+    base.head.load_state_dict(model.head.state_dict())  # which is trained, too
+    with torch.no_grad():
+        now = [model(**inputs).log_softmax(-1) for inputs, _ in data]
+        expected = [F.kl_div(a, base(**inputs).softmax(-1), reduction="batchmean") for a, (inputs, _) in zip(now, data)]
+    allocator.total.zero_()  # it was filled by what this test computed in training mode
+    training.step(2, [(inputs, labels, 1 / 18) for inputs, labels in data])
+    torch.testing.assert_close(torch.stack(allocator.terms[3:]), torch.stack(expected), rtol=1e-3, atol=1e-6)
+    model.eval()(**data[0][0])
+    assert min(allocator.terms[3:]) > 1e-5 and not allocator.total.any()  # zeroed after the step; evaluation is not seen
+
+
+# ---------------------------------------------------------------------------------------------- given ranks, flags
+
+
+def test_given_ranks(tmp_path):
+    names = [name for name, _, _ in lora.sites(Tiny(), ["query", "value"])]
+    first, last = dict.fromkeys(names, 9), dict(zip(names, (1, 0, 3, 4, 2, 7)))
+    (tmp_path / "ranks.jsonl").write_text("".join(json.dumps({"step": 1, "ranks": r}) + "\n" for r in (first, last)))
+    (tmp_path / "own.json").write_text(json.dumps({name: rank for name, rank in last.items() if rank}))
+    build = lambda **changes: allocators.Allocator(Tiny(), settings(**changes), 10)
+    for source in (tmp_path, tmp_path / "own.json"):
+        allocator = build(ranks=str(source))
+        assert allocator.ranks() == last and {n: layer.rank for n, layer in allocator.layers.items()} == {
+            name: rank for name, rank in last.items() if rank}
+        assert all(layer.scale == 8 / 4 for layer in allocator.layers.values())
+    dealt = [tuple(build(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks().values()) for seed in (0, 0, 1, 2)]
+    assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
+    (tmp_path / "wrong.json").write_text('{"blocks.0.up": 4}')
+    (tmp_path / "zeros.json").write_text('{"blocks.0.query": 0}')
+    for name, text in (("wrong.json", "blocks.0.up is no target"), ("zeros.json", "all ranks are 0"), ("none", "no ranks")):
+        with pytest.raises(UserError, match=text):
+            build(ranks=str(tmp_path / name))
+
+
+def test_a_flag_is_one_line_with_its_bounds():
+    @dataclass
+    class Mine(program.Settings):
+        knob: float = program.setting(0.0, "policy", "a knob whose default is 0", low=-1, high=2)
+
+    parse = lambda *flags: Mine(**vars(program.parser_of(Mine, "").parse_args(flags)))
+    for flags in ([], ["--knob", "1.5"], ["--lelora-policy-lr", "0"]):
+        program.check_bounds(parse(*flags))
+    with pytest.raises(UserError, match="--knob 2.0: must be a number from -1 on and below 2"):
+        program.check_bounds(parse("--knob", "2"))
