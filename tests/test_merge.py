@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_train import checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,31 +23,28 @@ peft = pytest.importorskip("peft")
 
 RUNS = [("bert", "text-classification", "classes", "lora"), ("bert", "text-regression", "scores", "adalora"),
         ("roberta", "text-classification", "classes", "lelora"), ("llama", "boolq", "", "weightlora+"),
-        ("llama", "text-classification", "classes", "lalora"), ("bert", "text-classification", "classes", "lora --dora --init pissa"), ("vit", "digits-rot90", None, "empirical"),
-        ("bert", "text-classification", "classes", "bitfit"), ("llama", "boolq", "", "full"), ("vit", "digits", None, "full")]
+        ("llama", "text-classification", "classes", "lalora"), ("vit", "digits-rot90", None, "empirical"),
+        ("bert", "text-classification", "classes", "lora --dora --init pissa"), ("vit", "digits", None, "full"),
+        ("bert", "text-classification", "classes", "bitfit"), ("llama", "boolq", "", "full")]
 AUTO = {"boolq": "CausalLM", "digits": "ImageClassification", "digits-rot90": "ImageClassification"}
-
-
-@pytest.fixture(scope="session")
-def roberta(tmp_path_factory):
-    """The folder of a tiny random RoBERTa without a head."""
-    folder = tmp_path_factory.mktemp("roberta")
-    torch.manual_seed(1)
-    transformers.RobertaModel(transformers.RobertaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
-        vocab_size=tokenizer_into(folder, "bert"), max_position_embeddings=40, pad_token_id=0)).save_pretrained(folder)
-    return folder
 
 
 def trained(model, task, folder, method, out, request):
     """A short run's folder, with settings that move the weights far."""
-    own = ["--limit-train", 64, "--limit-eval", 30]
-    if model == "roberta":
-        own += ["--model", request.getfixturevalue("roberta"), "--data", request.getfixturevalue("texts") / folder]
-    elif model != "vit":
-        own += ["--model", request.getfixturevalue("checkpoints") / model, "--data", request.getfixturevalue("texts") / folder]
-    main(*own, "--task", task, "--method", *method.split(), "--out", out, "--steps", 12, "--batch-size", 8, "--lr", 2e-2, "--max-length",
-         64 if model == "llama" else 32, "--no-eval-before", *(["--rank", 4] if method not in ("full", "bitfit") else []))
+    length, own = 64 if model == "llama" else 32, []
+    if model != "vit":
+        base, texts = request.getfixturevalue("checkpoints") / model, request.getfixturevalue("texts")
+        own = ["--model", base, "--data", texts / folder]
+    if model == "roberta":  # without a head
+        own[1] = out.parent / "roberta"
+        own[1].mkdir()
+        torch.manual_seed(1)
+        transformers.RobertaModel(transformers.RobertaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+            vocab_size=tokenizer_into(own[1], "bert"), max_position_embeddings=40, pad_token_id=0)).save_pretrained(own[1])
+    main(*own, "--task", task, "--method", *method.split(), "--out", out, "--steps", 12, "--batch-size", 8, "--lr", 2e-2,
+         "--limit-train", 64, "--limit-eval", 30, "--max-length", length, "--no-eval-before",
+         *(["--rank", 4] if method not in ("full", "bitfit") else []))
     return out
 
 
@@ -103,38 +101,40 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
     assert (part / "README.md").read_text() == card.replace(f'"{part.name}"', '"."')
 
 
-def test_memory_holds_the_weights_once(checkpoints, tmp_path):
-    """Anonymous memory at its peak while merging: one copy of the weights and a few of the largest matrix."""
-    torch.manual_seed(0)
-    (tmp_path / "base").mkdir()
-    size = tokenizer_into(tmp_path / "base", "llama")
-    config = transformers.LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8,
-                                      vocab_size=size, bos_token_id=1, eos_token_id=2)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="20MB")
-    weights = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
-    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "the cat", "output": "is good"}] * 20))
-    main("--model", tmp_path / "base", "--task", "instructions", "--data", tmp_path, "--steps", 1, "--batch-size", 1, "--rank", 4,
-         "--max-length", 128, "--no-eval-before", "--limit-eval", 1, "--out", tmp_path / "run")
-    program = f"""
+MEASURE = """
 import sys, threading, time
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, sys.argv[1])
 import eval as evaluation
 def resident():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-evaluation.models.load({str(checkpoints / "llama")!r})  # imports what torch imports late
+evaluation.models.load(sys.argv[2])  # imports what torch imports late
 peak, start = [0], resident()
 def watch():
     while True:
         peak[0] = max(peak[0], resident())
         time.sleep(0.001)
 threading.Thread(target=watch, daemon=True).start()
-evaluation.main(["merge", {str(tmp_path / "run")!r}, {str(tmp_path / "merged")!r}])
+evaluation.main(["merge", *sys.argv[3:]])
 print(peak[0] - start)
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("no /proc: memory not measured")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: memory not measured")
+def test_memory_holds_the_weights_once(checkpoints, tmp_path):
+    """Anonymous memory at its peak while merging: one copy of the weights and a few of the largest matrix."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8, bos_token_id=1,
+        vocab_size=tokenizer_into(base, "llama"), eos_token_id=2)).save_pretrained(base, max_shard_size="20MB")
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "the cat", "output": "is good"}] * 20))
+    main("--model", base, "--task", "instructions", "--data", tmp_path, "--steps", 1, "--batch-size", 1, "--rank", 4,
+         "--max-length", 128, "--no-eval-before", "--limit-eval", 1, "--out", run)
+    done = subprocess.run([sys.executable, "-c", MEASURE, ROOT, checkpoints / "llama", run, tmp_path / "merged"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     peak, largest = int(done.stdout.split()[-1]), 4 * 512 * 1024
     assert weights > 150e6
     assert 0.9 * weights < peak < weights + 4 * largest + 10e6, (peak, weights)
@@ -148,11 +148,10 @@ def test_merge_takes_the_dtype_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["merge", "{run}", "{full}"], "not empty"), (["merge", "{run}", "{file}"], "not empty"), (["merge", "{run}"], "RUN and OUT"),
-    (["merge"], "RUN and OUT"), (["merge", "{none}", "{out}"], "run.json"), (["merge", "{unfinished}", "{out}"], "did the run finish"),
-    (["merge", "{damaged}", "{out}"], "damaged"), (["merge", "{run}", "{out}", "--limit-eval", "3"], "no flags but"),
-    (["{run}", "{out}"], "unexpected"), (["{run}", "--adapter", "{run}/adapter"], "its own adapter"),
-    (["merge", "{run}", "{file}/out"], "file")])
+    ("merge {run} {full}", "not empty"), ("merge {run} {file}", "not empty"), ("merge {run}", "RUN and OUT"),
+    ("merge", "RUN and OUT"), ("merge {none} {out}", "run.json"), ("merge {unfinished} {out}", "did the run finish"),
+    ("merge {damaged} {out}", "damaged"), ("merge {run} {out} --limit-eval 3", "no flags but"),
+    ("merge {run} {file}/out", "file"), ("{run} {out}", "unexpected"), ("{run} --adapter {run}/adapter", "its own adapter")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(argv, expected, tmp_path, capsys, short):
     for name in ("unfinished", "damaged"):
         shutil.copytree(short, tmp_path / name)
@@ -160,12 +159,12 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(argv, expected, tm
     weights = tmp_path / "damaged" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("keep")
-    (tmp_path / "file").write_text("keep")
+    for mine in (tmp_path / "full" / "mine", tmp_path / "file"):
+        mine.write_text("keep")
     before = sorted(tmp_path.rglob("*"))
     places = {"run": short, **{name: tmp_path / name for name in ("full", "file", "none", "out", "unfinished", "damaged")}}
     with pytest.raises(SystemExit) as stop:
-        evaluation.command(lambda: evaluation.main([part.format(**places) for part in argv]))
+        evaluation.command(lambda: evaluation.main([part.format(**places) for part in argv.split()]))
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == ""
     assert re.search(expected, printed.err.strip().splitlines()[-1]), printed.err
@@ -193,7 +192,6 @@ def short(tmp_path_factory):
 
 
 def front_matter(text):
-    import yaml
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
@@ -216,41 +214,37 @@ NAMES = ["a`b``c", "pipe | and *star*", "quote \" and 'quote'", "new\nline\n---\
          "```\nimport os", "back\\slash", "köln 模型", "- list: [1, {2}]", "undecodable \udcff"]
 
 
+def card_of(short, tmp_path, name, labels=None):
+    """(front matter, text) of the card of a run on a model of this name, with labels of these names."""
+    for file in ("metrics.jsonl", "ranks.jsonl"):
+        shutil.copy(short / file, tmp_path)
+    run = json.loads((short / "run.json").read_text())
+    run["settings"]["model"], run["labels"] = name, labels or run["labels"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "adapter").mkdir(exist_ok=True)
+    evaluation.write_cards(tmp_path)
+    return front_matter((tmp_path / "README.md").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_breaks_the_card(name, short, tmp_path):
     """Model folders and labels with any characters: the front matter parses, code stays code, tables keep their columns."""
-    import yaml
-    run = json.loads((short / "run.json").read_text())
-    run["settings"]["model"], run["labels"] = f"/models/{name}", [name, "other", *map(str, range(8))]
-    for file in ("metrics.jsonl", "ranks.jsonl"):
-        (tmp_path / file).write_text((short / file).read_text())
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    (tmp_path / "adapter").mkdir()
-    evaluation.write_cards(tmp_path)
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    front, body = front_matter(text)
+    front, body = card_of(short, tmp_path, f"/models/{name}", [name, "other", *map(str, range(8))])
     assert "base_model" not in front and front["library_name"] == "peft"
     assert [line for line in body.splitlines() if line.startswith("#")] == [body.splitlines()[1]]
     assert len(re.findall("^```", body, re.M)) == 2 and body.rstrip().endswith("```")
     (code,) = re.findall(r"^```python\n(.*?)^```", body, re.S | re.M)
-    tree = ast.parse(code)  # Python that says what was meant
-    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    assert f"/models/{name}" in values and name in values
+    values = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f"/models/{name}" in values and name in values  # Python that says what was meant
     for table in re.findall(r"(?:^\|.*\|\n)+", body, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_hub_names_are_the_cards_base_model(short, tmp_path):
-    for file in ("metrics.jsonl", "ranks.jsonl"):
-        (tmp_path / file).write_text((short / file).read_text())
-    (tmp_path / "adapter").mkdir()
-    for name, expected in [("roberta-base", "FacebookAI/roberta-base"), ("some-one/a.model_2", "some-one/a.model_2"), ("../x", None),
-                           ("a/b/c", None), ("modèle/x", None)]:
-        run = json.loads((short / "run.json").read_text())
-        run["settings"]["model"] = name
-        (tmp_path / "run.json").write_text(json.dumps(run))
-        evaluation.write_cards(tmp_path)
-        assert front_matter((tmp_path / "README.md").read_text())[0].get("base_model") == expected
+@pytest.mark.parametrize("name, expected", [
+    ("roberta-base", "FacebookAI/roberta-base"), ("some-one/a.model_2", "some-one/a.model_2"), ("../x", None),
+    ("a/b/c", None), ("modèle/x", None)])
+def test_hub_names_are_the_cards_base_model(name, expected, short, tmp_path):
+    assert card_of(short, tmp_path, name)[0].get("base_model") == expected
 
 
 def test_hubs_own_parser_reads_the_card(short):
