@@ -1221,7 +1221,8 @@ def save(model, folder, shard_bytes=5_000_000_000):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for hf, names in shard.items():
-            tensor = torch.cat([model.get_parameter(name).detach().cpu() for name in names])
+            parts = [model.get_parameter(name).detach().cpu() for name in names]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
             tensors[hf] = (tensor.T if is_transposed(model, names[0]) else tensor).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
