@@ -652,6 +652,78 @@ def normalise_pixels(pixels, image):
     return (pixels * image["scale"] - mean) / std
 
 
+# -------------------------------------------------------------------- SQuAD: questions whose answer is part of a text
+
+def read_squad(task, data, split):
+    """SQuAD's own layout, as {id, text: the question, pair: its context, answers, span: characters of the first one}.
+
+    In squad2 answers may be empty; span is then None.
+    """
+    def objects(row, key, where):
+        return [get({key: item}, key, where, dict) for item in get(row, key, where, list)]
+
+    path, ids = locate(task, data, split)[0], set()
+    for where, file in read_json(path):
+        articles = objects(file, "data", where)
+        paragraphs = [part for article in articles for part in objects(article, "paragraphs", where)]
+        for paragraph, asked in ((part, asked) for part in paragraphs for asked in objects(part, "qas", where)):
+            context, name, span = get(paragraph, "context", where), get(asked, "id", where), None
+            where = f"{path} question {name}"
+            answers = objects(asked, "answers", where)
+            texts = [get(answer, "text", where) for answer in answers]
+            if name in ids or not answers and task.name == "squad":
+                raise UserError(f"{where}: {'twice' if name in ids else 'no answer: use --task squad2, or'} remove it")
+            if answers:
+                start = get(answers[0], "answer_start", where, int)
+                span = (start, start + len(texts[0]))
+                if context[start:span[1]] != texts[0]:
+                    note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
+            ids.add(name)
+            yield where, {"id": name, "text": get(asked, "question", where), "pair": context, "answers": texts,
+                          "span": span}
+
+
+def encode_spans(rows, tokenizer, max_length):
+    """Return the Split of windows over the rows' contexts, several where a context is too long for one.
+
+    labels (N, 2): first and last token of the answer; 0, 0 ([CLS]) if not all of it is in the window, or there is none.
+    Source: transformers' run_qa.py.
+    """
+    split = Split("span", [], [], [], [], [] if tokenizer.types else None, offsets=[], pad_id=tokenizer.pad_id)
+    for i, window in tokenizer.windows([row["text"] for row in rows], [row["pair"] for row in rows], max_length):
+        context = np.flatnonzero(np.array(window.sequence_ids) == 1)
+        offsets = np.full((len(window), 2), -1, np.int32)
+        offsets[context] = np.array(window.offsets)[context]
+        (starts, ends), span, label = offsets[context].T, rows[i]["span"], (0, 0)
+        if span and len(context) and starts[0] <= span[0] and span[1] <= ends[-1]:
+            first, last = np.searchsorted(starts, span[0], side="right") - 1, np.searchsorted(ends, span[1])
+            label = (context[first], context[last])
+        split.rows.append(rows[i])
+        split.lengths.append(len(window))
+        split.labels.append(label)
+        split.tokens.append(np.array(window.ids, np.int32))
+        split.offsets.append(offsets)
+        if tokenizer.types:
+            split.types.append(np.array(window.type_ids, np.int32))
+    split.labels = torch.tensor(np.array(split.labels))
+    return split
+
+
+def best_span(logits, offsets, candidates=20, longest=30):
+    """Return (score, start, end) of a window's best answer, characters of the context; score -inf where there is none.
+
+    The score is the sum of the logits (T, 2) of its first and its last token, each among the likeliest `candidates`;
+    it has `longest` tokens at most. Source: postprocess_qa_predictions in transformers' utils_qa.py.
+    """
+    first, last = np.argsort(-logits, axis=0, kind="stable")[:candidates].T
+    first = first[:, None]
+    start, end = offsets[first, 0], offsets[last, 1]
+    fits = (start >= 0) & (end > start) & (first <= last) & (last < first + longest)  # (candidates, candidates)
+    scores = np.where(fits, logits[first, 0] + logits[last, 1], -np.inf)
+    i, j = np.unravel_index(scores.argmax(), scores.shape)
+    return (scores[i, j], start[i, 0], end[j]) if fits.any() else (-math.inf, 0, 0)
+
+
 # -------------------------------------------------------------------------------------------------- prompts and answers
 
 def prompt(text, extra=""):
@@ -798,7 +870,7 @@ def normalise(answer):
 class Task:
     """One row of TASKS; base, large and steps default to values of ours, for tasks that no paper has."""
     name: str
-    kind: str                        # "classify", "regress", "lm" (an instruction and its answer) or "image"
+    kind: str                        # "classify", "regress", "span", "lm" (an instruction and its answer) or "image"
     metrics: tuple                   # the first is the headline
     reader: object                   # reader(task, data, split) yields (where, row)
     labels: tuple = ()               # class names in order; () = find_task finds them in the training rows
@@ -824,6 +896,7 @@ class Task:
 FACEBOOK, GITHUB = "https://dl.fbaipublicfiles.com/", "https://raw.githubusercontent.com/"
 HUB = "https://huggingface.co/datasets/"
 ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/main/"
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 GSM8K = GITHUB + "openai/grade-school-math/master/grade_school_math/data/"
 FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 RESISC = "https://storage.googleapis.com/remote_sensing_representations/"
@@ -870,6 +943,14 @@ def complete(name, file, address, sample, reader=read_instructions, **more):
                 sample=sample, **more)
 
 
+def squad(name, version, epochs):
+    """Return the row of a version of SQuAD, with the settings of weightlora Table 12."""
+    files = {split: (f"{split}-{version}.json", f"{split}.json") for split in ("train", "dev")}
+    sources = tuple((split, SQUAD + names[0], None) for split, names in files.items())
+    return Task(name, "span", ("exact_match", "f1"), read_squad, (), files, name, sources, base=(3e-4, 32, epochs),
+                large=(3e-4, 32, epochs), max_length=384)
+
+
 TASKS = {task.name: task for task in (
     glue("cola", "CoLA", ("matthews",), ("sentence", None, "label"), BINARY, "CoLA.zip",
          "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff", (4e-4, 64, 80), (4e-4, 16, 20), 1024,
@@ -895,6 +976,8 @@ TASKS = {task.name: task for task in (
          "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5", (4e-4, 128, 25), (1e-4, 6, 10), 256),
     glue("rte", "RTE", ("accuracy",), ("sentence1", "sentence2", "label"), ENTAIL, "RTE.zip",
          "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee", (4e-4, 128, 80), (3e-4, 16, 20), 256),
+    squad("squad", "v1.1", 10),
+    squad("squad2", "v2.0", 15),
     choose("boolq", "boolq", "true", "false"),
     choose("piqa", "piqa", "solution1", "solution2"),
     choose("siqa", "social_i_qa", *ANSWERS),
@@ -1148,6 +1231,22 @@ class Tokenizer:
             said[i] = ids
         return asked, said, len(apart)
 
+    def windows(self, questions, contexts, max_length, overlap=128, longest=64):
+        """Yield (index, encoding) of every window over every context, each after its question's first `longest` tokens.
+
+        A context's next window begins with the last `overlap` tokens of the one before. UserError: too small a length.
+        """
+        least = longest + self.backend.num_special_tokens_to_add(True) + overlap + 1
+        if max_length < least:
+            raise UserError(f"max length {max_length} leaves no room for a question and a text: use at least {least}")
+        bar = tqdm(questions, "tokenizing", leave=False, disable=len(questions) < 10_000)
+        for i, (question, context) in enumerate(zip(bar, contexts)):
+            offsets = self.backend.encode(question.lstrip(), add_special_tokens=False).offsets[:longest]
+            self.backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
+            encoding = self.backend.encode(question.lstrip()[:offsets[-1][1] if offsets else 0], context)
+            self.backend.no_truncation()
+            yield from ((i, window) for window in (encoding, *encoding.overflowing))
+
     def decode(self, ids, prompt=()):
         """Return the text of ids generated after a prompt's ids, without special tokens.
 
@@ -1248,9 +1347,10 @@ class Split:
     kind: str
     rows: list
     lengths: list
-    labels: torch.Tensor | None = None          # long or float (N,), None for lm
+    labels: torch.Tensor | None = None          # long or float (N,), span: long (N, 2), None for lm
     tokens: list | None = None                  # N int32 arrays
     types: list | None = None
+    offsets: list | None = None                 # span: characters of the row's context (T, 2), -1 outside it
     starts: list | None = None                  # lm: where the answers begin
     pixels: torch.Tensor | None = None          # uint8 (N, C, H, W), of the model's size
     image: dict | None = None                   # image_settings
@@ -1258,6 +1358,9 @@ class Split:
 
     def __len__(self):
         return len(self.lengths)
+
+    def count_rows(self):
+        return len(set(map(id, self.rows)) or self)  # of SQuAD's windows, several may be of one row
 
 
 class Processor:
@@ -1346,6 +1449,8 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
             pixels[i] = fit(np.asarray(row["pixels"]), image, where)
         labels = torch.tensor([row["label"] for row in rows])
         return Split(task.kind, [], [pixels[0].size] * len(rows), labels, pixels=torch.from_numpy(pixels), image=image)
+    if task.kind == "span":
+        return encode_spans(rows, tokenizer, max_length)
     if task.kind != "lm":
         pairs = [row["pair"] for row in rows] if "pair" in rows[0] else None
         tokens, types = tokenizer.encode([row["text"] for row in rows], pairs, max_length)
@@ -1401,7 +1506,8 @@ def collate(split, indices, pad_to=None, device="cpu"):
     """Return (inputs on the device, labels) for model(**inputs); images stay uint8 until they are there.
 
     pad_to: widths to round up to, for compiled code to see few shapes.
-    classify, regress: tokens, mask, [types] (B, T); labels (B,) long or float. image: pixels (B, C, H, W) float.
+    classify, regress, span: tokens, mask, [types] (B, T); labels (B,) long or float, span: (B, 2) long.
+    image: pixels (B, C, H, W) float.
     lm: tokens, mask and positions (N,), the flat indices into B * T whose next token is part of an answer; labels (N,)
     those next tokens: the loss is on answers only.
     """
@@ -1424,7 +1530,9 @@ def collate(split, indices, pad_to=None, device="cpu"):
 
 def count_labels(split, indices):
     """Return how many labels `collate` gives for these examples."""
-    return len(indices) if split.kind != "lm" else sum(split.lengths[i] - max(split.starts[i], 1) for i in indices)
+    if split.kind != "lm":
+        return split.labels[indices].numel()
+    return sum(split.lengths[i] - max(split.starts[i], 1) for i in indices)
 
 
 def prompts(split, indices):
@@ -1486,8 +1594,8 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
 
     Encoders on GLUE: lelora Tables 5 and 6, with rank, alpha, dropout and length, which they leave open, of weightlora
     Table 9. Decoders on GLUE: weightlora Table 10, learning rate and warmup from the middle of its grids. Instructions:
-    lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. Ours: images, the user's own tables,
-    full fine-tuning's and bitfit's learning rates. warmup: a share of all steps, or a number of steps from 1 on.
+    lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. SQuAD: its Table 12.
+    Ours: images, the user's own tables, full fine-tuning's and bitfit's learning rates. warmup: a share of all steps, or a number of steps from 1 on.
     """
     lr, batch_size, epochs = task.base if size < 1024 else task.large
     chosen = dict(lr=lr, batch_size=batch_size, epochs=epochs, steps=None, warmup=0.06, weight_decay=0.1, rank=8,
@@ -1499,6 +1607,8 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
         chosen.update(llama_glue, steps=5000, warmup=500)
     elif task.kind == "lm":
         chosen.update(lr=3e-4, batch_size=64, epochs=3, warmup=100, weight_decay=0.0, rank=32, alpha=64, dropout=0.05)
+    elif task.kind == "span":
+        chosen.update(warmup=100, weight_decay=1e-4, alpha=32, dropout=0.05)
     elif family not in ("bert", "roberta", "deberta-v2"):
         chosen.update(llama_glue, steps=task.steps, warmup=30)
     elif size >= 1024:

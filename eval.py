@@ -18,8 +18,10 @@ import math
 import os
 import re
 import shutil
+import string
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +80,28 @@ def _mean_ranks(values):
     return (last - (counts - 1) / 2)[inverse]
 
 
+def plain(text):
+    """Lower case without punctuation, articles and further spaces, as SQuAD's evaluation scripts compare answers."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_scores(found, answers, version2=False):
+    """(exact match, F1 of words) of an answer, with the best of the right `answers`; the numbers of SQuAD's scripts.
+
+    In version 2 right answers without words do not count; where none is left, no answer "" is the right one.
+    """
+    rights = [plain(text) for text in answers]
+    if version2:
+        rights = [right for right in rights if right] or [""]
+    found, f1s = plain(found), []
+    for right in rights:
+        words, right_words = found.split(), right.split()
+        common = sum((Counter(words) & Counter(right_words)).values())
+        f1s.append(2 * common / (len(words) + len(right_words)) if common else float(version2 and found == right == ""))
+    return float(found in rights), max(f1s)
+
+
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
@@ -106,6 +130,8 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
             result["accuracy"] = float(np.mean(likeliest))
         elif generate and task.new_tokens:
             result |= _generated(model, task, split, batch_size, tokenizer, samples)
+    elif task.kind == "span":
+        result = _spans(model, task, split, bar)
     else:
         outputs, labels = [], []
         for indices in bar:
@@ -132,6 +158,28 @@ def logits(model, inputs):
 def token_loss(model, inputs, labels):
     """Sum of the cross-entropies of a batch's answer tokens, 0-d float32; never holds the logits of all of them."""
     return logits(model, {**inputs, "labels": labels})
+
+
+def _spans(model, task, split, batches):
+    """Exact match and F1 of the best answer in all windows of a question; squad2: or of none, if that scores more.
+
+    No answer scores what it does in the window that finds it least likely (transformers' utils_qa.py, threshold 0).
+    """
+    best, none = {}, {}
+    for indices in batches:
+        inputs, _ = data.collate(split, indices)
+        outputs = logits(model, inputs).float()  # (B, T, 2)
+        models.require_finite(outputs, model)
+        for i, output in zip(indices, outputs.cpu().numpy()):
+            row, output = split.rows[i], output[:split.lengths[i]]
+            score, start, end = data.best_span(output, split.offsets[i])
+            best[row["id"]] = max(best.get(row["id"], (-math.inf,)), (score, row["pair"][start:end], row["answers"]))
+            none[row["id"]] = min(none.get(row["id"], math.inf), output[0].sum())
+    scores, version2 = [], task.name == "squad2"
+    for name, (score, text, answers) in best.items():
+        text = "" if version2 and none[name] > score else text
+        scores.append(answer_scores(text, answers, version2))
+    return dict(zip(task.metrics, np.mean(scores, axis=0).tolist()))
 
 
 def _perplexity(model, split, batches):
@@ -233,7 +281,7 @@ def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=Tr
         result[metric] = values["dev"] if "dev" in values else float(np.mean(list(values.values())))
         if len(each) > 1:
             result |= {f"{metric}_{name}": value for name, value in values.items() if name != "dev"}
-    return result | {"eval_rows": sum(map(len, splits.values()))}
+    return result | {"eval_rows": sum(split.count_rows() for split in splits.values())}
 
 
 # ---------------------------------------------------------------------------------------------- models, data and runs
@@ -250,14 +298,15 @@ def load(s, task, adapted=False):
     if task.kind != "image":
         folder = folder or models.resolve(s.model, weights=False)
     processor = data.Processor(task, folder, config)
-    count = {"lm": None, "regress": 1}.get(task.kind, len(task.labels))
+    count = {"lm": None, "span": None, "regress": 1}.get(task.kind, len(task.labels))
     saved, outputs, remark = config.raw.get("id2label") or {}, None, None
     names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]
     if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
         outputs, remark = match_labels(names, task.labels)
         outputs = outputs or []
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
-    model = models.load(s.model, "lm" if task.kind == "lm" else "classify", count, getattr(torch, s.dtype),
+    head = task.kind if task.kind in ("lm", "span") else "classify"
+    model = models.load(s.model, head, count, getattr(torch, s.dtype),
                         "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard, outputs=outputs)
     if task.labels:
         model.config.raw["id2label"] = dict(enumerate(task.labels))
@@ -460,6 +509,7 @@ def merge(folder, out, changes):
 
 AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
         "image": ("AutoModelForImageClassification", "image-classification"),
+        "span": ("AutoModelForQuestionAnswering", "question-answering"),
         "classify": ("AutoModelForSequenceClassification", "text-classification"),
         "regress": ("AutoModelForSequenceClassification", "text-classification")}
 

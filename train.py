@@ -230,7 +230,8 @@ def settle(s, config):
         s.targets = default_targets(kind == "decoder")
     s.task = s.task or {"decoder": "commonsense", "encoder": "cola", "vit": "digits-rot90"}[kind]
     task = data.find_task(s.task, s.data)
-    takes = {"encoder": ("classify", "regress"), "decoder": ("lm", "classify", "regress"), "vit": ("image",)}[kind]
+    takes = {"encoder": ("classify", "regress", "span"), "decoder": ("lm", "classify", "regress"),
+             "vit": ("image",)}[kind]
     if task.kind not in takes:
         raise UserError(f"--task {s.task} is of the kind '{task.kind}', but {s.model} ({config.family}) does "
                         f"{', '.join(takes)}: choose another model or task")
@@ -404,7 +405,7 @@ def shard(model, device):
     from torch.distributed.fsdp import fully_shard  # here, not above: a second that other runs need not wait for
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     whole = {p for layer in lora.adapters(model).values() for p in layer.parameters(recurse=False)}
-    whole |= set(model.head.parameters()) if model.head_kind == "classify" else set()
+    whole |= set(model.head.parameters()) if model.head_kind != "lm" else set()
     for p in whole:
         p.data = p.data.to(device)
     for module in [*model.blocks, model]:
@@ -952,7 +953,7 @@ def run(s):
             return None
         if allocator.layers:
             allocator.check_ranks()
-            task_type = {"lm": "CAUSAL_LM", "image": None}.get(task.kind, "SEQ_CLS")  # PEFT's names
+            task_type = {"lm": "CAUSAL_LM", "image": None, "span": "QUESTION_ANS"}.get(task.kind, "SEQ_CLS")  # PEFT's
             if process == 0:
                 lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type,
                                   head=task.kind != "lm")
@@ -971,7 +972,7 @@ def run(s):
         say("after training: " + evaluation.summary(after))
         first = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
         result = {"task": task.name, "method": s.method, "model": s.model, "seed": s.seed, **after, **result,
-                  "train_rows": train_rows, "eval_rows": sum(map(len, splits.values())),
+                  "train_rows": train_rows, "eval_rows": sum(split.count_rows() for split in splits.values()),
                   "before": first["eval"] if first["step"] == 0 else None, "out": str(out)}
         if warning:
             result["warning"] = warning
