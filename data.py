@@ -672,7 +672,8 @@ def read_squad(task, data, split):
             answers = objects(asked, "answers", where)
             texts = [get(answer, "text", where) for answer in answers]
             if name in ids or not answers and task.name == "squad":
-                raise UserError(f"{where}: {'twice' if name in ids else 'no answer: use --task squad2, or'} remove it")
+                problem = "is there twice" if name in ids else "has no answer, as only --task squad2 allows"
+                raise UserError(f"{where} {problem}: remove it")
             if answers:
                 start = get(answers[0], "answer_start", where, int)
                 span = (start, start + len(texts[0]))

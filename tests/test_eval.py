@@ -122,12 +122,12 @@ def test_token_loss_in_chunks_is_the_cross_entropy_and_has_its_gradients(languag
 
 def test_several_splits_are_named_and_averaged(monkeypatch):
     scores = {"boolq": 0.5, "piqa": 0.8, "dev": 0.6, "dev_mismatched": 0.2}
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, task, split, *rest: {"accuracy": scores[split]})
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, task, split, *rest: {"accuracy": scores[split.kind]})
     for names, expected in [
             (["boolq", "piqa"], {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8, "eval_rows": 9}),
             (["dev", "dev_mismatched"], {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2, "eval_rows": 17}),
             (["dev"], {"accuracy": 0.6, "eval_rows": 3})]:
-        assert evaluation.evaluate_splits(None, None, {name: name for name in names}, 1) == pytest.approx(expected)
+        assert evaluation.evaluate_splits(None, None, {name: data.Split(name, [], name) for name in names}, 1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("new_tokens, expected", [(0, 128), (256, 64), (20_000, 2)])

@@ -79,7 +79,7 @@ def make_model(folder, family, **other):
     prefix = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=360, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
         max_position_embeddings=300, **(relative if family == "deberta" else {}), **other)
     getattr(transformers, f"{prefix}Model")(config).save_pretrained(folder)
     return fast
