@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import UserError, open_weights, read_json, spellings, tied, whole_folder
+from model import Int8Linear, UserError, open_weights, read_json, spellings, tied, whole_folder
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -56,6 +56,9 @@ class LoraLinear(nn.Module):
         Both are divided by sqrt(s); then A and s B are rounded to W's dtype, the one they are computed in, so that the
         layer adds exactly what was taken off W. There is no dropout from here on, which would drop parts of W.
         """
+        if isinstance(self.linear, Int8Linear):
+            raise UserError("--weights int8: weights that are kept as int8 cannot give components to an adapter, as "
+                            "LeLoRA, PiSSA and MiLoRA have them do; leave it out")
         W = self.weight.to(A.device)  # it may wait on the CPU to be sharded
         A, B = ((t * c).to(W.dtype).float() for t, c in ((A, self.scale ** -0.5), (B, self.scale ** 0.5)))
         self.weight.data.copy_(W.float() - B @ A)
@@ -125,7 +128,10 @@ class LoraLinear(nn.Module):
     def merge(self):
         """Add the update into W, so that the layer costs what the plain one does; errors are one rounding of W."""
         if not self.merged:
-            self.weight.data.copy_(self.weight.float() + self.delta())
+            delta = self.delta()
+            if isinstance(self.linear, Int8Linear):
+                self.linear = self.linear.dequantised()
+            self.weight.data.copy_(self.weight.float() + delta)
             self.merged = True
 
     def extra_repr(self):

@@ -464,6 +464,58 @@ class TokenLoss(torch.autograd.Function):
         return *(None if g is None else (grad * g).to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
+class Int8Product(torch.autograd.Function):
+    """x W^T with W = diag(scale) q, q int8: it is cast for each product, and no float copy waits for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, q, scale):
+        ctx.save_for_backward(q, scale)
+        return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)  # the scale is float32: one rounding
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, scale = ctx.saved_tensors
+        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None
+
+
+class Int8Linear(nn.Module):
+    """A frozen Linear with W as int8, each row over its own largest entry (Dettmers et al. 2022, section 2).
+
+    `weight` is W in the dtype that it had, made anew whenever it is asked for: what is written there is lost.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.dtype, self.bias = linear.weight.dtype, linear.bias
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.scale = nn.Parameter(scale, requires_grad=False)  # (out,)
+        self.q = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)  # (out, in)
+
+    @property
+    def weight(self):
+        return (self.q * self.scale[:, None]).to(self.dtype)
+
+    def forward(self, x):
+        y = Int8Product.apply(x, self.q, self.scale)
+        return y if self.bias is None else y + self.bias
+
+    def dequantised(self):
+        """The plain frozen Linear of the same weights."""
+        linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
+        return linear
+
+
+def quantise(model, name):
+    """Keep the parameter `name` as int8 if it is the matrix of a projection in a block."""
+    path, _, leaf = name.rpartition(".")
+    parent, _, child = path.rpartition(".")
+    if name.startswith("blocks.") and leaf == "weight" and isinstance(model.get_submodule(path), Linear):
+        setattr(model.get_submodule(parent), child, Int8Linear(model.get_submodule(path)))
+
+
 def dropout(x, p):
     """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
     if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
@@ -971,7 +1023,7 @@ class ViT(Transformer):
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
-         mapped=False, outputs=None):
+         mapped=False, outputs=None, int8=False):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
@@ -980,7 +1032,8 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     that were initialised from `seed`. `outputs` are the indices of those of the checkpoint's outputs that become the
     model's, [] none: its head starts afresh; by default all, if they are as many. `mapped` leaves on the CPU what
     already has the `dtype` in the file: pages that all processes of a machine share and that are read when they are
-    used. Raises UserError for anything wrong with the name or the checkpoint.
+    used. With `int8` the matrices of the blocks are kept as Int8Linear, each from the moment it is read. Raises
+    UserError for anything wrong with the name or the checkpoint.
     """
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
@@ -1005,12 +1058,14 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     if random:
         model.fresh = [key for key in model.plain_names if not (tied(model) and key == "head.weight")]
     else:
-        model.fresh = read_weights(model, folder, dtype, device, mapped, there, outputs)
+        model.fresh = read_weights(model, folder, dtype, device, mapped, there, outputs, int8)
         model.decoding = other_decoding(folder)
     # a new head is the same on every device; a whole random model is drawn where that is fast
     generator = torch.Generator(device if random else "cpu").manual_seed(seed)
     for parameter in model.fresh:
         initialise(place(model, parameter, dtype, device), parameter, config, generator)
+        if int8:
+            quantise(model, parameter)
     if tied(model):
         model.head.weight = model.embed.weight
         model.plain_names.remove("head.weight")
@@ -1093,7 +1148,7 @@ def open_weights(path):
         raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
 
 
-def read_weights(model, folder, dtype, device, mapped, there, outputs):
+def read_weights(model, folder, dtype, device, mapped, there, outputs, int8):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have.
 
     Of a classification head with `there` outputs, those at the indices `outputs` are used; of another one, none.
@@ -1138,6 +1193,8 @@ def read_weights(model, folder, dtype, device, mapped, there, outputs):
                     else:  # copied even if nothing changes
                         parameter.copy_(part)
                     missing.remove(name)
+                    if int8:
+                        quantise(model, name)
                 del tensor, part  # before the next one is read
     where = files[0] if len(files) == 1 else folder
     if others:
@@ -1171,7 +1228,7 @@ def stored_names(model, module=False):
 
 def is_transposed(model, name):
     """Whether transformers stores the parameter transposed, as GPT-2's Conv1D does: (in, out)."""
-    return model.family == "gpt2" and name.startswith("blocks.") and model.get_parameter(name).dim() == 2
+    return model.family == "gpt2" and name.startswith("blocks.") and plain_tensor(model, name).dim() == 2
 
 
 def of_blocks(model, key):
@@ -1196,6 +1253,12 @@ def other_decoding(folder):
     return f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
 
 
+def plain_tensor(model, name):
+    """The values of the parameter `name`, of an adapted or int8 layer, too."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf).detach()
+
+
 def save(model, folder, shard_bytes=5_000_000_000):
     """Write `model` as a checkpoint folder that transformers and `load` read, in shards above `shard_bytes`.
 
@@ -1211,7 +1274,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
         old.unlink()
     shards, used, total = [{}], 0, 0
     for hf, names in stored_names(model).items():
-        size = sum(model.get_parameter(name).nbytes for name in names)
+        size = sum(plain_tensor(model, name).nbytes for name in names)
         used, total = used + size, total + size
         if used > shard_bytes and shards[-1]:
             shards, used = [*shards, {}], size
@@ -1221,7 +1284,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for hf, names in shard.items():
-            parts = [model.get_parameter(name).detach().cpu() for name in names]
+            parts = [plain_tensor(model, name).cpu() for name in names]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
             tensors[hf] = (tensor.T if is_transposed(model, names[0]) else tensor).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -1165,3 +1165,51 @@ def test_smollm2():
     settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=2)
     expected = oracle.generate(tokens, attention_mask=mask.long(), generation_config=settings)[:, 20:]
     assert generate(ours, tokens, mask, 12, 2, 2).equal(expected)
+
+
+# ---- 8-bit weights
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa-tied", "vit"])
+def test_int8(name, tmp_path):
+    """Every matrix of the blocks is within half a step of its own; products, gradients, adapters and merging follow."""
+    _, plain = (model.eval() for model in gradient_models(name, tmp_path))
+    ours = load(tmp_path, int8=True)
+    inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
+    for n in plain.plain_names:
+        exact, kept = plain.get_parameter(n), models.plain_tensor(ours, n)
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((kept - exact).abs() <= step / 2 + 1e-6).all() if n.startswith("blocks.") else kept.equal(exact)
+        exact.data.copy_(kept)
+    query = ours.blocks[0].query
+    assert query.q.dtype == torch.int8 and query.q.nbytes * 4 == query.weight.nbytes
+    with torch.no_grad():
+        close(ours(inputs), plain(inputs))
+    losses = []
+    for model in (ours, plain):  # adapters on them get the gradients of the dequantised weights
+        layers = lora.attach(model, {"blocks.0.query": 2, "blocks.1.down": 2}, alpha=4, dora=name == "bert")
+        for i, layer in enumerate(layers.values()):
+            torch.nn.init.normal_(layer.A, generator=torch.Generator().manual_seed(i))
+            torch.nn.init.normal_(layer.B, generator=torch.Generator().manual_seed(i + 9))
+        model(inputs).square().mean().backward()
+        losses.append([layer.A.grad for layer in layers.values()])
+    for gradient, expected in zip(*losses):
+        assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    refused("int8", call=lora.adapters(ours)["blocks.0.query"].split_off, args=(torch.zeros(2, 32), torch.zeros(32, 2)))
+    for model in (ours, plain):
+        for layer in lora.adapters(model).values():
+            layer.merge()
+    save(ours, tmp_path / "merged")
+    with torch.no_grad():
+        close(load(tmp_path / "merged")(inputs), plain(inputs))
+
+
+def test_int8_of_a_real_model():
+    """SmolLM2's logits within 2 % of the float ones; the matrices of its blocks take a quarter of float32's bytes."""
+    folder = real("smollm2-135m")
+    plain, ours = load(folder), load(folder, int8=True)
+    tokens, _ = batch(None, T=60, vocabulary=40000)
+    with torch.no_grad():
+        exact, logits = plain(tokens), ours(tokens)
+    assert (logits - exact).norm() < 0.02 * exact.norm()
+    sizes = [sum(p.nbytes for p in model.blocks.parameters()) for model in (ours, plain)]
+    assert sizes[0] < 0.26 * sizes[1]
