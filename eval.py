@@ -306,8 +306,9 @@ def load(s, task, adapted=False):
         outputs = outputs or []
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
     head = task.kind if task.kind in ("lm", "span") else "classify"
-    model = models.load(s.model, head, count, getattr(torch, s.dtype),
-                        "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard, outputs=outputs)
+    model = models.load(s.model, head, count, getattr(torch, s.dtype), "cpu" if shard else s.device, s.init_weights,
+                        s.seed, mapped=shard, outputs=outputs,
+                        int8=getattr(s, "weights", "float") == "int8")  # older runs have none
     if task.labels:
         model.config.raw["id2label"] = dict(enumerate(task.labels))
         model.config.raw["label2id"] = {label: i for i, label in enumerate(task.labels)}

@@ -110,6 +110,8 @@ class Settings:
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
                          ("auto", "float32", "bfloat16"))
+    weights: str = setting("float", "machine", "int8 = keep the frozen matrices of the blocks in 8 bits, a quarter of "
+                                               "float32's memory", ("float", "int8"))
     compile: str = setting("auto", "machine", "compile each block with torch.compile; auto = on a GPU",
                            ("auto", "on", "off"))
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
@@ -297,6 +299,9 @@ def check(s, policy):
         raise UserError("--ranks-shuffled: there are no --ranks to deal out")
     if s.optimizer == "muon" and s.method in ("full", "bitfit"):
         raise UserError(f"--optimizer muon: is for adapters' A and B, which --method {s.method} has not")
+    if s.weights == "int8" and (s.shard or s.method in ("full", "bitfit", "lelora") or s.init != "lora"):
+        raise UserError("--weights int8: is for adapters beside W, on one device: not for --shard, --init or the methods "
+                        "full, bitfit and lelora, which train W or its components")
     evaluation.check_device(s.device)
     if s.shard and not dist.is_initialized():
         raise UserError("--shard spreads the model over several devices: torchrun --nproc-per-node N train.py ...")

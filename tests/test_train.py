@@ -666,3 +666,23 @@ def test_untouched_models_are_evaluated(capsys):
 def test_limits_and_data_of_a_run_can_be_changed(finished):
     assert 0 <= evaluation.evaluate_run(finished, limit_eval=7)["accuracy"] <= 1
     assert (evaluation.evaluate_run(finished, limit_eval=7)["accuracy"] * 7) % 1 == pytest.approx(0)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "lalora", "weightlora"])
+def test_training_on_8_bit_weights(method, tmp_path):
+    """The loss stays near the unquantised model's, the adapter file is as ever, and the run's number can be had again."""
+    argv = ["--method", method, "--limit-train", 200, "--limit-eval", 100, "--steps", 12, "--log-every", 1]
+    losses, results = [], []
+    for weights in ("float", "int8"):
+        out = tmp_path / weights
+        results.append(main(*argv, "--weights", weights, "--out", out))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append(np.mean([line["loss"] for line in lines if "loss" in line]))
+    assert abs(losses[1] - losses[0]) < 0.01 * losses[0]
+    assert evaluation.evaluate_run(tmp_path / "int8")["accuracy"] == results[1]["accuracy"]
+
+
+@pytest.mark.parametrize("argv", [["--method", "lelora"], ["--init", "pissa"], ["--method", "full"], ["--shard"]])
+def test_8_bit_weights_are_not_for_what_trains_them(argv, tmp_path):
+    with pytest.raises(train.UserError, match="--weights int8"):
+        main(*argv, "--weights", "int8", "--out", tmp_path / "run")
