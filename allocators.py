@@ -78,8 +78,8 @@ class Allocator:
     def watch(self, name, x, real):
         """See the input x (B, T, in) of the matrix `name` in a training pass; real (B, T): no padding, None = all.
 
-        Runs inside compiled code and, with --checkpointing, twice. Add to tensors named in `summed`, whose sums over
-        all rows of the step `after_backward` then finds.
+        Add to tensors named in `summed`, whose sums over all rows of the step `after_backward` then finds. Runs inside
+        compiled code and, with --checkpointing, twice.
         """
 
     def penalty(self, inputs, labels, outputs):
@@ -222,19 +222,16 @@ class Allocator:
                                 f"{held} components through: change both together, and name in `saved` what g views")
 
     def budget(self):
-        """Trainable parameters in force, a 0-d float64 tensor: sum over matrices of rank_i (in_i + out_i).
+        """Trainable parameters in force, a 0-d float64 tensor: rank_i (in_i + out_i), or rank_i out_i if A is frozen.
 
-        A frozen A costs nothing: rank_i out_i. DoRA's lengths are counted: out_i for every adapter, whatever its rank.
+        DoRA's lengths are counted, too: out_i for every adapter.
         """
         lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
         return (self.current * self.cost).sum() + lengths
 
 
 def given_ranks(s, names):
-    """{name: rank} for uniform LoRA: --rank for all, or the final ranks of the run (or JSON file) `settings.ranks`.
-
-    With `settings.ranks_shuffled` they are dealt to the matrices at random, from the seed. Raises UserError.
-    """
+    """{name: rank} for uniform LoRA: --rank for all, or those of --ranks, with --ranks-shuffled dealt by the seed."""
     if not s.ranks:
         return dict.fromkeys(names, s.rank)
     path = Path(s.ranks)
@@ -292,13 +289,12 @@ class Direct(Allocator):
                         and (method == "full" or name.endswith("bias"))]
         if not self.trained:
             raise UserError(f"--method {method}: a {self.model.family} model has no biases to train")
-        self.size = torch.tensor(sum(p.numel() for p in self.trained), dtype=torch.float64, device=self.device)
 
     def parameters(self):
         return self.trained
 
     def budget(self):
-        return self.size
+        return torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
 
 
 class AdaLora(Allocator):
@@ -457,8 +453,8 @@ class LaLora(Allocator):
     def warning(self):
         share = float(self.budget_rank) / self.mask.numel()
         if share < 0.3:
-            return (f"La-LoRA's budget ended at {share:.0%} of r L, so most components never trained: raise "
-                    f"--lalora-gamma ({self.settings.lalora_gamma:g}) or train longer")
+            gamma = self.settings.lalora_gamma
+            return f"La-LoRA's budget ended at {share:.0%} of the most, r L: raise --lalora-gamma ({gamma:g})"
 
     def restored(self):
         self.truncate()
@@ -467,8 +463,7 @@ class LaLora(Allocator):
 def whole_ranks(shares, total, r):
     """Integers in [1, r] that sum to round(total), nearest to `shares` (L,); needs L <= total <= r L.
 
-    Every block gets 1, then the rest goes unit by unit to the largest unmet share: unit k of block i has priority
-    share_i - (k - 1). One sort, no synchronisation.
+    After 1 for all, unit k of block i has priority share_i - (k - 1). One sort, no synchronisation.
     """
     unmet = shares[:, None] - torch.arange(1, r, device=shares.device)  # (L, r - 1): units 2 to r
     order = unmet.flatten().argsort(descending=True, stable=True)
@@ -555,12 +550,9 @@ class WeightLora(Allocator):
 
 
 class RandomLora(Allocator):
-    """Uniform LoRA on K matrices drawn at random from the seed: WeightLoRA's control (RLoRA, Appendix D).
+    """Uniform LoRA on K matrices drawn at random from the seed: WeightLoRA's control (RLoRA, Appendix D)."""
 
-    They are drawn before the first step, since a warm-up whose adapters are thrown away cannot change the draw.
-    """
-
-    def setup(self):
+    def setup(self):  # no warm-up: adapters that are thrown away cannot change the draw
         s, n = self.settings, len(self.names)
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))[:matrices_to_keep(s, n)].tolist()
         self.add({name: s.rank for i, name in enumerate(self.names) if i in drawn})
@@ -624,8 +616,6 @@ def dealt_units(shares, costs, most, budget):
         units[best] += 1
         budget -= costs[best]
 
-
-# ---------------------------------------------------------------------------------------------- LeLoRA
 
 WINDOWS = ("first", "middle", "last")  # locations: the largest singular components, those from m/2 on, the smallest
 
@@ -750,10 +740,10 @@ class LeLora(Allocator):
         return {"reward": self.reward, **entropies, "location": dict(zip(self.names, windows))}
 
     def warning(self):
-        fallen = [head for i, head in self.heads if self.lowest[i] < 0.01]
+        fallen = " and ".join(head for i, head in self.heads if self.lowest[i] < 0.01)
         if fallen:
-            return (f"LeLoRA's policy collapsed: the entropy of {' and '.join(fallen)} fell below 1 % of its maximum "
-                    "before a tenth of training, so matrices stay as they happened to be; lower --lelora-policy-lr")
+            return (f"LeLoRA's policy collapsed: the entropy of {fallen} fell below 1 % of its maximum before a tenth "
+                    "of training, so matrices stay as they happened to be; lower --lelora-policy-lr")
 
     def restored(self):
         self.log_p = self.policy(self.place, self.features)
@@ -793,8 +783,8 @@ def candidates(s):
     dims, named = sorted({int(r) for r in dims}), s.lelora_locations or WINDOWS
     if set(named) - set(WINDOWS):
         raise UserError(f"--lelora-locations {','.join(named)}: choose from {','.join(WINDOWS)}")
-    locations = [w for w in WINDOWS if w in named]
-    return dims[-1:] if s.lelora_ablate == "location" else dims, ["first"] if s.lelora_ablate == "rank" else locations
+    dims = dims[-1:] if s.lelora_ablate == "location" else dims
+    return dims, [w for w in WINDOWS if w in (["first"] if s.lelora_ablate == "rank" else named)]
 
 
 def window_indices(m, R):

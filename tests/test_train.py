@@ -366,7 +366,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
             for layer in allocator.layers.values():
                 for factor in (layer.A, layer.B.T):
                     norm = torch.linalg.norm(factor @ factor.T - torch.eye(len(factor)))
-                    loss = loss + 0.5 * norm / (2 * len(allocator.layers))
+                    loss = loss + s.adalora_orth * norm / (2 * len(allocator.layers))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
