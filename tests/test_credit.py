@@ -8,7 +8,6 @@ from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, train
 
 import allocators
 import lora
-from model import UserError
 
 ALL = ["query", "key", "value", "out", "up", "down"]
 
@@ -46,11 +45,10 @@ def test_credit_and_ranks_are_the_formulas(changes):
         for name, layer in allocator.layers.items():  # d loss / d g = <d loss / d W', dW' / dg> at W' = W + g s B A
             A, B, W = layer.A.detach().double(), layer.B.detach().double(), merged.get_submodule(name).weight
             updates[name] = layer.scale * B @ A
+            W.data += updates[name]
             if s.dora:  # the lengths that are divided by are constants
-                factor = (layer.magnitude.detach() / (W + updates[name]).norm(dim=1))[:, None]
-                W.data, updates[name] = factor * (W + updates[name]), factor * updates[name]
-            else:
-                W.data += updates[name]
+                factor = (layer.magnitude.detach() / W.norm(dim=1))[:, None]
+                W.data, updates[name] = factor * W, factor * updates[name]
             W.requires_grad_(True)
         F.cross_entropy(merged(x.double()), labels).backward()
         credit -= [(merged.get_submodule(name).weight.grad * updates[name]).sum().item() for name in names]
@@ -89,5 +87,5 @@ def test_resumed_run_is_the_same_to_the_bit(stop):
 def test_flags():
     allocator = build(credit_examples=50)
     assert [allocator.examples(step) for step in (1, 4, 5)] == [50, 50, 0] and build(credit_steps=0).warmup == 10
-    with pytest.raises(UserError, match="--credit-steps 40"):
+    with pytest.raises(allocators.UserError, match="--credit-steps 40"):
         build(credit_steps=40)

@@ -369,6 +369,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
                     loss = loss + s.adalora_orth * norm / (2 * len(allocator.layers))
         optimizer.zero_grad()
         loss.backward()
+        lora.gather_gradients(params)
         torch.nn.utils.clip_grad_norm_(params, 0.5)
         optimizer.step()
         scheduler.step()
