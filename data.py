@@ -396,7 +396,7 @@ def read_arrays(task, data, split):
         raise UserError(f"{path}: CIFAR's python version is pickled, which can run code: fetch the binary version")
     else:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
                 arrays = dict(file)
         except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
@@ -518,11 +518,11 @@ def channels_first(pixels, where):
     pixels = pixels[:3]
     if pixels.dtype == np.uint8:
         return pixels
-    top = {"b": 1, "f": 1}.get(pixels.dtype.kind, 255 if pixels.max(initial=0) < 256 else 65535)
-    top = 65535 if pixels.dtype == np.uint16 else top
-    if pixels.dtype.kind not in "biuf" or not (pixels.min(initial=0) >= 0 and pixels.max(initial=0) <= top):
-        raise UserError(f"{where}: {pixels.dtype} from {pixels.min()} to {pixels.max()}, expected uint8, uint16 or "
-                        "floats in [0, 1]: scale it")
+    low, high = (pixels.min(initial=0), pixels.max(initial=0)) if pixels.dtype.kind in "biuf" else (np.nan, np.nan)
+    top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype == np.uint16 or high > 255 else 255
+    if not (low >= 0 and high <= top):
+        raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected uint8, uint16 or floats in [0, 1]: "
+                        "scale it")
     return np.rint(pixels.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
@@ -579,24 +579,19 @@ def image_settings(folder):
     for key, value in given.items():
         check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
     check(type(steps["resample"]) is int and steps["resample"] in FILTERS, "resample")
-    image = plain_image(channels, *target) | {"resample": steps["resample"], "resize": None}
+    image = plain_image(channels, *target)
+    image |= {"resample": steps["resample"], "resize": None, "mean": (0.0,), "std": (1.0,)}
     size = steps.get("size") or [*target]
-    if isinstance(size, dict) and [*size] == ["shortest_edge"]:
-        size = image["resize"] = size["shortest_edge"]
-        check(type(size) is int and 0 < size < 2**14, "size")
-    elif kind == "CLIP" and type(size) is int:
-        image["resize"] = pair(size, "size")[0]
-    else:
-        image["resize"] = pair(size, "size")
-    if not steps["do_resize"]:
-        image["resize"] = None
+    if steps["do_resize"] and isinstance(size, dict) and [*size] == ["shortest_edge"]:
+        image["resize"] = pair(size["shortest_edge"], "size")[0]
+    elif steps["do_resize"]:
+        image["resize"] = pair(size, "size")[0] if kind == "CLIP" and type(size) is int else pair(size, "size")
     if steps["do_center_crop"]:
         image["crop"] = pair(steps["crop_size"], "crop_size")
         check(image["crop"] == target, "crop_size")
     else:
         check(image["resize"] in (target, None), "size")
     image["scale"] = numbers(steps["rescale_factor"], 0, "rescale_factor")[0] if steps["do_rescale"] else 1.0
-    image["mean"], image["std"] = (0.0,), (1.0,)
     if steps["do_normalize"]:
         image["mean"] = numbers(steps["image_mean"], -1e6, "image_mean")
         image["std"] = numbers(steps["image_std"], 0, "image_std")
@@ -1136,7 +1131,8 @@ TOKENIZER_SETTINGS = set("""
     clean_up_tokenization_spaces padding_side pad_to_multiple_of pad_token_type_id padding truncation max_length stride
     truncation_strategy chat_template auto_map tokenizer_file name_or_path special_tokens_map_file errors trim_offsets
     backend is_local use_default_system_prompt model_input_names processor_class use_fast from_slow do_basic_tokenize
-    never_split vocab_type model_type sp_model_kwargs spaces_between_special_tokens full_tokenizer_file return_tensors
+    never_split vocab_type unk_id split_by_punct model_type sp_model_kwargs spaces_between_special_tokens
+    full_tokenizer_file return_tensors
 """.split())
 
 
@@ -1156,10 +1152,14 @@ class Tokenizer:
         self, path = cls(), Path(folder) / "tokenizer.json"
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             "tokenizer_config.json", "config.json", "generation_config.json"))
-        names = {**read_settings(path.with_name("special_tokens_map.json")), **names}
+        if not names.get("added_tokens_decoder"):   # written by earlier releases
+            added = read_settings(path.with_name("added_tokens.json"))
+            names |= read_settings(path.with_name("special_tokens_map.json"))
+            names["added_tokens_decoder"] = {number: {"content": token} for token, number in added.items()}
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
+        kind = re.sub("^(DistilBert|Electra|MobileBert|ConvBert)Tokenizer$", "BertTokenizer", kind)
         try:
             self.backend = build(path, kind)
             tokens = special_tokens(self.backend, names, kind)
@@ -1316,27 +1316,38 @@ def special_tokens(backend, names, kind):
 def configure(backend, names, kind, tokens):
     """Do to the backend what transformers' class `kind` does on loading: AutoTokenizer's ids."""
     model, byte_level = type(backend.model).__name__, "ByteLevel" in repr(backend.pre_tokenizer)
-    space = names.get("add_prefix_space")
+    space, before, normalizers = names.get("add_prefix_space"), tokenizers.pre_tokenizers, tokenizers.normalizers
     if kind == "BertTokenizer" and model == "WordPiece":
-        backend.normalizer = tokenizers.normalizers.BertNormalizer(
+        backend.normalizer = normalizers.BertNormalizer(
             clean_text=True, handle_chinese_chars=names.get("tokenize_chinese_chars", True),
             strip_accents=names.get("strip_accents"), lowercase=names.get("do_lower_case", True))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        backend.pre_tokenizer = before.BertPreTokenizer()
         backend.decoder = tokenizers.decoders.WordPiece()
         first, last = tokens["cls"], tokens["sep"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=[first, "$A", last], pair=[first, "$A", last, "$B:1", f"{last}:1"],
             special_tokens=[(token, backend.token_to_id(token)) for token in (first, last)])
     elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
-        if space is not None and isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel):
-            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(space))
+        if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
+            backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
         if kind == "RobertaTokenizer":
             last, first = ((tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls"))
             backend.post_processor = tokenizers.processors.RobertaProcessing(last, first)
+    elif kind == "XLMRobertaTokenizer" and model == "Unigram":
+        backend.pre_tokenizer = before.Sequence([
+            before.WhitespaceSplit(), before.Metaspace(prepend_scheme="never" if space is False else "always")])
+    elif kind == "DebertaV2Tokenizer" and model == "Unigram":
+        steps = [normalizers.Lowercase()] if names.get("do_lower_case") else []
+        backend.normalizer = normalizers.Sequence([
+            *steps, normalizers.Replace(tokenizers.Regex(r"\s{2,}|[\n\r\t]"), " "), normalizers.NFC(),
+            normalizers.Strip(left=False, right=True)])
+        steps = [before.Punctuation(behavior="isolated")] if names.get("split_by_punct") else []
+        backend.pre_tokenizer = before.Sequence([
+            *steps, before.Metaspace(prepend_scheme="first" if space is False else "always")])
     elif kind == "LlamaTokenizer" and model == "BPE" and not byte_level:
         scheme = "never" if space is False else "always" if names.get("legacy") else "first"
         backend.normalizer = None
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        backend.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
     elif kind in CLASSES and model != "Unigram" and not byte_level:
         note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
     backend.encode_special_tokens = bool(names.get("split_special_tokens"))

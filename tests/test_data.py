@@ -412,7 +412,7 @@ PAIRS = [("text", None), ("sentence", None), ("review", None), ("sentence1", "se
 @pytest.mark.parametrize("suffix", ["tsv", "quoted.tsv", "csv", "jsonl", "json"])
 @pytest.mark.parametrize("columns", PAIRS)
 def test_own_classification(tmp_path, caplog, suffix, columns):
-    """Both texts are read whatever they are called, blank last lines are no rows, a column that is not read is named."""
+    """Both texts are read whatever they are called; blank last lines are no rows; what is not read is named."""
     texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if suffix == "tsv" else "two\n\tlines"]
     labels = ["pos", "neg", "neutral", "neg"]
     names = [name for name in (*columns, "label", "remark", "uid", "weight") if name]
@@ -480,7 +480,8 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
     write(tmp_path / "train.csv", f'text,label\n"{long}",a\n\nb,b\n\n\n')
     write(tmp_path / "dev.csv", "text,label\na,a\n")
     assert [len(row["text"]) for row in classify(tmp_path)] == [500_000, 1]
-    write(tmp_path / "rough" / "train.tsv", 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n')  # no CSV: quotes are text
+    rough = 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n'     # no CSV: quotes are text
+    write(tmp_path / "rough" / "train.tsv", rough)
     write(tmp_path / "rough" / "dev.tsv", "text\tlabel\na\ta\n")
     assert [row["text"] for row in classify(tmp_path / "rough")] == ['"so" he said', '"bad', '"" ']
 
@@ -571,9 +572,10 @@ def food(folder):
 
 
 def resisc(folder):
-    names = {"train": ["dense_residential_100.jpg", "airplane_001.jpg", "airplane_002.jpg"], "test": ["airplane_003.jpg"],
-             "val": ["airplane_004.jpg"]}
-    files = {f"NWPU-RESISC45/{name.rpartition('_')[0]}/{name}": jpg(i) for i, name in enumerate(sum(names.values(), []))}
+    names = {"train": ["dense_residential_100.jpg", "airplane_001.jpg", "airplane_002.jpg"],
+             "test": ["airplane_003.jpg"], "val": ["airplane_004.jpg"]}
+    numbered = enumerate(sum(names.values(), []))
+    files = {f"NWPU-RESISC45/{name.rpartition('_')[0]}/{name}": jpg(i) for i, name in numbered}
     return files | {f"resisc45-{split}.txt": "\n".join(lines) for split, lines in names.items()}
 
 
@@ -643,7 +645,7 @@ def save_modes(folder):
 
 
 def test_photos_of_every_mode_and_size(tmp_path):
-    """Each is read upright, as uint8 of the model's size and channels; hidden files and folders in folders do no harm."""
+    """Each is read upright, as uint8 of the model's size and channels; hidden files and deep folders do no harm."""
     expected = save_modes(tmp_path)
     for file in ("b/deep/er/1.png", "b/2.png"):
         write(tmp_path / "train" / file, (tmp_path / "train" / "a" / "RGB.png").read_bytes())
@@ -688,6 +690,7 @@ PROCESSORS = {
     "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 27, "width": 29}, **CROP},
     "deit square": {"image_processor_type": "DeiTImageProcessor", "size": 28, "do_center_crop": True, "crop_size": 24},
     "small": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 13, "width": 31}, **CROP},
+    "clip crop alone": {"image_processor_type": "CLIPImageProcessor", "do_resize": False, **CROP},
     "crop alone": {"image_processor_type": "DeiTImageProcessor", "do_resize": False, **CROP},
     "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, **CROP},
     "clip old": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 26, "crop_size": 24, "do_convert_rgb": True},
@@ -701,7 +704,8 @@ def test_images_are_prepared_as_transformers_does(tmp_path, name):
     transformers, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
     settings = vit(tmp_path, 24, **PROCESSORS[name])
     pictures = [some_images(shape + (3,)) for shape in ((24, 24), (48, 64), (65, 31), (24, 9), (11, 90))]
-    pictures += [np.repeat(np.kron(np.eye(n, dtype=np.uint8), np.full((5, 7), 255, np.uint8))[..., None], 3, -1) for n in (3, 9)]
+    boards = [np.kron(np.eye(n, dtype=np.uint8), np.full((5, 7), 255, np.uint8)) for n in (3, 9)]
+    pictures += [np.repeat(board[..., None], 3, -1) for board in boards]
     rows = [{"pixels": picture.transpose(2, 0, 1), "label": 0} for picture in pictures]
     ours = data.collate(data.encode(TASKS["digits"], rows, image=settings), list(range(len(rows))))[0]["pixels"]
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
@@ -747,7 +751,8 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer = tokenizers.normalizers.BertNormalizer()
         backend.pre_tokenizer, backend.decoder = before.BertPreTokenizer(), decoders.WordPiece()
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+                   "mask_token": "[MASK]"}
         train, config = tokenizers.trainers.WordPieceTrainer, {"model_type": "bert", "type_vocab_size": 2}
         options = {"vocab_size": 200}
         template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -786,15 +791,17 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
-    write(folder / "tokenizer_config.json", {key: value for key, value in (special | settings).items() if value is not None})
+    settings = {key: value for key, value in (special | settings).items() if value is not None}
+    write(folder / "tokenizer_config.json", settings)
     write(folder / "special_tokens_map.json", special)
     write(folder / "config.json", config | ({"model_type": model_type} if model_type else {}))
     return folder
 
 
-def compare_with_transformers(folder, fast=None):
+def compare_with_transformers(folder):
     transformers = pytest.importorskip("transformers")
-    fast, ours, pairs = fast or transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer.from_folder(folder), TEXTS[::-1]
+    fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer.from_folder(folder)
+    pairs = TEXTS[::-1]
     for length in (None, 64, 16, 8):
         for second in (None, pairs):
             ids, types = ours.encode(TEXTS, second, length)
@@ -808,21 +815,29 @@ def compare_with_transformers(folder, fast=None):
     return ours
 
 
-@pytest.mark.parametrize("types", [0, 2])
-def test_sentencepiece_tokenizer_of_deberta(types, tmp_path):
-    """The tokenizer.json that transformers makes of DeBERTaV3's spm.model; types only where the model has a table."""
+PIECES = [("DebertaV2Tokenizer", {}), ("DebertaV2Tokenizer", {"do_lower_case": True}), ("XLMRobertaTokenizer", {}),
+          ("DebertaV2Tokenizer", {"split_by_punct": True}), ("XLMRobertaTokenizer", {"add_prefix_space": False})]
+
+
+@pytest.mark.parametrize("kind, settings", PIECES)
+def test_sentencepiece_tokenizers_of_encoders(kind, settings, tmp_path):
+    """The tokenizer.json that transformers makes of DeBERTaV3's and XLM-R's; types where the model has a table."""
     transformers = pytest.importorskip("transformers")
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if kind == "DebertaV2Tokenizer" else ["<s>", "<pad>", "</s>", "<unk>"]
     trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=120, show_progress=False, unk_token="[UNK]", special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]"])
+        vocab_size=120, show_progress=False, unk_token=names[3], special_tokens=names)
     pieces = tokenizers.Tokenizer(tokenizers.models.Unigram())
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     pieces.train_from_iterator(TEXTS[:4] * 5, trainer)
     vocabulary = [tuple(piece) for piece in json.loads(pieces.to_str())["model"]["vocab"]]
-    transformers.DebertaV2TokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
-    write(tmp_path / "config.json", {"model_type": "deberta-v2", "type_vocab_size": types})
+    getattr(transformers, kind)(vocab=vocabulary).save_pretrained(tmp_path)
+    saved, types = json.loads((tmp_path / "tokenizer_config.json").read_text()), 2 * bool(settings)
+    write(tmp_path / "tokenizer_config.json", saved | settings)
+    family = "deberta-v2" if kind == "DebertaV2Tokenizer" else "xlm-roberta"
+    write(tmp_path / "config.json", {"model_type": family, "type_vocab_size": types})
     ours = compare_with_transformers(tmp_path)
-    assert ours.types == bool(types) and ours.pad_id == 0
-    assert "\u2581" in ours.backend.encode("the answer").tokens
+    assert ours.types == (family == "deberta-v2" and types > 0) and ours.pad_id == (family == "xlm-roberta")
+    assert "\u2581" in ours.backend.encode("the answer").tokens or settings.get("add_prefix_space") is False
 
 
 # name: (kind, what tokenizer_config.json says against tokenizer.json); the oracle is AutoTokenizer
@@ -839,6 +854,8 @@ OVERRIDES = {
     "added": ("bert", {"tokenizer_class": "BertTokenizer", "added_tokens_decoder": {
         "900": {"content": "quick", "lstrip": False, "rstrip": False, "normalized": False, "special": False,
                 "single_word": False}, "5": {"content": "fox", "special": True}}}),
+    "special tokens": ("bert", {"tokenizer_class": "BertTokenizer", "cls_token": "[UNK]"}),
+    "electra": ("bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
     "extra": ("bpe", {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
     "roberta": ("roberta", {"tokenizer_class": "RobertaTokenizer"}),
     "roberta space": ("roberta", {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}),
@@ -846,7 +863,7 @@ OVERRIDES = {
     "gpt2 bos": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}),
     "eos": ("bpe", {"add_eos_token": True}), "neither": ("bpe", {"add_bos_token": False}),
     "llama": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}),
-    "llama eos": ("sentencepiece", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}),
+    "llama eos": ("sentencepiece", {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
     "llama no space": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
     "llama legacy": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
     "llama byte level": ("bpe", {"tokenizer_class": "LlamaTokenizer"}),
@@ -981,7 +998,8 @@ def test_classification_batches(tmp_path):
             assert width == min([bucket for bucket in (8, 16, 20) if bucket >= length], default=length)
         assert len(set(widths)) > 1
     rows = [{"text": "a", "pair": "b", "label": 2.5}]
-    assert data.collate(data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder)), [0])[1].dtype == torch.float32
+    split = data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder))
+    assert data.collate(split, [0])[1].dtype == torch.float32
 
 
 JOINED = {"sentencepiece": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer"}), "byte level": ("roberta", {}),
@@ -1188,14 +1206,13 @@ BAD = {
     "unknown task": (lambda folder: data.find_task("colla"), "no task 'colla': choose from cola, "),
     "negative limit": (lambda folder: data.read(TASKS["digits"], None, limit=-1), "limit -1: .*use 0 for all"),
     "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "no split 'test': .*dev_mismatched"),
-    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file: correct"),
+    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file: "),
     "other names": (files("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"}),
-                    r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file or its folder"),
+                    r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file"),
     "a file as folder": (files("cola", {"x.tsv": COLA}, named="x.tsv"), "x.tsv/CoLA/.*: no such file"),
     "no data": (lambda folder: data.read(TASKS["text-classification"]), "--task text-classification needs --data"),
     "no npz": (lambda folder: data.find_task("npz"), "--task npz needs --data"),
-    "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\ta\tb\n"}),
-                   "mrpc_dev_ids.tsv: no such file"),
+    "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}), "_dev_ids.tsv: no such file"),
     "empty file": (glue("cola", ""), "train.tsv: the file is empty"),
     "blank file": (glue("cola", " \n\n"), "train.tsv: the file is empty"),
     "header only": (glue("sst2", "sentence\tlabel\n"), "no train rows"),
@@ -1222,14 +1239,14 @@ BAD = {
     "half a surrogate pair": (own('{"question": "\\ud800", "answer": "b"}', "train.jsonl", "instructions"),
                               "line 1: 'question' is"),
     "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
-    "broken JSON line": (own(jsonl([GOOD, GOOD]) + "{oops}\n", "train.jsonl", "instructions"), "train.jsonl line 3: not JSON"),
+    "broken JSON line": (own(jsonl([GOOD, GOOD]) + "{oops}\n", "train.jsonl", "instructions"), "l line 3: not JSON"),
     "deeply nested JSON": (own("[" * 200_000, "train.json", "instructions"), "train.json line 1: not JSON"),
     "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
     "JSON number": (own("3", "train.json", "instructions"), "train.json line 1: int, expected an object"),
-    "JSON line with a list": (own(jsonl([GOOD]) + "[3]\n", "train.jsonl", "instructions"), "row 1: int, expected an object"),
+    "JSON line with a list": (own(jsonl([GOOD]) + "[3]\n", "train.jsonl", "instructions"), "row 1: int, expected an"),
     "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: .'instruction'.: expected"),
     "no keys": (own("{}\n", "train.jsonl", "instructions"), "line 1: ..: expected instruction"),
-    "conversation": (rows({"messages": [{"role": "user", "content": "a"}]}), "line 1: .'messages'.: expected instruction"),
+    "conversation": (rows({"messages": [{"role": "user", "content": "a"}]}), "line 1: .'messages'.: expected"),
     "broken history": (rows({**GOOD, "history": ["a"]}), "line 1 history: no column 'question'"),
     "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
     "answer is a number": (rows({"question": "a", "answer": 4}), "line 1: 'answer' is int"),
@@ -1238,7 +1255,7 @@ BAD = {
     "no box": (published("math", {"problem": "a", "solution": "4"}), r"line 1: answer '', expected one in .boxed"),
     "completions are text": (published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
                              "'completions' is str 'b'"),
-    "no rating": (published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]}),
+    "no rating": (published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}] * 2}),
                   "line 1: no column 'overall_score'"),
     "rating is text": (published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}),
                        "line 1: 'overall_score' is str 'N/A'"),
@@ -1248,7 +1265,7 @@ BAD = {
     "no tests": (published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}), "line 1: no column 0"),
     "task_id is text": (published("mbpp", {"text": "a", "code": "b", "task_id": "11", "test_list": ["c"]}),
                         "'task_id' is str '11'"),
-    "layout of nothing": (published("alpaca", {"input": "a", "output": "b"}), ": .'input', 'output'.: expected instruction"),
+    "layout of nothing": (published("alpaca", {"input": "a", "output": "b"}), ": .'input', 'output'.: expected"),
     "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
                             "row 2: answer 'maybe', expected true or false"),
     "object arrays": (arrays(images=np.array([{}, {}, {}], object)), "a.npz: no .npz of plain arrays"),
@@ -1259,18 +1276,19 @@ BAD = {
     "labels are floats": (arrays(labels=(0.5, 1.0, 2.0)), "float64: expected"),
     "label -1": (arrays(labels=(0, 1, -1)), r"images\[2\]: label '-1' stands for a missing one"),
     "flat images": (arrays(images=some_images((3, 16))), r"images \(3, 16\) and labels"),
-    "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 1.5 to 1.5, expected uint8"),
+    "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
     "images that are nan": (arrays(images=np.full((3, 4, 4), np.nan)), r"images\[.\]: float64 from nan to nan"),
+    "complex images": (arrays(images=np.ones((3, 4, 4), complex)), r"images\[.\]: complex128 from nan to nan"),
     "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
     "split of another length": (arrays(split=np.zeros(4)), r"split has shape \(4,\), expected \(3,\)"),
     "cut cifar file": (files("cifar100", {"train.bin": bytes(5000)}), "train.bin: 5000 bytes, no multiple of 3074"),
-    "cifar label": (files("cifar100", {"train.bin": bytes([0, 100]) + bytes(3072)}), r"images\[0\]: label '100' is none"),
+    "cifar label": (files("cifar100", {"train.bin": bytes([0, 100]) + bytes(3072)}), r"s\[0\]: label '100' is none"),
     "pickled cifar": (files("cifar100", {"train": b"\x80\x02}"}), "train: CIFAR's python version is pickled"),
-    "listed photo missing": (files("food101", {"meta/train.txt": "a/1\nb/2"}), "images/a/1.jpg: not an image .*No such file"),
+    "listed photo missing": (files("food101", {"meta/train.txt": "a/1\nb/2"}), "a/1.jpg: not an image .*No such"),
     "no .mat": (files("flowers102", {"jpg/image_00001.jpg": "x"}), "imagelabels.mat: no such file"),
     "broken .mat": (files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99}),
                     "imagelabels.mat: no MATLAB file"),
-    "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must name one"),
+    "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must"),
     "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
                   "no train rows"),
     "an npy of objects": (photos(b"\x93NUMPY\1\0junk"), "1.npy: not an image"),
@@ -1282,7 +1300,7 @@ BAD = {
     "no tokenizer": (model({"tokenizer.json": None}), "tokenizer.json: no such file, nor a vocabulary"),
     "broken tokenizer": (model({"tokenizer.json": "{}"}), "tokenizer.json: not a tokenizer"),
     "broken tokenizer config": (model({"tokenizer_config.json": "{,}"}), "tokenizer_config.json line 1: not JSON"),
-    "tokenizer config is a list": (model({"tokenizer_config.json": "[3]"}), "tokenizer_config.json row 1: int, expected"),
+    "tokenizer config is a list": (model({"tokenizer_config.json": "[3]"}), "_config.json row 1: int, expected"),
     "tokenizer setting of a wrong type": (
         model({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": []}}), "not a tokenizer"),
     "no room for text": (model({}, max_length=2), "max length 2 leaves no room for text"),
@@ -1423,12 +1441,11 @@ def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
     assert len(data.read(task)) == 2
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil.txt"])
+@pytest.mark.parametrize("name", ["../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil"])
 def test_zip_members_stay_in_their_folder(tmp_path, mirror, monkeypatch, name):
     task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {name: "x"})])
     assert len(data.read(task)) == 2 and not leftovers(tmp_path) and not Path("/tmp/evil.txt").exists()
-    outside = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "cache" / "CoLA" not in path.parents]
-    assert outside == []
+    assert all(tmp_path / "cache" / "CoLA" in path.parents for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])
@@ -1463,7 +1480,8 @@ def test_fetch_photo_sets(tmp_path, mirror, monkeypatch, name):
     """Archives and lists are fetched once, also where the first try ends before all are there."""
     members = PHOTO_SETS[name][0](tmp_path)
     members = {path: text if isinstance(text, bytes) else text.encode() for path, text in members.items()}
-    names, inner = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources], "food-101/" * (name == "food101")
+    names = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources]
+    inner = "food-101/" * (name == "food101")
     packed = {inner + path: content for path, content in members.items() if path not in names}
     archive = (make_zip if name == "resisc45" else make_tar)(packed)
     task = serve(mirror, monkeypatch, name, [members.get(file, archive) for file in names])
@@ -1480,7 +1498,8 @@ def test_fetch_photo_sets(tmp_path, mirror, monkeypatch, name):
 
 def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
     lines = jsonl([{"question": "a", "answer": "#### 5"}] * 11).encode()
-    assert [row["target"] for row in data.read(serve(mirror, monkeypatch, "gsm8k", [lines, lines]), None, "dev")] == ["5"] * 11
+    task = serve(mirror, monkeypatch, "gsm8k", [lines, lines])
+    assert [row["target"] for row in data.read(task, None, "dev")] == ["5"] * 11
     text = b"\xef\xbb\xbfQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     text += b"1\t2\t3\ta\tb\r\n0\t4\t5\tc\td\r\n1\t6\t7\te\tf\r\n"
     task = serve(mirror, monkeypatch, "mrpc", [b"4\t5\n", text])
@@ -1531,8 +1550,8 @@ def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
 REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb", "glue"): (5749, 1500),
         ("boolq", "commonsense"): (9427, 3270), ("obqa", "commonsense"): (4957, 500),
         ("arc-e", "commonsense"): (2251, 2376), ("arc-c", "commonsense"): (1119, 1172),
-        ("piqa", "commonsense"): (0, 1838), ("siqa", "commonsense"): (0, 1954), ("winogrande", "commonsense"): (0, 1267),
-        ("gsm8k", "."): (7473, 1319)}
+        ("piqa", "commonsense"): (0, 1838), ("siqa", "commonsense"): (0, 1954),
+        ("winogrande", "commonsense"): (0, 1267), ("gsm8k", "."): (7473, 1319)}
 
 
 @pytest.mark.parametrize("name, folder", REAL)

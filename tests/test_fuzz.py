@@ -1,10 +1,12 @@
 """Random input files: each loads or gives the project's own one-line error, never another exception."""
 
+import io
 import json
 import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -76,7 +78,8 @@ def test_tables(name, file, content, tmp_path, quiet):
     loads_or_says_why(call, UserError)
 
 
-keys = st.sampled_from(["instruction", "input", "output", "answer", "question", "text", "sentence", "label", "score", "pair"])
+keys = st.sampled_from(["instruction", "input", "output", "answer", "question", "text", "sentence", "label", "score", "pair",
+                        "context", "system", "history", "premise", "hypothesis", "gold_label", "chosen", "prompt"])
 rows = st.dictionaries(keys, st.one_of(values, st.sampled_from(["true", "#### 5", "no ####", "\ud800", "a"])), max_size=5)
 lines = st.one_of(st.lists(st.one_of(rows, values), max_size=5).map(lambda items: "\n".join(map(json.dumps, items))),
                   st.lists(rows, max_size=4).map(json.dumps), st.text(max_size=40),
@@ -143,23 +146,78 @@ def test_configs_that_are_none(folders):
     refuses_nonsense(folders / "llama" / "config.json", lambda: models.load(folders / "llama"), UserError)
 
 
+CLASSES = ["BertTokenizer", "RobertaTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"]
+SETTINGS = ["tokenizer_class", "do_lower_case", "strip_accents", "add_prefix_space", "add_bos_token", "truncation_side", "legacy",
+            "added_tokens_decoder", "additional_special_tokens", "model_max_length", "split_special_tokens", "bos_token", "eos_token",
+            "pad_token", "unk_token", "cls_token", "sep_token", "chat_template"]
+tokens = st.one_of(values, st.sampled_from(["a", "[PAD]", *CLASSES]), st.fixed_dictionaries({"content": values}),
+                   st.dictionaries(st.sampled_from(["3", "x", "900"]), st.fixed_dictionaries({"content": values, "special": values})))
+
+
 @few
 @given(config=st.dictionaries(st.sampled_from(["pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "model_type"]), values),
-       names=st.dictionaries(st.sampled_from(["pad_token", "bos_token", "eos_token", "unk_token"]),
-                             st.one_of(values, st.sampled_from(["a", "[PAD]"]), st.fixed_dictionaries({"content": values}))),
-       generation=st.dictionaries(st.just("eos_token_id"), values))
-def test_special_tokens(config, names, generation, tmp_path):
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+       names=st.dictionaries(st.sampled_from(SETTINGS), tokens), generation=st.dictionaries(st.just("eos_token_id"), values),
+       model=st.sampled_from(["word", "piece", "bytes", "vocab.txt", "vocab.json"]), junk=st.binary(max_size=30))
+def test_tokenizer_settings(config, names, generation, model, junk, tmp_path, quiet):
+    backend = {"word": tokenizers.models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a"),
+               "piece": tokenizers.models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")}.get(model, tokenizers.models.BPE({"a": 0}, []))
+    backend = tokenizers.Tokenizer(backend)
+    if model == "bytes":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    if model.startswith("vocab"):
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.txt").write_bytes(junk)
+        (tmp_path / "vocab.json").write_bytes(junk or b'{"a": 0}')
+        (tmp_path / "merges.txt").write_bytes(junk[::-1])
     for file, value in (("config.json", config), ("tokenizer_config.json", names), ("generation_config.json", generation)):
         (tmp_path / file).write_text(json.dumps(value))
     loads_or_says_why(lambda: data.Tokenizer.from_folder(tmp_path).encode(["a a"]), UserError)
+    for file in ("vocab.txt", "vocab.json", "merges.txt"):
+        (tmp_path / file).unlink(missing_ok=True)
+
+
+STEPS = ["image_mean", "image_std", "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize",
+         "resample", "image_processor_type", "do_pad"]
+steps = st.one_of(values, st.lists(numbers, max_size=4), st.sampled_from(["ViTImageProcessor", "CLIPImageProcessor", "DeiTFeatureExtractor"]),
+                  st.dictionaries(st.sampled_from(["height", "width", "shortest_edge"]), st.integers(-1, 300)))
 
 
 @few
-@given(settings=st.dictionaries(st.sampled_from(["image_mean", "image_std"]), st.one_of(values, st.lists(numbers, max_size=4))))
-def test_image_settings(settings, tmp_path):
+@given(settings=st.dictionaries(st.sampled_from(STEPS), steps), shape=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_image_settings(settings, shape, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    loads_or_says_why(lambda: data.image_settings(tmp_path), UserError)
+    rows = [{"pixels": np.zeros((1, *shape), np.uint8), "label": 0}]
+
+    def call():
+        split = data.encode(data.TASKS["digits"], rows, image=data.image_settings(tmp_path))
+        assert data.collate(split, [0])[0]["pixels"].shape == (1, 3, 224, 224)
+
+    loads_or_says_why(call, UserError)
+
+
+def saved(form):
+    """Bytes of a small picture, array, or MATLAB file."""
+    buffer, pixels = io.BytesIO(), np.arange(64, dtype=np.uint8).reshape(8, 8)
+    if form == "npy":
+        np.save(buffer, pixels)
+    elif form == "mat":
+        pytest.importorskip("scipy.io").savemat(buffer, {"labels": pixels}, do_compression=True)
+    else:
+        pytest.importorskip("PIL.Image").fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "npy", "mat"])
+@few
+@given(place=st.floats(0, 1), junk=st.binary(max_size=6), cut=st.booleans())
+def test_damaged_images(form, place, junk, cut, tmp_path):
+    """A few bytes overwritten, or the end cut off."""
+    whole = saved(form)
+    at = int(place * len(whole))
+    path = tmp_path / f"1.{form}"
+    path.write_bytes(whole[:at] + junk + (b"" if cut else whole[at + len(junk):]))
+    loads_or_says_why(lambda: data.read_mat(path) if form == "mat" else data.Photo(path).shape, UserError)
 
 
 # ---------------------------------------------------------------------------------------------- adapters, runs
