@@ -679,30 +679,39 @@ def read_squad(task, data, split):
                           "span": span}
 
 
-def encode_spans(rows, tokenizer, max_length):
-    """Return the Split of windows over the rows' contexts, several where a context is too long for one.
+def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
+    """Return the Split of windows over the rows' contexts, each after its question's first `longest` tokens.
 
+    A context that does not fit goes on in another window, from the last `overlap` tokens of the one before on.
     labels (N, 2): first and last token of the answer; 0, 0 ([CLS]) if not all of it is in the window, or there is none.
-    Source: transformers' run_qa.py.
+    Source: transformers' run_qa.py. UserError: too small a length.
     """
-    split = Split("span", [], [], [], [], [] if tokenizer.types else None, offsets=[], pad_id=tokenizer.pad_id)
-    for i, window in tokenizer.windows([row["text"] for row in rows], [row["pair"] for row in rows], max_length):
-        context = np.flatnonzero(np.array(window.sequence_ids) == 1)
-        offsets = np.full((len(window), 2), -1, np.int32)
-        offsets[context] = np.array(window.offsets)[context]
-        (starts, ends), span, label = offsets[context].T, rows[i]["span"], (0, 0)
-        if span and len(context) and starts[0] <= span[0] and span[1] <= ends[-1]:
-            first, last = np.searchsorted(starts, span[0], side="right") - 1, np.searchsorted(ends, span[1])
-            label = (context[first], context[last])
-        split.rows.append(rows[i])
-        split.lengths.append(len(window))
-        split.labels.append(label)
-        split.tokens.append(np.array(window.ids, np.int32))
-        split.offsets.append(offsets)
-        if tokenizer.types:
+    backend = tokenizer.backend
+    least = longest + backend.num_special_tokens_to_add(True) + overlap + 1
+    if max_length < least:
+        raise UserError(f"max length {max_length} leaves no room for a question and a text: use at least {least}")
+    split, labels = Split("span", [], [], tokens=[], types=[], offsets=[], pad_id=tokenizer.pad_id), []
+    for row in tqdm(rows, "tokenizing", leave=False, disable=len(rows) < 10_000):
+        question = row["text"].lstrip()
+        cut = backend.encode(question, add_special_tokens=False).offsets[:longest]
+        backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
+        encoding = backend.encode(question[:cut[-1][1] if cut else 0], row["pair"])
+        backend.no_truncation()
+        for window in (encoding, *encoding.overflowing):
+            context = np.flatnonzero(np.array(window.sequence_ids) == 1)
+            offsets = np.full((len(window), 2), -1, np.int32)
+            offsets[context] = np.array(window.offsets)[context]
+            (starts, ends), span, label = offsets[context].T, row["span"], (0, 0)
+            if span and len(context) and starts[0] <= span[0] and span[1] <= ends[-1]:
+                first, last = np.searchsorted(starts, span[0], side="right") - 1, np.searchsorted(ends, span[1])
+                label = (context[first], context[last])
+            labels.append(label)
+            split.rows.append(row)
+            split.tokens.append(np.array(window.ids, np.int32))
             split.types.append(np.array(window.type_ids, np.int32))
-    split.labels = torch.tensor(np.array(split.labels))
-    return split
+            split.offsets.append(offsets)
+    return replace(split, lengths=[len(ids) for ids in split.tokens], labels=torch.tensor(np.array(labels)),
+                   types=split.types if tokenizer.types else None)
 
 
 def best_span(logits, offsets, candidates=20, longest=30):
@@ -1231,22 +1240,6 @@ class Tokenizer:
         for i, ids in zip(apart, self.encode([answers[i] for i in apart], special=False)[0]):
             said[i] = ids
         return asked, said, len(apart)
-
-    def windows(self, questions, contexts, max_length, overlap=128, longest=64):
-        """Yield (index, encoding) of every window over every context, each after its question's first `longest` tokens.
-
-        A context's next window begins with the last `overlap` tokens of the one before. UserError: too small a length.
-        """
-        least = longest + self.backend.num_special_tokens_to_add(True) + overlap + 1
-        if max_length < least:
-            raise UserError(f"max length {max_length} leaves no room for a question and a text: use at least {least}")
-        bar = tqdm(questions, "tokenizing", leave=False, disable=len(questions) < 10_000)
-        for i, (question, context) in enumerate(zip(bar, contexts)):
-            offsets = self.backend.encode(question.lstrip(), add_special_tokens=False).offsets[:longest]
-            self.backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
-            encoding = self.backend.encode(question.lstrip()[:offsets[-1][1] if offsets else 0], context)
-            self.backend.no_truncation()
-            yield from ((i, window) for window in (encoding, *encoding.overflowing))
 
     def decode(self, ids, prompt=()):
         """Return the text of ids generated after a prompt's ids, without special tokens.

@@ -91,14 +91,12 @@ def answer_scores(found, answers, version2=False):
 
     In version 2 right answers without words do not count; where none is left, no answer "" is the right one.
     """
-    rights = [plain(text) for text in answers]
+    found, rights, f1s = plain(found), [plain(text) for text in answers], []
     if version2:
         rights = [right for right in rights if right] or [""]
-    found, f1s = plain(found), []
-    for right in rights:
-        words, right_words = found.split(), right.split()
-        common = sum((Counter(words) & Counter(right_words)).values())
-        f1s.append(2 * common / (len(words) + len(right_words)) if common else float(version2 and found == right == ""))
+    for words, right in ((found.split(), right.split()) for right in rights):
+        common = sum((Counter(words) & Counter(right)).values())
+        f1s.append(2 * common / (len(words) + len(right)) if common else float(version2 and words == right == []))
     return float(found in rights), max(f1s)
 
 

@@ -243,10 +243,8 @@ READ = re.compile(
     "hidden_activation|rms_norm_eps|layer_norm_eps|initializer_range|hidden_dropout_prob|attention_probs_dropout_prob|"
     "attention_dropout|classifier_dropout|rope_theta|rope_scaling|rope_parameters|sliding_window|use_sliding_window|"
     "max_window_layers|layer_types|attention_bias|mlp_bias|qkv_bias|tie_word_embeddings|image_size|patch_size|"
-    "num_channels|embedding_dropout")
-READ_BY_DEBERTA = re.compile(
-    "relative_attention|pos_att_type|position_buckets|max_relative_positions|share_att_key|norm_rel_ebd|legacy|conv_.*|"
-    "position_biased_input|cls_dropout|embedding_size|attention_head_size")
+    "num_channels|embedding_dropout|relative_attention|pos_att_type|position_buckets|max_relative_positions|"
+    "share_att_key|norm_rel_ebd|position_biased_input|cls_dropout|embedding_size|attention_head_size|legacy")
 # those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs),
 IRRELEVANT = re.compile(
     r"_.*|.*_token_ids?|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|prefix|"
@@ -260,7 +258,8 @@ IRRELEVANT = re.compile(
 # and those with which transformers computes what is not built here, unless they have the value given
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
-         "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+         "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+         "conv_kernel_size": 0, "pooler_hidden_act": "gelu"}
 # what others call by GPT-2's names, and its defaults where they are its own
 GPT2 = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
         "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
@@ -301,8 +300,7 @@ def normalise(raw, path):
     if raw.get("problem_type") == "multi_label_classification":
         refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
     unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {}) and key not in FIXED
-              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)
-              and not (deberta and READ_BY_DEBERTA.fullmatch(key))]
+              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)]
     if unread:
         note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
 
@@ -345,7 +343,7 @@ def normalise(raw, path):
     bias = not decoder or gpt2 or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma", "olmo2")
     dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
     positions = get("max_position_embeddings", low=3) if text or gpt2 else 0
-    relative = relative_attention(raw, get, refuse, positions, hidden) if deberta else None
+    relative = relative_attention(raw, get, refuse, positions) if deberta else None
     head_dropout = get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float)
     eps_name = "rms_norm_eps" if decoder and not gpt2 else "layer_norm_eps"
     eps = {"deberta-v2": 1e-7, "olmo2": 1e-5}.get(family, 1e-6 if decoder else 1e-12)
@@ -369,12 +367,11 @@ def normalise(raw, path):
         image_size=(get("num_channels", 3), *image), patch_size=patch)
 
 
-def relative_attention(raw, get, refuse, positions, hidden):
-    """DeBERTa's disentangled attention, as config.json sets it.
+def relative_attention(raw, get, refuse, positions):
+    """DeBERTa's disentangled attention, as config.json sets it; what does not show in the shapes of tensors is checked.
 
-    c2p, p2c: whether content is compared with the position of the key, of the query; buckets: of distances, 0 = each
-    its own; furthest: distance at which the last bucket ends; span: buckets on either side; shared: positions are
-    projected by the projections of content; norm: their table has a norm; pooler_dropout: of the classification head.
+    c2p, p2c: whether content is compared with the key's position, the query's; buckets: of distances, 0 = each its own;
+    furthest: where the last one ends; span: buckets on either side; shared: positions are projected as content is.
     """
     types = raw.get("pos_att_type") or []
     types = [part.strip() for part in types.lower().split("|")] if isinstance(types, str) else types
@@ -382,10 +379,6 @@ def relative_attention(raw, get, refuse, positions, hidden):
         refuse("pos_att_type", "c2p, p2c or both")
     if raw.get("relative_attention") is not True:
         refuse("relative_attention", "true: nothing else is supported")
-    for key, only in {"conv_kernel_size": 0, "embedding_size": hidden, "pooler_hidden_size": hidden,
-                      "pooler_hidden_act": "gelu", "attention_head_size": hidden // raw["num_attention_heads"]}.items():
-        if raw.get(key) not in (None, only):
-            refuse(key, f"{only}: nothing else is supported")
     reach = get("max_relative_positions", -1, -1)
     reach = positions if reach < 1 else reach
     buckets = max(0, get("position_buckets", -1, -1))
@@ -679,22 +672,6 @@ class EncoderBlock(nn.Module):
         return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
 
 
-def relative_buckets(T, relative, device):
-    """Bucket of the distance i - j of query i and key j, (T, T) long from -span to span.
-
-    The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
-    """
-    at = torch.arange(T, device=device)
-    distance = at[:, None] - at
-    if relative.buckets:
-        middle = relative.buckets // 2
-        octaves = torch.log(distance.abs().clamp(min=middle) / middle)
-        octaves = octaves / torch.log(torch.tensor(relative.furthest / middle))  # 1 at the furthest, in float32
-        far = distance.sign() * (middle + (octaves * (middle - 1)).ceil())
-        distance = torch.where(distance.abs() <= middle, distance, far).long()
-    return distance
-
-
 class DenseHead(nn.Module):
     """Classification head of roberta and deberta: dropout, dense, tanh or gelu, dropout, out_proj."""
 
@@ -789,12 +766,20 @@ class Encoder(Transformer):
         return self.run_blocks(self.dropout(x), *inputs, first_token_only=first_token_only)
 
     def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for EncoderBlock: the part of the table that T tokens need, and their rows."""
-        relative, table = self.config.relative, self.relative_embed.weight
-        near = T if T <= (relative.buckets // 2 or relative.span) else relative.span
-        table = table[relative.span - near:relative.span + near]
-        bucket = relative_buckets(T, relative, table.device) + near
-        return bucket.clamp(0, 2 * near - 1), self.relative_norm(table)
+        """(bucket (T, T), table (R, D)) for EncoderBlock: the part of the table that T tokens need, and their rows.
+
+        The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
+        """
+        relative, at = self.config.relative, torch.arange(T, device=self.embed.weight.device)
+        bucket, middle = at[:, None] - at, relative.buckets // 2  # query - key
+        if middle:
+            far = bucket.abs().clamp(min=middle) / middle
+            far = torch.log(far) / torch.log(torch.tensor(relative.furthest / middle)) * (middle - 1)  # float32 decides
+            far = bucket.sign() * (middle + far.ceil())
+            bucket = torch.where(bucket.abs() <= middle, bucket, far).long()
+        near = T if T <= (middle or relative.span) else relative.span
+        table = self.relative_embed.weight[relative.span - near:relative.span + near]
+        return (bucket + near).clamp(0, 2 * near - 1), self.relative_norm(table)
 
 
 class RMSNorm(nn.Module):
