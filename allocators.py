@@ -59,8 +59,8 @@ class Allocator:
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
-        self.capacity = torch.zeros(len(self.names), dtype=torch.long)  # 0: no adapter
-        self.generation = torch.zeros(len(self.names), dtype=torch.long)  # which of the calls of `add` made it
+        self.capacity = dict.fromkeys(self.names, 0)  # 0: no adapter
+        self.generation = dict.fromkeys(self.names, 0)  # which of the calls of `add` made it
         self.calls = 0
         self.layers, self.stacks, self.own = {}, [], []  # own: parameters that the policy moves itself
         self.setup()
@@ -140,8 +140,8 @@ class Allocator:
                 layer.magnitude.lr_ratio = s.lora_plus_ratio
             if type(self).watch is not Allocator.watch:
                 layer.register_forward_pre_hook(self.watcher(name))
-            i = self.names.index(name)
-            self.capacity[i], self.generation[i], self.current[i] = layer.rank, generation, layer.rank
+            self.capacity[name], self.generation[name] = layer.rank, generation
+            self.current[self.names.index(name)] = layer.rank
             layer.generation = generation
         self.restack(self.layers | layers)
 
@@ -149,8 +149,8 @@ class Allocator:
         """Give the matrices `names` their plain frozen layers back, at no cost left."""
         for name in names:
             lora.detach(self.model, name)
-            i = self.names.index(name)
-            self.capacity[i] = self.generation[i] = self.current[i] = 0
+            self.capacity[name] = self.generation[name] = 0
+            self.current[self.names.index(name)] = 0
         self.restack({name: layer for name, layer in self.layers.items() if name not in names})
 
     def restack(self, layers):
@@ -173,7 +173,7 @@ class Allocator:
     def match_adapters(self):
         """After a restart: drop and add adapters until they are those that `capacity` and `generation` name."""
         now = {name: (layer.rank, layer.generation) for name, layer in self.layers.items()}
-        saved = dict(zip(self.names, zip(self.capacity.tolist(), self.generation.tolist())))
+        saved = {name: (self.capacity[name], self.generation[name]) for name in self.names}
         wrong, current = [name for name in self.names if saved[name] != now.get(name, (0, 0))], self.current.clone()
         if not wrong:  # the stacks stay those that the policy may hold
             return

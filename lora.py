@@ -5,6 +5,7 @@ they are, so nothing is recompiled or copied and the device is never waited for.
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -70,7 +71,9 @@ class LoraLinear(nn.Module):
 
     def scaled_B(self):
         """s B diag(g), (out, R) float32."""
-        return self.B * (self.scale if self.g is None else self.scale * self.g)
+        if self.g is None:
+            return self.B if self.scale == 1 else self.B * self.scale
+        return self.B * (self.scale * self.g)
 
     def forward(self, x):  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (N, in)
@@ -164,13 +167,20 @@ class DoraLinear(LoraLinear):
     def forward(self, x):  # (..., in) -> (..., out)
         if self.merged or not self.enabled:
             return super().forward(x)
-        flat, bias = x.flatten(0, -2), 0 if self.bias is None else self.bias
+        flat = x.flatten(0, -2)
         kept = F.dropout(flat, self.dropout, self.training)
+        A, B = self.A.to(x.dtype), self.scaled_B()
         y = self.linear.forward(kept)  # (N, out)
-        y.addmm_(F.linear(kept, self.A.to(x.dtype)), transposed(self.scaled_B(), x.dtype))
-        rest = self.linear.forward(flat - kept) if self.training and self.dropout else bias
-        factor = self.magnitude / self.lengths()  # float32: near 1, where bfloat16 would round training away
-        return (y * factor + (rest - factor * bias)).to(x.dtype).view(*x.shape[:-1], -1)
+        y.addmm_(F.linear(kept, A), transposed(B, x.dtype))
+        factor = self.magnitude / self.lengths(A, B)  # float32: near 1, where bfloat16 would round training away
+        y = y * factor
+        if self.training and self.dropout:
+            y = y + self.linear.forward(flat - kept)
+        elif self.bias is not None:
+            y = y + self.bias
+        if self.bias is not None:
+            y = y - factor * self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def row_squares(self):
@@ -179,11 +189,15 @@ class DoraLinear(LoraLinear):
         return torch.linalg.vector_norm(W, dim=1, dtype=torch.float32) ** 2
 
     @torch.no_grad()
-    def lengths(self):
-        """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix."""
+    def lengths(self, A=None, B=None):
+        """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix.
+
+        A in W's dtype and B = s B diag(g) may be given, where they are there.
+        """
         W = self.weight.to(self.A.device)
-        A, B = self.A.to(W.dtype), self.scaled_B()
-        mixed = 2 * F.linear(W, A).float() + B @ (A.float() @ A.float().T)  # (out, R)
+        A, B = self.A.to(W.dtype) if A is None else A, self.scaled_B() if B is None else B
+        wide = A.float()
+        mixed = torch.addmm(F.linear(W, A).float(), B, wide @ wide.T, beta=2)  # (out, R)
         square = self.square + (B * mixed).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
 
@@ -535,7 +549,8 @@ def restore(thing, state, name="run"):
         for child, part in children(thing, name).items():
             at = f"{name}.{child}"
             if isinstance(part, (bool, int, float)):
-                setattr(thing, child, type(part)(state[at].item()))
+                put = thing.__setitem__ if isinstance(thing, (dict, list)) else functools.partial(setattr, thing)
+                put(child, type(part)(state[at].item()))
             elif part is not None:
                 restore(part, state, at)
             elif any(key == at or key.startswith(f"{at}.") for key in state):

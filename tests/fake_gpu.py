@@ -1,0 +1,484 @@
+"""Run the program on a CUDA device that does not exist: fake tensors, real device rules, every wait of the host reported.
+
+    python tests/fake_gpu.py run FAMILY [train.py's flags]     # a small run, stopped and resumed
+    python tests/fake_gpu.py count METHOD MODEL ROWS LENGTH    # a step at full size: kernel launches and peak memory
+
+FakeTensorMode gives tensors with a device and no data: mixing devices raises as on a GPU, reading a value (item, tolist,
+bool, nonzero) has no answer. `Watch` lies on top: it counts what would make the host wait, answers with a number that
+lets the run go on, counts launches, and adds up what is alive. The last line on stdout is a JSON object. Not checked:
+kernels, numbers, torch.compile, nccl, FSDP, streams.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SHIM = r"""
+// What autograd and torch.Generator ask of the "cuda" device, for a machine without one. All tensors are fake, so that
+// nothing has to be done. Loaded before torch is imported, for either build of torch: at::getCUDAHooks looks once.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static const c10::Device first{c10::DeviceType::CUDA, 0};
+static const c10::Stream stream(c10::Stream::DEFAULT, first);
+struct CudaGenerator final : at::CPUGeneratorImpl {  // draws on the CPU, but says that it belongs to the GPU
+  CudaGenerator() : at::CPUGeneratorImpl(0) { device_ = first; }
+};
+namespace at {
+struct FakeCuda final : CUDAHooksInterface {
+  explicit FakeCuda(CUDAHooksArgs) {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  long versionCuDNN() const override { return 91000; }
+  long versionRuntimeCuDNN() const override { return 91000; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  Generator getNewGenerator(DeviceIndex) const override { return make_generator<CudaGenerator>(); }
+  const Generator& getDefaultGenerator(DeviceIndex) const override {
+    static Generator g = make_generator<CudaGenerator>();
+    return g;
+  }
+};
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, FakeCuda);
+}
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::Device exchangeDevice(c10::Device) const override { return first; }
+  c10::Device getDevice() const override { return first; }
+  c10::Stream getStream(c10::Device) const noexcept override { return stream; }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream; }
+};
+namespace { C10_REGISTER_GUARD_IMPL(CUDA, Guard); }
+"""
+
+
+def shim():
+    """Give torch a "cuda" device for autograd and generators, without a driver; before torch is imported."""
+    assert "torch" not in sys.modules, "at::getCUDAHooks looks for its hooks once"
+    root = Path(importlib.util.find_spec("torch").origin).parent
+    key = hashlib.sha256("".join((str(root), (root / "version.py").read_text(), SHIM)).encode()).hexdigest()[:12]
+    out = Path(tempfile.gettempdir()) / f"fake-gpu-{key}.so"
+    if not out.exists():  # 10 s
+        source = out.with_suffix(f".{os.getpid()}.cpp")
+        source.write_text(SHIM)
+        subprocess.run(["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), "-o", f"{source}.so",
+                        f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+        os.replace(f"{source}.so", out)
+        source.unlink()
+    ctypes.CDLL(str(out), ctypes.RTLD_GLOBAL)
+
+
+shim()
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+import torch.nn.attention  # noqa: E402
+import torch.nn.utils.clip_grad as clip_grad  # noqa: E402
+import torch.optim.optimizer as torch_optimizer  # noqa: E402
+import torch.utils._foreach_utils as foreach_utils  # noqa: E402
+from safetensors.torch import load_file as real_load  # noqa: E402
+from safetensors.torch import save_file as real_save  # noqa: E402
+from torch._subclasses import fake_tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import allocators  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import lora  # noqa: E402
+import model as models  # noqa: E402
+import train  # noqa: E402
+
+foreach_utils._foreach_supported_types.append(FakeTensor)  # take the branches that a GPU's tensors take
+torch_optimizer._foreach_supported_types.append(FakeTensor)
+clip_grad._has_foreach_support = lambda tensors, device: True
+fake_tensor.CONSTANT_NUMEL_LIMIT = 1 << 14  # torch.tensor([...]) keeps its values while nothing is computed from it
+# kernels that copy a size or a flag to the host before they return
+WAITING = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal", "bincount", "linalg_eig",
+           "_linalg_svd", "_linalg_eigh", "linalg_svd", "histc", "repeat_interleave", "multinomial", "linalg_inv_ex_"}
+# operators that launch nothing, and those that launch several kernels
+FREE = set("""empty empty_strided empty_like new_empty new_empty_strided device _unsafe_view lift_fresh is_pinned detach
+    _reshape_alias _local_scalar_dense set_ _has_compatible_shallow_copy_type is_same_size resize_ view unbind split
+    split_with_sizes chunk _assert_async""".split())
+MANY = {"sort": 5, "argsort": 5, "topk": 3, "index_put": 6, "index_put_": 6, "_index_put_impl_": 6, "_unsafe_index_put": 6,
+        "embedding_dense_backward": 2}
+CAPACITY = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors that one multi-tensor kernel takes, by number of lists
+
+
+def launches(func, args, kwargs):
+    """Kernels that an operator starts on a GPU."""
+    name = func._schema.name.split("::")[1]
+    if name in FREE or getattr(func, "is_view", False) or func.namespace in ("prim", "profiler", "c10d"):
+        return 0
+    if not name.startswith(("_foreach_", "_fused_adam")):
+        return MANY.get(name, 1)
+    lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
+    n, fused = len(lists[0]), name.startswith("_fused")
+    same = all(t.shape == row[0].shape and t.stride() == row[0].stride() for row in zip(*lists) for t in row)
+    alike = len({t.dtype for some in lists for t in some}) == 1 or name == "_foreach_copy_"
+    if not fused and not (same and alike):
+        return n
+    blocks = sum(-(-t.numel() // 65536) for t in lists[0])
+    depth = min(5, len(lists) + (not name.endswith("_")))
+    return max(-(-n // CAPACITY[depth]), -(-blocks // 320)) * (2 if name == "_foreach_norm" else 1)
+
+
+class Watch(TorchDispatchMode):
+    """Every operator: `waits` counts (phase, what, where), `launched` the kernels of each phase; bytes alive, and most."""
+
+    def __init__(self, capacity=math.inf):
+        super().__init__()
+        self.phase, self.waits, self.launched, self.capacity = "setup", Counter(), Counter(), capacity
+        self.live, self.now, self.peaks = {}, 0, {}
+
+    @contextlib.contextmanager
+    def during(self, phase):
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def wait(self, what):
+        frame, where = sys._getframe(1), "(autograd)"
+        while frame is not None and where == "(autograd)":
+            if Path(frame.f_code.co_filename).parent == ROOT:
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            frame = frame.f_back
+        self.waits[self.phase, what, where] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
+        leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        on_gpu = any(t.device.type == "cuda" for t in leaves)
+        generator = kwargs.get("generator")
+        if generator is not None:
+            if leaves and generator.device.type != leaves[0].device.type:
+                raise RuntimeError(f"Expected a '{leaves[0].device.type}' generator but found '{generator.device.type}'")
+            kwargs["generator"] = None
+        if name == "_local_scalar_dense":
+            return self.scalar(func, args[0])
+        if name.startswith(("_foreach_", "_fused_adam")):  # FakeTensorMode does not compare the devices of lists
+            lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
+            for alike in zip(*lists):
+                assert len({t.device for t in alike}) == 1, f"{name}: Expected all tensors to be on the same device"
+        if name in WAITING and on_gpu:
+            self.wait(name)
+        if name == "nonzero":
+            x = args[0]
+            return torch.arange(x.numel(), device=x.device)[:, None].expand(-1, x.dim())[:x.shape[0]]
+        if name == "equal":
+            return True
+        if name == "_to_copy" and leaves:
+            self.copied(leaves[0].device, kwargs.get("device") or leaves[0].device, kwargs.get("non_blocking"))
+        elif name == "copy_":
+            self.copied(args[1].device, args[0].device, kwargs.get("non_blocking") or len(args) > 2 and args[2])
+        if name in ("index", "index_put", "index_put_", "_unsafe_index") and any(
+                i is not None and i.dtype == torch.bool for i in args[1]):
+            if on_gpu:
+                self.wait("index by bool")
+            every = [torch.arange(i.shape[0], device=i.device) if i is not None and i.dtype == torch.bool else i
+                     for i in args[1]]
+            args = (args[0], every, *args[2:])  # as if all were true
+        out = func(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == "cuda"] if name != "device" else []
+        if on_gpu or made:
+            self.launched[self.phase] += launches(func, args, kwargs)
+        for t in made:
+            storage = t.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = -(-storage.nbytes() // 512) * 512
+                self.now += self.live[storage._cdata]
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peaks[self.phase] = max(self.now, self.peaks.get(self.phase, 0))
+        if self.now > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than the fake GPU has.")
+        return out
+
+    def free(self, key):
+        self.now -= self.live.pop(key, 0)
+
+    def scalar(self, func, x):
+        if x.device.type == "cuda":
+            self.wait("item, tolist or bool")
+        try:
+            return func(x)  # a constant
+        except Exception:  # a fake tensor has no value: torch raises what it likes
+            return True if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 1
+
+    def copied(self, source, target, free):
+        source, target = torch.device(source).type, torch.device(target).type
+        if source == "cuda" and target == "cpu":
+            self.wait("copy to host")
+        if source == "cpu" and target == "cuda" and not free:
+            self.wait("blocking copy to the device")
+
+
+def values(t):
+    """Real tensor of the same shape: its constant, else ones."""
+    with unset_fake_temporarily():
+        if not isinstance(t, FakeTensor):
+            return t.clone()
+        known = getattr(t, "constant", None)
+        return known.clone() if known is not None else torch.ones(t.shape, dtype=t.dtype)
+
+
+def tolist(t):
+    """Of a fake tensor: one wait; values as far as they are known, else 0, 1, 2, 0, ... for whole numbers."""
+    if t.device.type == "cuda":
+        Watch.now_watching.wait("item, tolist or bool")
+    with unset_fake_temporarily():
+        if getattr(t, "constant", None) is not None:
+            return t.constant.tolist()
+        n = torch.arange(t.numel()) % 3 * (Watch.now_watching.phase != "log")
+        n = n.bool() if t.dtype == torch.bool else n.double() + 1 if t.is_floating_point() else n
+        return n.reshape(t.shape).tolist()
+
+
+def save_file(tensors, path, metadata=None):
+    for name, t in tensors.items():
+        assert t.is_contiguous(), name
+    real_save({name: values(t) for name, t in tensors.items()}, path, metadata)
+
+
+def load_file(file, device="cpu"):
+    with unset_fake_temporarily():
+        state = real_load(file)
+    return {k: torch.ops.aten.lift_fresh(v).to(device) for k, v in state.items()}  # fake, with its values
+
+
+class Opened:
+    """safe_open whose tensors are fake."""
+
+    def __init__(self, *args, **kwargs):
+        from safetensors import safe_open
+        self.file = safe_open(*args, **kwargs)
+        self.keys, self.get_slice = self.file.keys, self.file.get_slice
+
+    def get_tensor(self, key):
+        with unset_fake_temporarily():
+            real = self.file.get_tensor(key)
+        return torch.ops.aten.lift_fresh(real)
+
+    __enter__, __exit__ = lambda self: self, lambda *_: None
+
+
+def plain_windows(weight, R):
+    """singular_windows without the decomposition, which a fake tensor cannot have at this size."""
+    n_out, n_in = weight.shape
+    return tuple(torch.empty(shape, device=weight.device) for shape in ((min(n_out, n_in),), (3 * R, n_in), (n_out, 3 * R)))
+
+
+def move(network, device):
+    """Module.to for fake tensors, which refuse to be swapped."""
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.data.to(device)))
+    return network
+
+
+@contextlib.contextmanager
+def fake_gpu(capacity=math.inf):
+    """The program's modules under a fake GPU of so many bytes; yields its Watch."""
+    watch = Watch.now_watching = Watch(capacity)
+    state_of, restore = lora.state_of, lora.restore
+    generator_state = torch.ones(16, dtype=torch.uint8)
+
+    def state(thing, name="run"):  # a GPU's generator has another state than the CPU's that stands in for it
+        return {name: values(generator_state)} if isinstance(thing, torch.Generator) else state_of(thing, name)
+
+    def put_back(thing, state, name="run"):
+        return None if isinstance(thing, torch.Generator) else restore(thing, state, name)
+
+    def phase(name, wrapped):
+        def call(*args, **kwargs):
+            with watch.during(name):
+                return wrapped(*args, **kwargs)
+        return call
+
+    rebuild = allocators.WeightLora.after_step
+
+    def after_step(self, step):  # its one wait is at the end of the warm-up, by design
+        return (phase("rebuild", rebuild) if self.own and step >= self.warmup else rebuild)(self, step)
+
+    patches = [(FakeTensor, "tolist", tolist), (allocators, "singular_windows", plain_windows), (allocators.Policy, "to", move),
+               (lora, "state_of", state), (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
+               (torch.Tensor, "pin_memory", lambda t: t), (allocators.WeightLora, "after_step", after_step),
+               (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
+               (train.Training, "step", phase("step", train.Training.step)), (models, "safe_open", Opened),
+               (train.Survival, "save", phase("save", train.Survival.save)), (train, "safe_open", Opened),
+               (train.Survival, "resume", phase("resume", train.Survival.resume)), (train, "load_file", load_file),
+               (evaluation, "evaluate_splits", phase("eval", evaluation.evaluate_splits))]
+    patches += [(place, "save_file", save_file) for place in (allocators, lora, train, models)]
+    patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
+        "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
+        "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True}.items()]
+    FakeTensor.numpy = lambda self, **_: values(self).numpy()
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the others ask the driver
+    before = [(place, name, getattr(place, name)) for place, name, _ in patches]
+    try:
+        for place, name, new in patches:
+            setattr(place, name, new)
+        with math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
+            yield watch
+    finally:
+        for place, name, old in before:
+            setattr(place, name, old)
+
+
+# ---------------------------------------------------------------------------------------------- small runs
+
+SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+MODELS = {"llama": dict(model_type="llama", vocab_size=99, num_key_value_heads=2, rms_norm_eps=1e-5),
+          "gemma": dict(model_type="gemma", vocab_size=99, num_key_value_heads=4, head_dim=16),
+          "roberta": dict(model_type="roberta", vocab_size=99, max_position_embeddings=140, pad_token_id=1),
+          "vit": dict(model_type="vit", image_size=8, patch_size=2, num_channels=1)}
+
+
+def prepare(folder, family):
+    """A model folder with a tokenizer of words, and data; returns train.py's flags for them."""
+    import tokenizers
+    place = folder / family
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(SIZES | MODELS[family]))
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"a rather good film Add and to".split(),
+                                               *map(str, range(80))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(place / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (place / "tokenizer_config.json").write_text(json.dumps(names))
+    flags = ["--model", str(place), "--init-weights", "random", "--device", "cuda", "--rank", "4", "--batch-size", "4",
+             "--limit-train", "80", "--limit-eval", "8", "--max-length", "96", "--compile", "off", "--steps", "9",
+             "--save-every", "6", "--log-every", "50", "--eval-every", "50"]
+    if family == "vit":
+        return [*flags, "--task", "digits-rot90"]
+    if family == "roberta":
+        rows = [f"a rather good film {i % 80}\t{i % 2}" for i in range(96)]
+        (folder / "data.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+        return [*flags, "--task", "text-classification", "--data", str(folder / "data.tsv")]
+    rows = [{"instruction": f"Add {i % 80} and {i % 7}" + " to a" * (i % 5), "input": "", "output": str(i % 79)} for i in range(96)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return [*flags, "--task", "instructions", "--data", str(folder / "data.json")]
+
+
+def small_run(family, *extra):
+    """train.main on the fake GPU, broken off after its checkpoint and resumed: {"error", "waits", "steps"}."""
+    with tempfile.TemporaryDirectory() as made:
+        os.environ["RANKS_CACHE"], out = f"{made}/cache", f"{made}/run"
+        words, error = [*prepare(Path(made), family), "--out", out, *extra], None
+        with fake_gpu() as watch:
+            save, steps = train.Survival.save, []
+
+            def stop(self, training, batches, step, seconds):
+                save(self, training, batches, step, seconds)
+                steps.append(step)
+                if step == 6 and len(steps) == 1:
+                    raise KeyboardInterrupt
+            train.Survival.save = stop
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    with contextlib.suppress(KeyboardInterrupt):
+                        train.main(words)
+                    train.main(["--resume", out])
+            except (Exception, SystemExit) as found:  # whatever it is, it is the finding
+                traceback.print_exc()
+                error = f"{type(found).__name__}: {found}"
+            train.Survival.save = save
+        waits = {f"{what} at {where}": n for (phase, what, where), n in watch.waits.items() if phase == "step"}
+        return {"error": error, "waits": waits, "steps": steps}
+
+
+# ---------------------------------------------------------------------------------------------- counting at full size
+
+
+def one_kernel(backward):
+    """An activation or attention that is one kernel forward and `backward` kernels backward, as CUDA's fused ones are."""
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            y = torch.sin(inputs[0])
+            ctx.save_for_backward(*inputs, *[y] * (len(inputs) > 1))
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            for _ in range(backward - 1):
+                grad = torch.sin(grad)
+            saved = [t for t in ctx.saved_tensors]
+            inputs = saved[:-1] if len(saved) > 1 else saved
+            return tuple(torch.sin(grad) if t.shape == grad.shape else torch.sin(t) for t in inputs)
+    return Fused.apply
+
+
+def count(method, model="llama2-7b", rows=8, length=512, rank=32, capacity=math.inf, **flags):
+    """Launches of a training step by phase, and peak bytes, of a random model at full size."""
+    import torch.nn.functional as F
+    fused, norm = one_kernel(1), one_kernel(2)
+    models.ACTIVATIONS.update(silu=fused, gelu=fused)
+    F.rms_norm = lambda x, shape, weight=None, eps=None: norm(x) if weight is None else norm(x) * weight
+    attention = one_kernel(1)
+    F.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
+    tolist_before, FakeTensor.tolist = FakeTensor.tolist, None
+    FakeTensor.tolist = tolist_before
+    with fake_gpu(capacity) as watch:
+        s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
+                           device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
+                           weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, compile="off", **flags)
+        config = models.find_config(model, "random")[0]
+        lm = config.kind == "decoder"
+        s.targets = train.default_targets(lm)
+        built = models.load(model, "lm" if lm else "classify", None if lm else 2, torch.bfloat16, "cuda", "random", 0)
+        allocator = allocators.policy(method)(built, s, 1000)
+
+        def batch(B, T):
+            tokens, mask = torch.zeros(B, T, dtype=torch.long, device="cuda"), torch.ones(B, T, dtype=torch.bool, device="cuda")
+            answers = torch.zeros(8 * B if lm else B, dtype=torch.long, device="cuda")
+            return {"tokens": tokens, "mask": mask, **({"positions": answers} if lm else {})}, answers
+
+        kind = "lm" if lm else "classify"
+        inputs, labels = batch(32, length // 4)
+
+        @torch.no_grad()
+        def validation():
+            with watch.during("validation"):
+                built.eval()
+                value = train.criterion(kind, evaluation.logits(built, inputs), labels) / labels.numel()
+                built.train()
+            return value
+
+        allocator.validation_loss = validation
+        training = train.Training(s, built, kind, allocator)
+        for optimizer in training.optimizers:
+            step = optimizer.step
+
+            def in_phase(step=step):
+                with watch.during("optimizer"):
+                    step()
+            optimizer.step = in_phase
+        built.train()
+        watch.peaks.clear()
+        for step in range(1, 5):
+            watch.launched.clear()
+            training.step(step, [(*batch(rows, length), 1.0)])
+        return {"launches": dict(watch.launched), "total": sum(watch.launched.values()), "peak_gib": max(watch.peaks.values()) / 2**30}
+
+
+if __name__ == "__main__":
+    what, *words = sys.argv[1:]
+    if what == "run":
+        print(json.dumps(small_run(*words)))
+    else:
+        print(json.dumps(count(words[0], words[1], int(words[2]), int(words[3]), **json.loads(words[4] if words[4:] else "{}"))))
