@@ -662,7 +662,6 @@ class LeLora(Allocator):
             for j, location in enumerate(self.locations):
                 first = {"first": 0, "middle": R, "last": 3 * R - r}[location]
                 self.masks[i, j, first:first + r] = 1
-        self.dimension = torch.tensor(self.dims, dtype=torch.float64, device=self.device)
         place = [(block, lora.TARGETS.index(kind)) for _, block, kind in self.sites]
         self.place = torch.tensor(place, device=self.device)  # (n, 2)
         start = "uniform" if s.lelora_ablate == "random" else s.lelora_start
@@ -705,7 +704,7 @@ class LeLora(Allocator):
     def activate(self):
         """Let the components of `choice` move, and only those."""
         self.active.copy_(self.masks[self.choice[:, 0], self.choice[:, 1]])
-        self.current.copy_(self.dimension[self.choice[:, 0]])
+        self.current.copy_(self.active.sum(1))
 
     def after_step(self, step):
         if step % self.settings.lelora_every == 0:

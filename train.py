@@ -68,7 +68,8 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; the update is scaled by alpha / r", above=0)
+    alpha: float = setting(None, "adapter", "LoRA alpha; the update is scaled by alpha / r. Unset: the papers'; "
+                                         "adalora: 16 x the triplets it starts with", above=0)
     dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
     targets: list = setting(None, "adapter", "projections to adapt, of query,key,value,out,gate,up,down; "
                                              "default query,value (encoders, ViT) or query,key,value,up,down")
@@ -91,10 +92,11 @@ class Settings:
     accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
     optimizer: str = setting("adamw", "optimization", "muon: torch's Muon for A and B, AdamW for the rest",
                              ("adamw", "sgd", "muon"))
-    lr: float = setting(None, "optimization", "peak learning rate", above=0)
+    lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", above=0)
     weight_decay: float = setting(None, "optimization", "decoupled weight decay (with sgd, L2); none on W's own "
                                                         "components (LeLoRA, PiSSA, MiLoRA)")
-    warmup: float = setting(None, "optimization", "warm-up: below 1 a share of all steps (0.06 = 6 %%), else steps")
+    warmup: float = setting(None, "optimization", "warm-up: below 1 a share of all steps (0.06 = 6 %%), else steps; "
+                                               "weightlora: none")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
     clip: float = setting(1.0, "optimization", "clip the gradient's norm to this; 0 = never")
 
@@ -181,7 +183,8 @@ class Settings:
                                  ("standardised", "raw"))
 
 
-GROUPS = {"what": "what to run", "adapter": "adapter", "optimization": "optimization (unset: the papers' values)",
+GROUPS = {"what": "what to run", "adapter": "adapter",
+          "optimization": "optimization (unset: the papers' values for model, task and method)",
           "data": "data", "machine": "machine and logging",
           "static": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
           "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)",

@@ -1118,6 +1118,17 @@ def test_hyperparameters_are_the_papers(name, family, size, expected):
 FAMILIES = [("bert", 384), ("roberta", 1024), ("llama", 2048), ("qwen3", 4096), ("vit", 768)]
 
 
+def test_a_method_decides_what_its_authors_say_and_why():
+    chosen, reasons = data.hyperparameters(TASKS["rte"], "roberta", 768, "adalora", rank=4)
+    assert chosen["alpha"] == 16 * 6 and chosen["lr"] == 1.2e-3 and set(reasons) == {"alpha", "lr"}
+    chosen, _ = data.hyperparameters(TASKS["boolq"], "llama", 4096, "adalora", adalora_init_ratio=1.25)
+    assert chosen["alpha"] == 16 * 40 and chosen["lr"] == 2 * 3e-4  # rank 32
+    gammas = [data.hyperparameters(TASKS["rte"], "roberta", 768, "lalora", rank=r)[0]["lalora_gamma"] for r in (8, 64)]
+    assert gammas == [1.1, 2.2]  # the budget's logarithm has to grow twice as far
+    assert data.hyperparameters(TASKS["rte"], "roberta", 768, "weightlora+")[0]["warmup"] == 0
+    assert data.hyperparameters(TASKS["rte"], "roberta", 768, "random")[1] == {}
+
+
 @pytest.mark.parametrize("family, size", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full", "bitfit", "weightlora"])
 def test_hyperparameters_are_complete(family, size, method):
