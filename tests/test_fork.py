@@ -143,9 +143,9 @@ def test_adapters_come_and_go_and_the_others_go_on(policy, changes_at, optimizer
         program.Training.follow(training)
 
     training.follow = follow
-    for step, batch in enumerate(data, start=1):
+    for step, rows in enumerate(data, start=1):
         held = dict(training.allocator.layers)
-        train(training, [batch], first=step)
+        train(training, [rows], first=step)
         assert bool(before) == (step in changes_at)
         after = moments(training)
         for (name, key), old in before.items():
@@ -182,10 +182,9 @@ class Sign(torch.optim.Optimizer):
             p.mul_(0.99).sub_(state["mean"].sign(), alpha=1e-2)
 
 
-@pytest.mark.parametrize("make", [
-    lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.2),
-    lambda params: torch.optim.RMSprop(params, lr=1e-2, momentum=0.5, weight_decay=0.2), Sign], ids=["sgd", "rms", "own"])
-def test_any_optimizer_holds_components_still(make):
+@pytest.mark.parametrize("cls, options", [(torch.optim.SGD, dict(lr=1e-2, momentum=0.9, weight_decay=0.2)), (Sign, {}),
+                                          (torch.optim.RMSprop, dict(lr=1e-2, momentum=0.5, weight_decay=0.2))])
+def test_any_optimizer_holds_components_still(cls, options):
     """Each component goes as under the optimizer alone, fed only the steps in which it may move and none is bad."""
     torch.manual_seed(0)
     whole = lora.stacked([torch.nn.Parameter(torch.randn(4, 5)) for _ in range(3)])
@@ -193,7 +192,8 @@ def test_any_optimizer_holds_components_still(make):
     for part, mask in zip(whole.parts, masks):
         part.active = mask[:, None]
     alone = [[torch.nn.Parameter(row.clone()) for row in part] for part in whole.data]
-    optimizer, others = lora.hold_still(make([whole])), [[make([row]) for row in rows] for rows in alone]
+    optimizer = lora.hold_still(cls([whole], **options))
+    others = [[cls([row], **options) for row in rows] for rows in alone]
     for step in range(40):
         masks.copy_(torch.rand(3, 4) < 0.5)
         bad, grad = step % 7 == 3, torch.randn(3, 4, 5)
@@ -228,7 +228,7 @@ def test_muon_is_torchs_on_each_matrix_and_holds_still(masked):
                 torch.testing.assert_close(layer.B, other.get_submodule(name).B, rtol=1e-3, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- the base model, activations
+# ---------------------------------------------------------------------------------------------- base model, activations
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(init="pissa"), dict(init="milora", dora=True), dict(method="lelora")])
@@ -271,35 +271,28 @@ class Watch(allocators.Allocator):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_policy_sees_real_tokens_of_all_passes_and_the_base_model(compiled, tmp_path):
-    model, base = (pair("roberta", tmp_path)[1] for _ in range(2))
+    model, plain = (pair("roberta", tmp_path)[1] for _ in range(2))
     allocator = Watch(model, settings(), 10)
     training = program.Training(allocator.settings, model.train(), "classify", allocator)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # as train.py has it
         for block in model.blocks:
             block.compile(backend="aot_eager", fullgraph=True)  # a graph break is an error
-    plain, inputs_of = pair("roberta", tmp_path)[1], {}
+    inputs_of = {name: [] for name in allocator.names}
     for name in allocator.names:
-        plain.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: inputs_of.setdefault(name, []).append(args[0]))
+        plain.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs_of[name].append(args[0]))
     generator = torch.Generator().manual_seed(2)
     data = [batch("roberta", generator)[1:] for _ in range(3)]
-    training.step(1, [(inputs, labels, 1 / 18) for inputs, labels in data])  # all is still as in the base model
-    assert len(allocator.terms) == 3 and max(allocator.terms) < 1e-6
+    for step in (1, 2):
+        training.step(step, [(inputs, labels, 1 / 18) for inputs, labels in data])
     for inputs, _ in data:
         plain(**inputs)
-    for row, name in zip(allocator.seen[0], allocator.names):
+    for row, name in zip(allocator.seen[0], allocator.names):  # in the first step all is as in the base model
         expected = sum((x * inputs["mask"][..., None]).sum((0, 1)) for x, (inputs, _) in zip(inputs_of[name], data))
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
-    base.head.load_state_dict(model.head.state_dict())  # which is trained, too
-    with torch.no_grad():
-        now = [model(**inputs).log_softmax(-1) for inputs, _ in data]
-        expected = [F.kl_div(a, base(**inputs).softmax(-1), reduction="batchmean") for a, (inputs, _) in zip(now, data)]
-    allocator.total.zero_()  # it was filled by what this test computed in training mode
-    training.step(2, [(inputs, labels, 1 / 18) for inputs, labels in data])
-    torch.testing.assert_close(torch.stack(allocator.terms[3:]), torch.stack(expected), rtol=1e-3, atol=1e-6)
+    assert len(allocator.terms) == 6 and max(allocator.terms[:3]) < 1e-6 < 1e-5 < min(allocator.terms[3:])
     model.eval()(**data[0][0])
-    assert min(allocator.terms[3:]) > 1e-5 and not allocator.total.any()  # zeroed after the step; evaluation is not seen
+    assert not allocator.total.any()  # zeroed after the step; evaluation is not seen
 
 
 # ---------------------------------------------------------------------------------------------- given ranks, flags
@@ -316,11 +309,13 @@ def test_given_ranks(tmp_path):
         assert allocator.ranks() == last and {n: layer.rank for n, layer in allocator.layers.items()} == {
             name: rank for name, rank in last.items() if rank}
         assert all(layer.scale == 8 / 4 for layer in allocator.layers.values())
-    dealt = [tuple(build(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks().values()) for seed in (0, 0, 1, 2)]
+    shuffled = [build(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks() for seed in (0, 0, 1, 2)]
+    dealt = [tuple(ranks.values()) for ranks in shuffled]
     assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
     (tmp_path / "wrong.json").write_text('{"blocks.0.up": 4}')
     (tmp_path / "zeros.json").write_text('{"blocks.0.query": 0}')
-    for name, text in (("wrong.json", "blocks.0.up is no target"), ("zeros.json", "all ranks are 0"), ("none", "no ranks")):
+    misfits = {"wrong.json": "blocks.0.up is no target", "zeros.json": "all ranks are 0", "none": "no ranks in it"}
+    for name, text in misfits.items():
         with pytest.raises(UserError, match=text):
             build(ranks=str(tmp_path / name))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_lora import PEFT_TARGETS, TARGETS, batch, losses, pair, peft, peft_layers
+from test_lora import PEFT_TARGETS, TARGETS, batch, losses, pair, peft, peft_layers, same_in_peft
 from tiny import Tiny, batches, interrupted_after, settings, train, training_of
 
 import allocators
@@ -94,29 +94,14 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def peft_gives_the_same(model, base, folder, family):
-    """The adapter saved in `folder` gives the same logits with PEFT on the untouched base, also merged, and here."""
-    task_type = {"roberta": "SEQ_CLS", "llama": "CAUSAL_LM"}[family]
-    lora.save_adapter(model.eval(), folder, str(base), task_type, head=family != "llama")
-    theirs, again = pair(family, base)
-    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
-    real = inputs["mask"] if family == "llama" else slice(None)
-    expected = model(**inputs)[real]
-    loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
-    torch.testing.assert_close(loaded(**their_inputs).logits[real], expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(loaded.merge_and_unload()(**their_inputs).logits[real], expected, rtol=1e-3, atol=1e-3)
-    lora.load_adapter(again, folder)
-    torch.testing.assert_close(again(**inputs)[real], expected, rtol=1e-3, atol=1e-3)
-
-
 # ---------------------------------------------------------------------------------------------- PiSSA, MiLoRA
 
 
 @pytest.mark.parametrize("family, dora", [("roberta", False), ("llama", False), ("llama", True)])
 def test_pissa_is_pefts(family, dora, tmp_path):
     """Same A, B, residual weight and training steps, unchanged logits; the file is a plain adapter on the base."""
-    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", init="pissa", dora=dora, peft_options=dict(
-        init_lora_weights="pissa", use_dora=dora))
+    options = dict(init_lora_weights="pissa", use_dora=dora)
+    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", init="pissa", dora=dora, peft_options=options)
     _, plain = pair(family, tmp_path / "base")
     for name, layer in allocator.layers.items():
         torch.testing.assert_close(layer.A, wrapped[name].lora_A.default.weight, rtol=1e-4, atol=1e-5)
@@ -126,7 +111,7 @@ def test_pissa_is_pefts(family, dora, tmp_path):
     _, inputs, _ = batch(family, torch.Generator().manual_seed(2))
     torch.testing.assert_close(ours(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
     same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
-    peft_gives_the_same(ours, tmp_path / "base", tmp_path / "adapter", family)
+    same_in_peft(ours, tmp_path / "base", tmp_path / "adapter", family, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
@@ -192,7 +177,7 @@ def test_dora_is_pefts(family, dropout, tmp_path):
         torch.testing.assert_close(layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight)
     copy_start(allocator, wrapped)
     same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
-    peft_gives_the_same(ours, tmp_path / "base", tmp_path / "adapter", family)
+    same_in_peft(ours, tmp_path / "base", tmp_path / "adapter", family, tolerance=1e-3)
 
 
 def test_doras_dropout_is_pefts_where_there_is_a_bias():
@@ -298,7 +283,8 @@ def test_lora_plus_is_pefts(dora, tmp_path):
 
 def test_each_group_has_its_learning_rate_before_and_after_a_rebuild():
     """Rate and ratio for B, the rate alone for A, with WeightLoRA."""
-    allocator = allocators.WeightLora(Tiny(), settings(method="weightlora", lora_plus_ratio=16.0, weightlora_steps=5), 10)
+    s = settings(method="weightlora", lora_plus_ratio=16.0, weightlora_steps=5)
+    allocator = allocators.WeightLora(Tiny(), s, 10)
     training = training_of(allocator)
     for step, (x, labels) in enumerate(batches(10), start=1):
         n = len(allocator.layers)
@@ -374,6 +360,25 @@ def test_every_combination_trains_or_is_refused(method, option, tmp_path, capsys
                       for layer in allocator.layers.values() for p in (layer.A, layer.B, layer.magnitude)
                       if p is not None and p.requires_grad)
         assert allocator.budget().item() == pytest.approx(counted)
+
+
+LEARNED = {"adalora": ["smooth", "unsure"], "lalora": ["fisher", "block_ranks"], "weightlora": ["omega"]}
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_step_that_is_not_finite_moves_nothing_and_teaches_nothing(method):
+    s = settings(**POLICIES, method=method, lalora_score="fisher", weight_decay=0.1)
+    allocator = allocators.METHODS[method](Tiny(), s, 30)
+    training = train(training_of(allocator), batches(2))
+    held = [[getattr(allocator, name) for name in LEARNED[method]], training.moving, training.optimizers[0]]
+    before = {name: t.clone() for name, t in lora.state_of(held).items()}
+    (x, labels), = batches(1)
+    x[0, 0] = torch.nan
+    train(training, [(x, labels)], first=3)
+    assert before and all(torch.equal(value, lora.state_of(held)[name]) for name, value in before.items())
+    train(training, batches(27, seed=1), first=4)
+    assert all(t.isfinite().all() for t in lora.state_of(training).values()) and training.bad.counts[0] == 1
+    assert allocator.allocations
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
 
 import allocators
-import lora
 from model import UserError
 
 DIM = 32  # three windows of 8 need 32 singular components

@@ -228,18 +228,6 @@ def test_warm_up_steps_see_enough_examples():
     assert [allocator.examples(step) for step in (1, 5, 6)] == [40, 40, 0]
 
 
-def test_a_step_that_is_not_finite_leaves_omega_and_delays_nothing():
-    allocator = build(weightlora_steps=5)
-    data = list(batches(7))
-    training = train(training_of(allocator), data[:3])
-    omega = allocator.omega.clone()
-    data[3][0][0, 0] = torch.nan
-    train(training, data[3:4], first=4)
-    assert torch.equal(allocator.omega, omega) and len(allocator.layers) == 6
-    train(training, data[4:], first=5)
-    assert allocator.omega.isfinite().all() and len(allocator.layers) == 3 and allocator.allocations == 1
-
-
 @pytest.mark.parametrize("keep,K", [(0, 9), (1, 1), (18, 18), (5, 5)])
 def test_random_control_draws_from_the_seed_alone(keep, K):
     chosen = set()
