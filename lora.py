@@ -346,9 +346,11 @@ def trait(p, name, default):
 def may_move(p):
     """The tensor of 0 and 1, broadcastable to the parameter, that says which of its components may move; None: all."""
     parts = getattr(p, "parts", None)
-    if not hasattr(parts[0] if parts else p, "active"):
-        return None
-    return torch.stack([q.active for q in parts]) if parts else p.active
+    masks = [getattr(q, "active", None) for q in parts or [p]]
+    given = [mask for mask in masks if mask is not None]
+    if not given or not parts:
+        return masks[0]
+    return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])
 
 
 # ---------------------------------------------------------------------------------------------- optimizer
@@ -458,7 +460,7 @@ def optimizers_for(s, params):
     adamw = AdamW if any(may_move(p) is not None for p in params) else torch.optim.AdamW
     fused = {"fused": True} if adamw is torch.optim.AdamW else {}
     if s.optimizer == "adamw":
-        return [adamw(groups[0], **options, **fused)]
+        return [without_masks(adamw(groups[0], **options, **fused))]
     muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
     return [hold_still(on_parts(muon)), *[adamw(more, **options, **fused) for more in groups[1:]]]
 
@@ -478,6 +480,17 @@ def groups_for(s, params):
         result.append([{"params": group, "lr": s.lr, "lr_ratio": ratio, "weight_decay": s.weight_decay * decays}
                        for (ratio, decays), group in groups.items()])
     return result
+
+
+def without_masks(optimizer):
+    """Refuse, in its steps, masks that came after torch's AdamW, which does not know them, was chosen."""
+    def check(optimizer, *_):
+        if any(may_move(p) is not None for group in optimizer.param_groups for p in group["params"]):
+            raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in the policy's setup, too")
+
+    if not isinstance(optimizer, AdamW):
+        optimizer.register_step_pre_hook(check)
+    return optimizer
 
 
 def on_parts(optimizer):

@@ -209,6 +209,21 @@ def test_any_optimizer_holds_components_still(cls, options):
     torch.testing.assert_close(whole.detach(), torch.stack([torch.stack(rows) for rows in alone]).detach())
 
 
+def test_masks_of_some_layers_hold_and_late_ones_are_refused():
+    early, late = (allocators.Allocator(Tiny(), settings(weight_decay=0.1), 10) for _ in range(2))
+    masked = early.layers["blocks.1.query"]
+    masked.mask_updates(torch.tensor([1.0, 0, 1, 0]))
+    before = {name: layer.A.detach().clone() for name, layer in early.layers.items()}
+    train(training_of(early), batches(3))
+    for name, layer in early.layers.items():
+        moved = [True, False, True, False] if layer is masked else [True] * 4
+        assert (layer.A != before[name]).any(1).tolist() == moved
+    training = train(training_of(late), batches(2))
+    late.layers["blocks.1.query"].mask_updates(torch.zeros(4))
+    with pytest.raises(UserError, match="mask_updates"):
+        train(training, batches(1), first=3)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_muon_is_torchs_on_each_matrix_and_holds_still(masked):
     allocator = (Masked if masked else allocators.Allocator)(Tiny(), settings(optimizer="muon", weight_decay=0.1), 99)
