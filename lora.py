@@ -486,7 +486,7 @@ def without_masks(optimizer):
     """Refuse, in its steps, masks that came after torch's AdamW, which does not know them, was chosen."""
     def check(optimizer, *_):
         if any(may_move(p) is not None for group in optimizer.param_groups for p in group["params"]):
-            raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in the policy's setup, too")
+            raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in setup, too")
 
     if not isinstance(optimizer, AdamW):
         optimizer.register_step_pre_hook(check)
