@@ -1,7 +1,6 @@
-"""SQuAD: reading, windows, answers and scores against transformers' tokenizers and models and the official scripts' rules."""
+"""SQuAD against transformers' tokenizers and models, run_qa.py's rules and those of the official evaluation scripts."""
 
 import json
-import os
 import random
 import re
 import string
@@ -16,175 +15,140 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import eval as evaluation
-import model as models
 import train
+from data import TASKS
 from model import UserError
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-WORDS = "the river runs north of an old town where Zoë's 12 mills, grinding corn, stood until 1849 (a flood) came down".split()
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+WORDS = "the river runs north of an old town where Zoë's 12 mills, grinding corn, stood till 1849 (a flood) came".split()
 
 
-def write(folder, questions, contexts=1, version2=False, seed=0):
-    """train.json and dev.json in SQuAD's layout: which word follows a word, in contexts of up to 160 words."""
-    rng = random.Random(seed)
-    folder.mkdir(exist_ok=True)
+def questions(split, version2, rng=random.Random(0)):
+    """SQuAD's layout: which words follow one, in contexts of one and of several windows; a question is very long."""
+    paragraphs = []
+    for n, length in enumerate((40, 160, 90)):
+        words, asked = rng.choices(WORDS, k=length), []
+        starts = np.cumsum([0] + [len(word) + 2 for word in words])
+        context = "  ".join(words) + "."
+        for k in range(6):
+            first = rng.randrange(length - 4)
+            text = context[starts[first]:starts[first + rng.randrange(1, 4)] - 2]
+            answers = [{"text": text, "answer_start": int(starts[first])}, {"text": "the flood", "answer_start": 0}]
+            row = {"id": f"{split}{n}{k}", "question": f"  What is after {words[first - 1]}" + " old" * 70 * (k == 1)}
+            unanswered = version2 and k % 3 == 2
+            asked.append({**row, "answers": [] if unanswered else answers, "is_impossible": unanswered})
+        paragraphs.append({"context": context, "qas": asked})
+    return {"version": "x", "data": [{"title": "t", "paragraphs": paragraphs}]}
+
+
+def prepare(folder, family, version2):
+    """The data, and a small random model with a word-piece, byte-level or SentencePiece-like tokenizer: that, fast."""
+    (folder / "data").mkdir()
     for split in ("train", "dev"):
-        paragraphs = []
-        for n in range(contexts):
-            context = "  ".join(rng.choices(WORDS, k=(40, 160, 90)[n % 3])) + "."
-            starts = [match.start() for match in re.finditer(r"\S+", context)]
-            asked = []
-            for k in range(questions):
-                first = rng.randrange(len(starts) - 3)
-                begin, end = starts[first], starts[first + rng.randrange(1, 4)] - 2
-                answers = [{"text": context[begin:end], "answer_start": begin}, {"text": "the flood", "answer_start": 0}]
-                question = f"  What is after {context[:begin].split()[-1:]}?" + " why" * 70 * (k == 1)
-                asked.append({"id": f"{split}-{n}-{k}", "question": question, "answers": answers})
-                if version2 and k % 3 == 2:
-                    asked[-1].update(answers=[], plausible_answers=answers, is_impossible=True)
-            paragraphs.append({"context": context, "qas": asked})
-        file = {"version": "x", "data": [{"title": "t", "paragraphs": paragraphs}]}
-        (folder / f"{split}.json").write_text(json.dumps(file, indent=1 if split == "dev" else None))
-    return folder
-
-
-def make_model(folder, family, **other):
-    """A small random model with a word-piece, byte-level or SentencePiece-like tokenizer, as transformers saves them."""
-    special = [("[CLS]", 2), ("[SEP]", 3)]
-    if family == "roberta":
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=360, show_progress=False, special_tokens=PIECES,
-                                                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    elif family == "deberta":
-        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-        trainer = tokenizers.trainers.UnigramTrainer(vocab_size=90, show_progress=False, special_tokens=PIECES,
-                                                     unk_token="[UNK]")
-    else:
-        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = tokenizers.normalizers.BertNormalizer()
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=90, show_progress=False, special_tokens=PIECES)
-    backend.train_from_iterator([" ".join(WORDS), "What is after the first why?"] * 9, trainer)
+        (folder / "data" / f"{split}.json").write_text(json.dumps(questions(split, version2)))
+    prefix, model, before, trainer = {
+        "bert": ("Bert", tokenizers.models.WordPiece(unk_token="[UNK]"), "BertPreTokenizer", "WordPieceTrainer"),
+        "roberta": ("Roberta", tokenizers.models.BPE(), "ByteLevel", "BpeTrainer"),
+        "deberta": ("DebertaV2", tokenizers.models.Unigram(), "Metaspace", "UnigramTrainer")}[family]
+    backend, special = tokenizers.Tokenizer(model), ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    backend.pre_tokenizer = getattr(tokenizers.pre_tokenizers, before)()
+    unknown = {"unk_token": "[UNK]"} if family == "deberta" else {}
+    backend.train_from_iterator([" ".join(WORDS) + " What is after."] * 9, getattr(tokenizers.trainers, trainer)(
+        vocab_size=120, show_progress=False, special_tokens=special, **unknown))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special)
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]",
                                                 sep_token="[SEP]", unk_token="[UNK]")
-    fast.save_pretrained(folder)
-    relative = dict(relative_attention=True, pos_att_type="c2p|p2c", share_att_key=True, position_buckets=32,
-                    position_biased_input=False, norm_rel_ebd="layer_norm")
-    prefix = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}[family]
+    fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-        max_position_embeddings=300, **(relative if family == "deberta" else {}), **other)
-    getattr(transformers, f"{prefix}Model")(config).save_pretrained(folder)
+    config = getattr(transformers, prefix + "Config")(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=300, pad_token_id=0, **(dict(relative_attention=True, pos_att_type="c2p|p2c",
+        share_att_key=True, position_buckets=32) if family == "deberta" else {}))
+    getattr(transformers, prefix + "Model")(config).save_pretrained(folder / "model")
     return fast
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_windows_and_labels(family, tmp_path):
-    """Ids, offsets and labels are those of transformers' tokenizer with run_qa's settings and rules, long texts included."""
-    fast = make_model(tmp_path / "model", family)
-    rows = data.read(data.TASKS["squad2"], write(tmp_path / "data", 6, 3, version2=True), "train")
-    split = data.encode(data.TASKS["squad2"], rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
-    questions = [row["text"].lstrip() for row in rows]
-    for i, question in enumerate(questions):
-        spans = fast(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        questions[i] = question[:spans[63][1]] if len(spans) > 64 else question
-    theirs = fast(questions, [row["pair"] for row in rows], truncation="only_second", max_length=256, stride=128,
+    """Ids, types, offsets and labels are those of transformers' tokenizer with run_qa.py's settings and rules."""
+    fast = prepare(tmp_path, family, True)
+    rows = data.read(TASKS["squad2"], tmp_path / "data", "train")
+    split = data.encode(TASKS["squad2"], rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
+    asked = [row["text"].lstrip() for row in rows]
+    for i, spans in enumerate(fast(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]):
+        asked[i] = asked[i][:spans[63][1]] if len(spans) > 64 else asked[i]
+    theirs = fast(asked, [row["pair"] for row in rows], truncation="only_second", max_length=256, stride=128,
                   return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True)
-    assert [list(ids) for ids in split.tokens] == theirs["input_ids"] and len(split) > len(rows) + 3
-    assert family == "roberta" or split.types is None or [list(t) for t in split.types] == theirs["token_type_ids"]
-    found = 0
+    assert [list(ids) for ids in split.tokens] == theirs["input_ids"] and len(split) > len(rows) == split.count_rows()
+    assert (family == "bert") == (split.types is not None)
+    assert split.types is None or [list(types) for types in split.types] == theirs["token_type_ids"]
     for i, (number, offsets) in enumerate(zip(theirs["overflow_to_sample_mapping"], theirs["offset_mapping"])):
         inside = [n for n, sequence in enumerate(theirs.sequence_ids(i)) if sequence == 1]
-        expected = np.full((len(offsets), 2), -1)
-        expected[inside] = [offsets[n] for n in inside]
-        assert split.rows[i] is rows[number] and (split.offsets[i] == expected).all()
-        first = last = 0
-        if rows[number]["span"]:
-            begin, end = rows[number]["span"]
-            if offsets[inside[0]][0] <= begin and offsets[inside[-1]][1] >= end:
-                first = max(n for n in inside if offsets[n][0] <= begin)
-                last = min(n for n in inside if offsets[n][1] >= end)
-                found += 1
-                assert rows[number]["pair"][offsets[first][0]:offsets[last][1]].strip() == rows[number]["answers"][0]
-        assert split.labels[i].tolist() == [first, last]
-    assert found >= len(rows) / 2
+        assert split.rows[i] is rows[number]
+        assert split.offsets[i].tolist() == [list(o) if n in inside else [-1, -1] for n, o in enumerate(offsets)]
+        (begin, end), label = rows[number]["span"] or (-1, -1), [0, 0]
+        if offsets[inside[0]][0] <= begin and offsets[inside[-1]][1] >= end:
+            label = [max(n for n in inside if offsets[n][0] <= begin), min(n for n in inside if offsets[n][1] >= end)]
+            assert rows[number]["answers"][0] == rows[number]["pair"][offsets[label[0]][0]:offsets[label[1]][1]].strip()
+        assert split.labels[i].tolist() == label
+    assert (split.labels > 0).all(1).sum() > 8 and sum(row["span"] is None for row in rows) == 6
 
 
 def best_answer(windows, context, version2):
     """utils_qa.py's rules in plain loops: 20 likeliest starts and ends, at most 30 tokens, null threshold 0."""
-    candidates, null = [], min(start[0] + end[0] for start, end, _ in windows)
+    found, null = [(-np.inf, "")], min(start[0] + end[0] for start, end, _ in windows)
     for start, end, offsets in windows:
-        for i in sorted(range(len(start)), key=lambda n: start[n], reverse=True)[:20]:
-            for j in sorted(range(len(end)), key=lambda n: end[n], reverse=True)[:20]:
+        for i in sorted(range(len(start)), key=lambda n: -start[n])[:20]:
+            for j in sorted(range(len(end)), key=lambda n: -end[n])[:20]:
                 if offsets[i][0] >= 0 and offsets[j][0] >= 0 and i <= j < i + 30:
-                    candidates.append((start[i] + end[j], context[offsets[i][0]:offsets[j][1]]))
-    score, text = max(candidates, default=(-np.inf, ""))
+                    found.append((start[i] + end[j], context[offsets[i][0]:offsets[j][1]]))
+    score, text = max(found)
     return "" if version2 and null > score else text
 
 
 def words_of(text):
-    kept = [c for c in text.lower() if c not in string.punctuation]
-    return re.sub(r"\b(?:the|an|a)\b", " ", "".join(kept)).split()
+    return re.sub(r"\b(?:the|an|a)\b", " ", text.lower().translate({ord(c): None for c in string.punctuation})).split()
 
 
 def official(found, golds, version2):
-    """The rules of evaluate-v1.1.py and evaluate-v2.0.py: (exact, F1) of one question."""
-    golds = ([gold for gold in golds if words_of(gold)] or [""]) if version2 else golds
-    exact, f1 = [], []
-    for gold in golds:
-        a, b = words_of(found), words_of(gold)
-        exact.append(float(" ".join(a) == " ".join(b)))
-        left, same = list(b), 0
-        for word in a:
-            if word in left:
-                left.remove(word)
-                same += 1
-        if version2 and not (a and b):
-            f1.append(float(a == b))
-        else:
-            precision, recall = same / max(1, len(a)), same / max(1, len(b))
-            f1.append(2 * precision * recall / (precision + recall) if same else 0.0)
-    return max(exact), max(f1)
+    """(exact, F1) by the rules of evaluate-v1.1.py and evaluate-v2.0.py."""
+    golds, a, scores = [words_of(gold) for gold in golds], words_of(found), []
+    for b in ([gold for gold in golds if gold] or [[]]) if version2 else golds:
+        same = sum(min(a.count(word), b.count(word)) for word in {*a})
+        f1 = 2 * same / len(a) * same / len(b) / (same / len(a) + same / len(b)) if same else float(version2 and a == b)
+        scores.append((float(a == b), f1))
+    return tuple(map(max, zip(*scores)))
 
 
-HARD = [("The  Mill!", ["mill"]), ("a", ["the"]), ("", []), ("x", []), ("", ["A."]), ("an old-town", ["old town", "oldtown"]),
-        ("theory", ["the ory"]), ("12,000", ["12000"]), ("of of the town", ["of town town"]), ("Zoë’s", ["zoë's", "ZOË’S"]),
-        ("", ["mill"]), ("mill", ["the", "mill corn", "corn mill mill"]), ("A\u00a0mill\n", ["a mill"]), ("the", ["the", ""])]
+HARD = [("The  Mill!", ["mill"]), ("a", ["the"]), ("", []), ("x", []), ("", ["A."]), ("", ["mill"]), ("the", ["the", ""]),
+        ("an old-town", ["old town", "oldtown"]), ("theory", ["the ory"]), ("12,000", ["12000"]), ("Zoë’s", ["zoës", "ZOË’S"]),
+        ("of of the town", ["of town town"]), ("mill", ["the", "mill corn", "corn mill mill"]), ("A\u00a0mill\n", ["a mill"])]
 
 
 @pytest.mark.parametrize("version2", [False, True])
-def test_scores_are_the_official_scripts(version2):
-    rng = random.Random(1)
-    pick = [*WORDS, "the", "a", "an", "The", ",", "'", "A.", "the-"]
-    cases = HARD + [(" ".join(rng.choices(pick, k=rng.randrange(5))),
-                     [" ".join(rng.choices(pick, k=rng.randrange(5))) for _ in range(rng.randrange(1, 4))]) for _ in range(500)]
-    for found, golds in cases:
+def test_scores_are_those_of_the_official_scripts(version2):
+    rng, words = random.Random(1), [*WORDS, "the", "a", "an", "The", ",", "'", "A.", "the-"]
+    made = [[" ".join(rng.choices(words, k=rng.randrange(5))) for _ in range(rng.randrange(2, 5))] for _ in range(500)]
+    for found, golds in HARD + [(texts[0], texts[1:]) for texts in made]:
         if golds or version2:
-            assert evaluation.answer_scores(found, golds, version2) == pytest.approx(official(found, golds, version2), abs=1e-12)
+            ours = evaluation.answer_scores(found, golds, version2)
+            assert ours == pytest.approx(official(found, golds, version2), abs=1e-12)
 
 
 @pytest.mark.parametrize("family, name", [("bert", "squad"), ("roberta", "squad2"), ("deberta", "squad2")])
 def test_a_run_and_its_answers(family, name, tmp_path, capsys):
-    """Trained on, evaluated and loaded in PEFT: the same logits, and the scores of the rules above on these logits."""
-    make_model(tmp_path / "model", family)
-    folder, task = write(tmp_path / "data", 6, 3, version2=name == "squad2"), data.TASKS[name]
-    train.main(["--model", str(tmp_path / "model"), "--task", name, "--data", str(folder), "--out", str(tmp_path / "run"),
-                "--steps", "12", "--batch-size", "8", "--lr", "0.02", "--max-length", "256", "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out)
-    _, _, processor, ours = evaluation.load_run(tmp_path / "run", {})
-    base = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval().base_model  # whose wrapper drops token types
-    rows, scores = data.read(task, folder, "dev"), []
+    """A trained run in transformers with PEFT: its logits, and from them by the rules above the run's scores."""
+    prepare(tmp_path, family, name == "squad2")
+    train.main(["--model", str(tmp_path / "model"), "--task", name, "--data", str(tmp_path / "data"), "--steps", "12",
+                "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02", "--max-length", "256"])
+    result, (_, _, processor, ours) = json.loads(capsys.readouterr().out), evaluation.load_run(tmp_path / "run", {})
+    theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "run" / "adapter").eval().base_model  # PEFT drops types
+    rows, scores = data.read(TASKS[name], tmp_path / "data", "dev"), []
     for row in rows:
-        split = processor.encode([row], 256) if hasattr(processor, "encode") else processor.training([row], 256)
-        windows = []
+        split, windows = processor.encode([row], 256), []
         for i in range(len(split)):
             inputs, _ = data.collate(split, [i])
             types = {"token_type_ids": inputs["types"]} if "types" in inputs else {}
@@ -193,8 +157,30 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys):
                 torch.testing.assert_close(ours(**inputs)[..., 1], output.end_logits, rtol=0, atol=1e-4)
             windows.append((output.start_logits[0].numpy(), output.end_logits[0].numpy(), split.offsets[i]))
         scores.append(official(best_answer(windows, row["pair"], name == "squad2"), row["answers"], name == "squad2"))
-    exact, f1 = np.mean(scores, axis=0)
-    assert (result["exact_match"], result["f1"]) == pytest.approx((exact, f1)) and result["before"]["f1"] != f1
-    assert result["eval_rows"] == len(rows) == 18
+    assert (result["exact_match"], result["f1"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
+    assert result["before"]["f1"] != result["f1"] > 0 and result["eval_rows"] == len(rows) == 18
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert saved["task_type"] == "QUESTION_ANS" and saved["modules_to_save"] == ["qa_outputs"]
+
+
+def test_best_span():
+    """The best pair may run backwards, be too long, or begin in the question; with nothing left there is no answer."""
+    offsets = np.array([[-1, -1]] * 3 + [[n, n + 1] for n in range(40)])
+    logits = np.full((43, 2), -9.0)
+    logits[[2, 9, 5, 41], [0, 0, 0, 0]], logits[[7, 42], [1, 1]] = (9, 5, 4, 3), (6, 5)
+    assert data.best_span(logits, offsets) == (4 + 6, 2, 5)
+    assert data.best_span(logits[:3], offsets[:3]) == (-np.inf, 0, 0)
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda q: q.update(id="dev00"), "twice"), (lambda q: q.update(answers=[]), "squad2"),
+    (lambda q: q.pop("question"), "question"), (lambda q: q.update(answers=[3]), "int"), (lambda q: q.update(id=5), "id"),
+    (lambda q: q["answers"][0].pop("text"), "text"), (lambda q: q.update(answers="no"), "answers"),
+    (lambda q: q["answers"][0].update(answer_start="3"), "answer_start")])
+def test_bad_files_are_one_line(change, part, tmp_path):
+    file = questions("dev", False)
+    change(file["data"][0]["paragraphs"][0]["qas"][3])
+    (tmp_path / "dev.json").write_text(json.dumps(file))
+    with pytest.raises(UserError, match=part) as caught:
+        data.read(TASKS["squad"], tmp_path, "dev")
+    assert "\n" not in str(caught.value) and "dev.json" in str(caught.value)
