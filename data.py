@@ -200,11 +200,15 @@ def locate(task, data, split):
         known = any(wanted in ("", split) for wanted, _, _ in task.sources)
         remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
         folder = Path(data or cache_folder())
-        there = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")[:9] if folder.is_dir() else []
-        there = f" (there are {', '.join(map(ascii, there))[:200]})" if there else ""
         path = folder / task.folder / task.files[split][0]
-        raise UserError(f"{path}: no such file{there}: correct --data{remedy}")
+        raise UserError(f"{path}: no such file{listing(folder)}: correct --data{remedy}")
     return paths
+
+
+def listing(folder):
+    """Return what is in a folder, for a message."""
+    names = sorted(path.name for path in Path(folder).glob("[!.]*"))[:9]
+    return f" (there are {', '.join(map(ascii, names))[:200]})" if names else ""
 
 
 def held_out(task, data, split, rows):
@@ -305,10 +309,11 @@ def unpack(archive, folder, limit=16 << 30):
 # -------------------- readers: reader(task, data, split) yields (where, row); labels stay text until read() checks them
 
 # names of a pair's texts, then of a single one; the first that a file's first row has are read
-TEXTS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("text", "pair"),
-         ("text", "text_pair"), ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"),
-         ("question", "sentence"), ("question", "passage"), ("question", "context"), ("query", "passage"),
-         ("query", "document"), ("claim", "evidence"), ("sentence", "context"), ("text", "context"),
+TEXTS = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"),
+         ("text_1", "text_2"), ("text_a", "text_b"), ("question1", "question2"), ("premise", "hypothesis"),
+         ("text", "pair"), ("text", "text_pair"), ("question", "sentence"), ("question", "passage"),
+         ("question", "context"), ("question", "answer"), ("query", "passage"), ("query", "document"),
+         ("claim", "evidence"), ("sentence", "context"), ("text", "context"),
          ("sentence", None), ("text", None), ("content", None), ("review", None), ("tweet", None), ("comment", None))
 
 
@@ -397,6 +402,8 @@ def read_arrays(task, data, split):
     else:
         try:
             with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
+                if sum(member.file_size for member in file.zip.infolist()) > 64 << 30:
+                    raise ValueError("it unpacks to more than 64 GiB")
                 arrays = dict(file)
         except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
@@ -425,11 +432,10 @@ def read_image_folder(task, data, split):
     names = ("train",) if split == "train" else ("dev", "val", "valid", "validation", "test")
     root = next((Path(data, name) for name in names if data and Path(data, name).is_dir()), None)
     if root is None:
-        there = sorted(path.name for path in Path(data).glob("[!.]*"))[:9] if data else []
-        raise UserError(f"{data}: no folder {' or '.join(names)} (there are {', '.join(map(ascii, there))[:200]}): "
-                        "--data must name one with train/<class>/<images>, dev/<class>/<images>")
+        raise UserError(f"{data}: no folder {' or '.join(names)}{listing(data) if data else ''}: --data must name one "
+                        "with train/<class>/<images>, dev/<class>/<images>")
     for path in sorted(root.glob("*/**/*")):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
             yield str(path), {"pixels": Photo(path), "label": path.relative_to(root).parts[0]}
 
 
@@ -1198,10 +1204,11 @@ class Tokenizer:
         self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
         ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
         self.eos_ids = sorted(ends - {None})
-        # bos where the post-processor begins with it; what it may put at the end would stop a generation there
+        # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
-        begins, ends = whole[:1] == [self.bos_id] != plain[:1], whole[-1:] == [self.eos_id] != plain[-1:]
-        self.prefix = [self.bos_id] if begins else []
+        start = next((i for i in range(len(whole)) if plain and whole[i:i + len(plain)] == plain), 0)
+        self.prefix = whole[:start]
+        begins, ends = self.prefix[:1] == [self.bos_id], whole[start + len(plain):][-1:] == [self.eos_id]
         for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
             if bool(names.get(key, there)) != there:
                 note(f"{path.with_name('tokenizer_config.json')}: {key} is {names[key]}, tokenizer.json does otherwise "
@@ -1600,7 +1607,8 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
     Encoders on GLUE: lelora Tables 5 and 6, with rank, alpha, dropout and length, which they leave open, of weightlora
     Table 9. Decoders on GLUE: weightlora Table 10, learning rate and warmup from the middle of its grids. Instructions:
     lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. SQuAD: its Table 12.
-    Ours: images, the user's own tables, full fine-tuning's and bitfit's learning rates. warmup: a share of all steps, or a number of steps from 1 on.
+    Ours: images, the user's own tables, full fine-tuning's and bitfit's learning rates. warmup: a share of all steps,
+    or a number of steps from 1 on.
     """
     lr, batch_size, epochs = task.base if size < 1024 else task.large
     chosen = dict(lr=lr, batch_size=batch_size, epochs=epochs, steps=None, warmup=0.06, weight_decay=0.1, rank=8,

@@ -482,7 +482,8 @@ def save_model(model, processor, folder):
         raw["pad_token_id"] = processor.tokenizer.pad_id  # else transformers' decoders classify one text at a time
     with models.whole_folder(folder) as part:
         models.save(model, part)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
+                     "merges.txt", "added_tokens.json", "chat_template.jinja",
                      "preprocessor_config.json", "generation_config.json"):
             if processor.folder and (processor.folder / name).is_file():
                 shutil.copy(processor.folder / name, part)
