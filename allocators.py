@@ -543,10 +543,9 @@ class WeightLora(Allocator):
         return {"omega": dict(zip(self.names, self.omega.tolist()))} | selected
 
     def restored(self):
-        if self.allocations:
-            self.own = []
-        else:
-            self.own[0].data.copy_(self.omega[:, None])
+        self.own = self.own[:0] if self.allocations else self.own
+        for gates in self.own:
+            gates.data.copy_(self.omega[:, None])
 
 
 class RandomLora(Allocator):
@@ -798,17 +797,15 @@ def singular_windows(weight, R):
     """
     key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
     key.update(f"{tuple(weight.shape)} {weight.dtype} {R}".encode())
-    folder = cache_folder() / "svd"
-    file = folder / f"{key.hexdigest()}.safetensors"
+    file = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors"
     try:
         stored = load_file(file, device=str(weight.device))
     except (FileNotFoundError, SafetensorError):  # not there, or damaged
         U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
         at = window_indices(len(S), R).to(S.device)
-        A, B = S[at].sqrt()[:, None] * Vh[at], U[:, at] * S[at].sqrt()
-        stored = {"S": S, "A": A, "B": B.contiguous()}
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{file.stem}.{os.getpid()}.part"
+        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.part")
         save_file(stored, beside)
         beside.rename(file)
     return stored["S"], stored["A"], stored["B"]
