@@ -384,9 +384,9 @@ class LaLora(Allocator):
     All adapters of block i use the first r_i of their `rank` components; the others are switched off and stand still.
     Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. `lalora_budget` "full" holds D = r L, where
     every block has rank r; `lalora_fidelity` "truncation" is section 3.3's text (truncated over full norm), "initial"
-    section 5.2's: Eq. 10 with the norms at the start, of which B's are 0; `lalora_score` "fisher" is section 5.7's. A
-    "relative" softmax divides c by its mean over the blocks: with "raw" norms Eq. 8 gives all to one where they are
-    large.
+    section 5.2's: Eq. 10 with the norms at the start, of which B's are 0; `lalora_score` "fisher" is section 5.7's.
+    Eq. 8 is over contributions divided by their mean: as they are ("raw") it gives all to one block where norms are
+    large, which Fig. 5 does not show.
     """
 
     refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's

@@ -150,8 +150,8 @@ class Settings:
                                    ("step", "truncation", "initial", "off"))
     lalora_score: str = setting("norm", "lalora", "contribution c: Eq. 9, or section 5.7's Fisher information",
                                 ("norm", "fisher"))
-    lalora_softmax: str = setting("raw", "lalora", "Eq. 8 over contributions, or over them divided by their mean",
-                                  ("raw", "relative"))
+    lalora_softmax: str = setting("relative", "lalora", "Eq. 8 over contributions over their mean, or as they are",
+                                  ("relative", "raw"))
     weightlora_keep: int = setting(0, "weightlora", "K, matrices that keep an adapter; 0 = half")
     weightlora_steps: int = setting(0, "weightlora", "T, warm-up steps; 0 = 0.5 %% of the run, at least 5")
     weightlora_examples: int = setting(192, "weightlora", "rows that a warm-up step sees at least, in several batches")

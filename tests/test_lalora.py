@@ -90,7 +90,7 @@ def weights_of(allocator):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(lalora_fidelity="truncation"), dict(lalora_fidelity="off"), dict(lalora_budget="full"),
-    dict(lalora_score="fisher"), dict(lalora_fidelity="initial"), dict(lalora_softmax="relative"),
+    dict(lalora_score="fisher"), dict(lalora_fidelity="initial"), dict(lalora_softmax="raw"),
     dict(lalora_gamma=3.0, weight_decay=0.3), dict(rank=1),
     dict(targets=["query", "up", "down"]),
 ], ids=str)
