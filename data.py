@@ -164,13 +164,17 @@ def has_text(value):
     return isinstance(value, str) and bool(re.search(r"[^\W\d_]", value))
 
 
+def file_of(where):
+    """Return the path in a row's place."""
+    return re.sub(r" (line|row) \d+$", "", where)
+
+
 def name_unread(where, row, read):
     """Note the columns of a row that hold text, are not among those read and not IRRELEVANT."""
     names = [name for name, value in row.items() if name not in read and name.lower() not in IRRELEVANT]
     names = [name for name in names if has_text(row[name])]
     if names:
-        file = re.sub(r" (line|row) \d+$", "", where)
-        note(f"{file}: not read: column{'s' * (len(names) > 1)} {', '.join(map(ascii, names))[:200]}")
+        note(f"{file_of(where)}: not read: column{'s' * (len(names) > 1)} {', '.join(map(ascii, names))[:200]}")
 
 
 # -------------------------------------------------------------------------------------------- where files are, fetching
@@ -798,7 +802,7 @@ def best(row, says, where):
     """Return the best rated of UltraFeedback's completions ("" of none), or what a conversation's last message says."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
     if says != "completions" and len(parts) > 2:
-        note(f"{where}: a conversation of {len(parts)} messages: only the prompt and the last message are read")
+        note(f"{file_of(where)}: conversations of more than two messages: only prompt and last message are read")
     if says != "completions":
         return get(parts[-1], "content", where) if parts else ""
     top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})

@@ -229,6 +229,14 @@ def test_context_system_prompt_and_history_are_read_and_the_rest_is_named(tmp_pa
     assert notes == [f"{path}: not read: column 'hint'", f"{path}: not read: column 'turns'"]
 
 
+def test_longer_conversations_are_named_once(tmp_path, caplog):
+    rows = [{"prompt": "Q", "chosen": messages("Q", "A") + messages("more", "R")}] * 12
+    path = write(tmp_path / "flan.jsonl", jsonl(rows))
+    assert {row["answer"] for row in data.read(TASKS["ultrafeedback"], tmp_path)} == {"R"}
+    note = f"{path}: conversations of more than two messages: only prompt and last message are read"
+    assert [record.message for record in caplog.records].count(note) == 1
+
+
 def test_at_most_1000_rows_are_held_out(tmp_path):
     path = write(tmp_path / "big.jsonl", jsonl([{"question": str(i), "answer": str(i)} for i in range(10_050)]))
     assert len(data.read(TASKS["instructions"], path, "dev")) == 1000
