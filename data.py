@@ -1174,7 +1174,8 @@ class Tokenizer:
         if not names.get("added_tokens_decoder"):   # written by earlier releases
             added = read_settings(path.with_name("added_tokens.json"))
             names |= read_settings(path.with_name("special_tokens_map.json"))
-            names["added_tokens_decoder"] = {number: {"content": token} for token, number in added.items()}
+            added = {str(number): {"content": token} for token, number in added.items()}
+            names["added_tokens_decoder"] = added
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
