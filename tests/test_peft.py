@@ -37,11 +37,9 @@ FAMILIES = {  # transformers' class, its config, targets, PEFT's task type
               "CAUSAL_LM"),
     "vit": ("ViTForImageClassification", transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1,
                                                                 num_labels=3), ["query", "value"], None)}
-FLAGS = dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_beta1=0.85,
-             adalora_beta2=0.85, adalora_orth=0.5, lalora_gamma=1.0, lalora_budget="grow", lalora_fidelity="step",
-             lalora_score="norm", weightlora_keep=0, weightlora_steps=0, weightlora_lr=5.0, weightlora_threshold="end",
-             lelora_dims=None, lelora_locations=None, lelora_reward_alpha=0.8, lelora_every=1, lelora_ablate="none",
-             lelora_policy_lr=1e-3, lelora_policy_optimizer="sgd", lelora_inputs="standardised")
+# a schedule for each policy in which all it does happens within 12 steps
+FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_orth=0.5),
+         "lalora": dict(lalora_gamma=1.0, lalora_fidelity="step")}
 
 
 def pair(family, folder):
@@ -53,20 +51,27 @@ def pair(family, folder):
     return theirs.eval(), models.load(folder, "lm" if family == "llama" else "classify", 3)
 
 
-def optimize(model, allocator, s, family, steps, generator):
-    """train.py's loop on random batches."""
-    head = [] if family == "llama" else list(model.head.parameters())
-    for p in head:
-        p.requires_grad_(True)
-    optimizer = train.optimizer_for(s, allocator.parameters() + head)
+def optimize(model, allocator, family, steps, generator, eps=1e-8):
+    """train.py's steps on random batches."""
+    training = train.Training(allocator.settings, model, "lm" if family == "llama" else "classify", allocator)
+    for group in training.optimizers[0].param_groups:
+        group["eps"] = eps
     for step in range(1, steps + 1):
         _, inputs, labels = batch(family, generator)
-        (losses(family, model(**inputs), inputs, labels) + allocator.penalty()).backward()
-        allocator.after_backward(step)
-        optimizer.step()
-        if allocator.after_step(step):
-            train.follow(optimizer, allocator.parameters() + head)
-        optimizer.zero_grad(set_to_none=True)
+        if family == "llama":
+            following = inputs["mask"].roll(-1, 1) & (torch.arange(11) < 10)
+            inputs["positions"] = following.flatten().nonzero()[:, 0]
+            labels = inputs["tokens"].flatten()[inputs["positions"] + 1]
+        training.step(step, [(inputs, labels, 1 / len(labels))])
+
+
+def started_from(model, folder, steps, **changes):
+    """The policy that train.py makes with --adapter."""
+    layers = lora.load_adapter(model, folder)
+    targets = [kind for kind in lora.TARGETS if any(name.endswith(kind) for name in layers)]
+    dora = any(layer.magnitude is not None for layer in layers.values())
+    s = settings(**{"adapter": str(folder), "rank": None, "alpha": None, "dropout": None, "targets": targets, "dora": dora, **changes})
+    return allocators.METHODS["lora"](model, s, steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,22 +81,21 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
     theirs, model = pair(family, tmp_path / "base")
     _, _, targets, task_type = FAMILIES[family]
-    s = settings(**FLAGS, method=method, targets=targets)
+    s = settings(**FLAGS.get(method, {}), method=method, targets=targets)
     torch.manual_seed(0)
     allocator = allocators.METHODS[method](model, s, 12)
     generator = torch.Generator().manual_seed(1)
     _, held_inputs, held_labels = batch(family, generator)
     allocator.validation_loss = lambda: losses(family, model(**held_inputs).detach(), held_inputs, held_labels)
-    optimize(model, allocator, s, family, 12, generator)
-    for i, layer in enumerate(lora.adapters(model).values()):  # the updates of 12 steps are small
+    optimize(model, allocator, family, 12, generator)
+    for i, (name, layer) in enumerate(lora.adapters(model).items()):  # the updates of 12 steps are small
         if method == "adalora":
-            layer.gate.data.mul_(30.0)
+            layer.g.data.mul_(30.0)
         elif method == "lelora":
-            layer.B.data[:, allocator.active[i] > 0] *= 1.5
+            layer.B.data[:, allocator.active[allocator.names.index(name)] > 0] *= 1.5
         else:
             layer.B.data.mul_(10.0)
-    active = {name: int(sum(layer.gate != 0)) if method in ("adalora", "lalora") else layer.rank
-              for name, layer in lora.adapters(model).items()}
+    active = {name: layer.active_rank() for name, layer in lora.adapters(model).items()}
     lora.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), task_type, head=family != "llama")
 
     their_inputs, inputs, _ = batch(family, generator)
@@ -115,7 +119,7 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
 def switch_off(model, blocks):
     for name, layer in lora.adapters(model).items():
         layer.B.data.normal_(std=0.3)
-        layer.gate.fill_(float(int(name.split(".")[1]) not in blocks))
+        layer.g = torch.full((1,), float(int(name.split(".")[1]) not in blocks))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,8 +235,7 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
     theirs, model = pair(family, tmp_path / "base")
     wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
     their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
-    s = settings(adapter=str(tmp_path / "adapter"), rank=None, alpha=None, dropout=None, targets=["up"], lr=5e-3, weight_decay=0.1)
-    allocator = allocators.METHODS["lora"](model, s, 6)
+    allocator = started_from(model, tmp_path / "adapter", 6, lr=5e-3, weight_decay=0.1)
     torch.testing.assert_close(model(**inputs), wrapped.eval()(**their_inputs).logits, rtol=0, atol=1e-4)
 
     theirs_by_name = peft_layers(wrapped)
@@ -244,19 +247,19 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
         layer.dropout, theirs_by_name[name].lora_dropout["default"] = 0.0, torch.nn.Identity()  # its draws would differ
     head = list(model.head.parameters())
     their_params = [p for p in wrapped.parameters() if p.requires_grad]
-    ours = torch.optim.AdamW([p.requires_grad_(True) for p in allocator.parameters() + head], lr=5e-3, weight_decay=0.1, eps=1e-5)
     other = torch.optim.AdamW(their_params, lr=5e-3, weight_decay=0.1, eps=1e-5)
-    generator, start = torch.Generator().manual_seed(6), head[-1].detach().clone()
+    start = head[-1].detach().clone()
+    optimize(model, allocator, family, 6, torch.Generator().manual_seed(6), eps=1e-5)
+    generator = torch.Generator().manual_seed(6)
     for _ in range(6):
-        their_inputs, inputs, labels = batch(family, generator)
-        for optimizer, logits in ((ours, model(**inputs)), (other, wrapped(**their_inputs).logits)):
-            F.cross_entropy(logits, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        their_inputs, _, labels = batch(family, generator)
+        F.cross_entropy(wrapped(**their_inputs).logits, labels).backward()
+        other.step()
+        other.zero_grad()
     for name, layer in allocator.layers.items():
         torch.testing.assert_close(layer.A, theirs_by_name[name].lora_A.default.weight, rtol=0, atol=1e-4)
         torch.testing.assert_close(layer.B, theirs_by_name[name].lora_B.default.weight, rtol=0, atol=1e-4)
-        if s.dora:
+        if layer.magnitude is not None:
             torch.testing.assert_close(layer.magnitude, theirs_by_name[name].lora_magnitude_vector.default.weight, rtol=0, atol=1e-4)
     trained = dict(wrapped.named_parameters())
     for name, p in model.head.named_parameters(prefix="head"):
@@ -284,16 +287,17 @@ def test_our_own_adapter_keeps_alpha_and_dropout_for_training_on(tmp_path):
     _, model = pair("roberta", tmp_path / "base")
     s = settings(targets=["query", "up"], rank=4, alpha=12.0, dropout=0.25)
     allocator = allocators.METHODS["lora"](model, s, 10)
-    optimize(model, allocator, s, "roberta", 5, torch.Generator().manual_seed(1))
+    optimize(model, allocator, "roberta", 5, torch.Generator().manual_seed(1))
     lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.25) and not config["alpha_pattern"]
     _, second = pair("roberta", tmp_path / "base")
-    again = settings(adapter=str(tmp_path / "adapter"), rank=None, alpha=None, dropout=None)
-    continued = allocators.METHODS["lora"](second, again, 5)
-    assert again.targets == ["query", "up"] and all(layer.dropout == 0.25 and layer.scale == 3 for layer in continued.layers.values())
+    continued = started_from(second, tmp_path / "adapter", 5)
+    assert continued.settings.targets == ["query", "up"]
+    assert all(layer.dropout == 0.25 and layer.scale == 3 for layer in continued.layers.values())
     for net, policy in ((model, allocator), (second, continued)):
-        optimize(net, policy, s, "roberta", 5, torch.Generator().manual_seed(2))
+        torch.manual_seed(4)  # dropout's draws
+        optimize(net, policy, "roberta", 5, torch.Generator().manual_seed(2))
     for name, layer in allocator.layers.items():
         assert torch.equal(layer.A, continued.layers[name].A) and torch.equal(layer.B, continued.layers[name].B)
 
