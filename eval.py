@@ -338,7 +338,7 @@ def match_labels(names, labels):
     if set(wanted) <= set(names):
         return [names.index(label) for label in wanted], None
     if unnamed and len(wanted) == len(names):
-        return list(range(len(names))), f"its outputs have no names, they are taken to be {listed(labels)} in this order"
+        return list(range(len(names))), f"its outputs have no names: taken to be {listed(labels)} in this order"
     numbers = [int(label) for label in wanted if label.isdecimal()]
     if sorted(numbers) == list(range(len(names))) and not any(name.isdecimal() for name in names):
         return numbers, f"the data's {listed(sorted(labels))} are taken as the numbers of its outputs {listed(names)}"
@@ -358,7 +358,7 @@ def auto_device():
 def check_least(settings, **least):
     """Raises UserError for a number in the dict `settings` that is below its least."""
     for name, low in least.items():
-        if settings.get(name, low) < low:
+        if settings.get(name) is not None and settings[name] < low:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]}: must be at least {low}")
 
 
@@ -410,26 +410,23 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
 
 
 def rows_at_once(s, task, model, splits):
-    """How many rows evaluation takes at a time: s.eval_batch_size; where that is 0, on a CPU s.batch_size.
+    """How many rows evaluation takes at a time: s.eval_batch_size; where that is 0, s.batch_size on a CPU.
 
-    On a GPU 0 gives the largest power of two up to 256 for which half of the memory that the weights leave holds a
-    block's activations and the keys and values of all layers at the longest row's length. It is counted from the card's
-    size, not from what is free, so that the same card gives the same numbers again.
+    On a GPU the largest power of two up to 256 for which half of the memory beside the weights holds the longest row's
+    activations of a block and its keys and values of all layers: of the card's memory, not of what happens to be free,
+    so that numbers are the same again.
     """
-    if getattr(s, "eval_batch_size", 0):  # older runs have none
-        return s.eval_batch_size
-    if not s.device.startswith("cuda"):
-        return s.batch_size
-    config, size = model.config, getattr(torch, s.dtype).itemsize
-    width = 12 * config.hidden_size + 4 * config.intermediate_size  # numbers per token
-    if task.kind == "lm":
-        width += 2 * config.layers * config.kv_heads * config.head_dim
+    if getattr(s, "eval_batch_size", 0) or not s.device.startswith("cuda"):  # older runs have none
+        return getattr(s, "eval_batch_size", 0) or s.batch_size
+    c = model.config
     tokens = max(max(split.lengths) for split in splits.values()) + task.new_tokens
+    width = 12 * c.hidden_size + 4 * c.intermediate_size  # numbers per token
     if task.kind == "image":
         tokens = model.positions.shape[1]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    room = torch.cuda.get_device_properties(s.device).total_memory - weights
-    rows = max(1, room // 2 // (tokens * width * size))
+    if task.kind == "lm":
+        width += 2 * c.layers * c.kv_heads * c.head_dim
+    room = torch.cuda.get_device_properties(s.device).total_memory - sum(p.nbytes for p in model.parameters())
+    rows = max(1, room // 2 // (tokens * width * getattr(torch, s.dtype).itemsize))
     return min(256, 2 ** (rows.bit_length() - 1))
 
 
@@ -697,38 +694,37 @@ def alike(runs, *ignored):
 
 
 def _plot_curves(plt, runs):
-    groups = alike(runs)
+    groups, shown, own = alike(runs), {}, []
     tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
-    own = []
     if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
         usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
                  "trainable_params"}
         own = [key for key in {key: None for line in runs[0].metrics for key in line} if key not in usual]
-    columns = 3 + bool(own)
-    figure, axes = plt.subplots(len(tasks), columns, figsize=(4.6 * columns, 3.8 * len(tasks)), layout="constrained",
-                                squeeze=False)
-    colours, shown = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors, {}
+    rows, columns = len(tasks), 3 + bool(own)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
 
-    def draw(axis, title, points, **options):
-        points = [(step, value) for step, value in points if value is not None]
+    def draw(axis, title, run, number, **options):
+        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        return axis.plot(*np.reshape(points, (-1, 2)).T, marker="o" if len(points) < 15 else None, markersize=3,
-                         **options)[0]
+        x, y = np.reshape(points, (-1, 2)).T
+        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
 
     for (task, label), group in groups.items():
-        row, metric, colour = axes[tasks.index(task)], data.TASKS[task].metrics[0], colours[labels.index(label) % len(colours)]
+        loss, evaluation, budget, *_ = axes[tasks.index(task)]
+        metric = data.TASKS[task].metrics[0]
+        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
+            metric = "loss"  # answers are generated and scored at the end only
         for run in group:
-            evaluations = [line for line in run.metrics if "eval" in line]
-            if not all(metric in line["eval"] for line in evaluations):
-                metric = "loss"  # answers are generated and scored at the end only
-            draw(row[0], f"{task}: training loss", [(m["step"], m.get("loss")) for m in run.metrics], color=colour)
-            draw(row[1], f"{task}: {metric}", [(m["step"], m["eval"].get(metric)) for m in evaluations], color=colour)
-            shown[label] = draw(row[2], "trainable adapter parameters",
-                                [(m["step"], m["trainable_params"]["now"]) for m in run.metrics], color=colour)
-        row[2].set_ylim(bottom=0)
+            colour = dict(color=colours[labels.index(label) % len(colours)])
+            draw(loss, f"{task}: training loss", run, lambda m: m.get("loss"), **colour)
+            draw(evaluation, f"{task}: {metric}", run, lambda m: m.get("eval", {}).get(metric), **colour)
+            shown[label] = draw(budget, "trainable adapter parameters", run, lambda m: m["trainable_params"]["now"],
+                                **colour)
+        budget.set_ylim(bottom=0)
     for key in own:
-        draw(axes[0, 3], "the policy's own numbers", [(m["step"], m.get(key)) for m in runs[0].metrics], label=key)
+        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
     if own:
         axes[0, 3].legend(fontsize="small")
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
@@ -841,7 +837,7 @@ def source_hash(method):
 
 
 def write_samples(path, samples, generator):
-    """Write generated answers for another program to score: a JSON list, or JSON lines; `generator` is who wrote them."""
+    """Write generated answers for another program to score: a JSON list, or JSON lines; `generator` wrote them."""
     samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
     text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
     Path(path).write_text(text + "\n", encoding="utf-8")
@@ -854,8 +850,8 @@ def main(argv=None):
     parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
     parser.add_argument("places", nargs="*", metavar="RUN OUT",
                         help="merge: write a run's merged model to OUT; --plot: more runs to compare")
-    parser.add_argument("--plot", action="store_true", help="draw a run's ranks, curves and choices into its folder, "
-                                                            "or a comparison of runs into the folder they are in")
+    parser.add_argument("--plot", action="store_true", help="draw a run's curves and ranks into its folder, or several "
+                                                            "runs' curves into the folder that holds them")
     parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
     parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
@@ -869,14 +865,12 @@ def main(argv=None):
     parser.add_argument("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
                         help="the model's; default: the run's, else float32")
-    parser.add_argument("--seed", type=int, metavar="X", help="seed of a head that is drawn at random")
-    parser.add_argument("--random-head", action="store_true", help="evaluate a model whose head the checkpoint lacks")
+    parser.add_argument("--random-head", action="store_true", help="evaluate with a new head where there is none")
     args = parser.parse_args(argv)
-    own = ("what", "places", "task", "adapter", "samples", "plot", "random_head")
-    given = {key: value for key, value in vars(args).items() if value is not None and key not in own}
-    check_least(given, limit_eval=0, batch_size=1, max_length=1)
-    if "batch_size" in given:
-        given["eval_batch_size"] = given.pop("batch_size")
+    check_least(vars(args), limit_eval=0, batch_size=1, max_length=1)
+    given = {"data": args.data, "limit_eval": args.limit_eval, "max_length": args.max_length, "device": args.device,
+             "eval_batch_size": args.batch_size, "dtype": args.dtype, "score": args.score}
+    given = {key: value for key, value in given.items() if value is not None}
     if args.plot:
         print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
         return
@@ -901,9 +895,9 @@ def main(argv=None):
 def evaluate_named_run(args, given):
     """(settings, metrics) of a run that the command line names."""
     s, _ = read_run(args.what)
-    for flag in ("seed", "adapter", "random_head"):
-        if getattr(args, flag):
-            raise UserError(f"{args.what} is a run, with its own adapter and seed; leave out --{flag.replace('_', '-')}")
+    if args.adapter or args.random_head:
+        flag = "--adapter" if args.adapter else "--random-head"
+        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out {flag}")
     if args.task not in (None, s.task):
         if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
             raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
@@ -926,8 +920,8 @@ def evaluate_named_model(args, given):
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
     elif model.fresh and not args.random_head:
-        raise UserError(f"{args.what} has no head trained for {args.task}, so its answers would be drawn at random; name "
-                        "a checkpoint that has, train one, or add --random-head")
+        raise UserError(f"{args.what} has no head trained for {args.task}: its answers would be random; name a checkpoint "
+                        "that has one, train one, or add --random-head")
     return s, evaluate_loaded(s, task, processor, model)
 
 

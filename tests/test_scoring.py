@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_train import WORDS, checkpoints, lines, main, parse, texts  # noqa: F401 (fixtures)
+from test_train import WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401 (fixtures)
 
 import data
 import eval as evaluation
@@ -47,15 +47,28 @@ def choices(random, words, n=23):
                "output": f"the {'very ' * int(random.integers(3))}correct answer is {target}"}
 
 
-@pytest.mark.parametrize("words", [("true", "false"), ("cat", "dog", "fish", "film not", "film very bad"),
-                                   ("cat", "cat dog", "cat dog fish", "dog")])
-def test_likelihoods_equal_transformers(checkpoints, tmp_path, monkeypatch, words):
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """The folder of a tiny random GPT-2, whose positions are learned ones: padding must not shift them."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4, vocab_size=tokenizer_into(folder, "llama"),
+        bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model, words", [
+    ("llama", ("true", "false")), ("llama", ("cat", "dog", "fish", "film not", "film very bad")),
+    ("llama", ("cat", "cat dog", "cat dog fish", "dog")), ("gpt2", ("cat", "dog", "fish", "film not", "film very bad"))])
+def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch, model, words):
     """Summed over each answer's tokens, whole sequences, no padding, no cache; an answer may be another's start."""
     random = np.random.default_rng(len(words))
     monkeypatch.setitem(data.TASKS, "own", data.choose("own", "own", *words))
     instructions(tmp_path, "own", list(choices(random, words)))
-    task, model, tokenizer, splits = loaded(checkpoints, "own", tmp_path, score="likelihood")
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "llama")
+    folder = gpt2 if model == "gpt2" else checkpoints / model
+    task, model, tokenizer, splits = loaded(checkpoints, "own", tmp_path, score="likelihood", model=str(folder))
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder)
     right, expected = [], {}
     for row in splits["dev"].rows:
         allowed, texts = data.allowed(row)
