@@ -586,8 +586,8 @@ def markdown(head, rows):
 
 def variant(s):
     """A run's method with what is combined with it, for names: lora, lora-pissa, lalora-dora, lora-plus16, lora-fa."""
-    return "-".join([s.method.rpartition(":")[2], *[s.init] * (s.init != "lora"), *["dora"] * s.dora, *["fa"] * s.freeze_a,
-                     *[f"plus{s.lora_plus_ratio:g}"] * (s.lora_plus_ratio != 1)])
+    return "-".join([s.method.rpartition(":")[2], *[s.init] * (s.init != "lora"), *["dora"] * s.dora,
+                     *["fa"] * s.freeze_a, *[f"plus{s.lora_plus_ratio:g}"] * (s.lora_plus_ratio != 1)])
 
 
 def summary(metrics):
@@ -727,7 +727,11 @@ def _plot_curves(plt, runs):
         draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
     if own:
         axes[0, 3].legend(fontsize="small")
-    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
+    if len(runs) == 1:
+        s = runs[0].s  # whose names may have dollar signs
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
+    else:
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -828,7 +832,7 @@ def to_json(value, indent=None):
 
 @functools.cache
 def source_hash(method):
-    """SHA-256 of the program's own source, all *.py beside this file, and of the method's if that is a `file.py:Class`."""
+    """SHA-256 of the program's source, all *.py beside this file, and of the method's if that is a `file.py:Class`."""
     own = Path(method.partition(":")[0]).expanduser()
     digest = hashlib.sha256()
     for file in [*sorted(Path(__file__).parent.glob("*.py")), *[own] * own.is_file()]:
@@ -920,7 +924,7 @@ def evaluate_named_model(args, given):
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
     elif model.fresh and not args.random_head:
-        raise UserError(f"{args.what} has no head trained for {args.task}: its answers would be random; name a checkpoint "
+        raise UserError(f"{args.what} has no head trained for {args.task}, its answers would be random: name a model "
                         "that has one, train one, or add --random-head")
     return s, evaluate_loaded(s, task, processor, model)
 

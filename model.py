@@ -1337,6 +1337,6 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
 def require_finite(values, model):
     """Raises UserError if there is a nan or an infinity in `values`, which were computed from the model's outputs."""
     if not torch.isfinite(values).all():
-        dtype = str(model.blocks[0].query.weight.dtype).removeprefix("torch.")
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         raise UserError(f"the model's outputs in --dtype {dtype} are not finite: "
                         + ("its weights are damaged" if dtype == "float32" else "try --dtype float32"))
