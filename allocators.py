@@ -86,6 +86,10 @@ class Allocator:
         """Extra loss term of one forward pass, a 0-d tensor or 0; `inputs` are the model's, `outputs` its logits."""
         return 0
 
+    def reads_outputs(self):
+        """Whether `penalty` may want the outputs: not the ones below. Without, a language model's are never all kept."""
+        return type(self).penalty not in (Allocator.penalty, AdaLora.penalty)
+
     def after_backward(self, step):
         """Gradients of step `step` (from 1) are there, at the stacks, unclipped; nothing has moved yet."""
 

@@ -103,6 +103,7 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut", low=1)
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
+    eval_batch_size: int = setting(0, "data", "examples at a time in evaluation; 0 = as in training, on a GPU what fits")
     sample_train: bool = setting(False, "data", "draw the rows of --limit-train by the seed")
     eval_half: str = setting("all", "data", "evaluate on all rows, or on one of two halves drawn once for all: one to "
                                             "tune on, one to report", ("all", "tune", "report"))
@@ -465,8 +466,11 @@ class Training:
             inputs = {name: sent(t, self.device) for name, t in inputs.items()}
             labels = sent(labels, self.device)
             self.allocator.real = inputs.get("mask")
-            outputs = evaluation.logits(self.model, inputs)
-            part = criterion(self.kind, outputs, labels) * weight
+            if self.kind == "lm" and not self.allocator.reads_outputs():
+                outputs, part = None, evaluation.token_loss(self.model, inputs, labels) * weight
+            else:
+                outputs = evaluation.logits(self.model, inputs)
+                part = criterion(self.kind, outputs, labels) * weight
             penalty = self.allocator.penalty(inputs, labels, outputs) / (len(passes) * process_and_count()[1])
             (part + penalty).backward()
             loss += part.detach()
@@ -726,7 +730,10 @@ def validation(model, kind, split, device):
     @torch.no_grad()
     def loss():
         model.eval()
-        value = criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
+        if kind == "lm":
+            value = evaluation.token_loss(model, inputs, labels) / labels.numel()
+        else:
+            value = criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
         model.train()
         if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
             dist.broadcast(value, 0)
@@ -943,7 +950,8 @@ def run(s):
         def evaluate(step):  # generating the answers takes long: only at the end
             if process and not s.shard:
                 return
-            metrics = evaluation.evaluate_splits(model, task, splits, s.batch_size, processor.tokenizer, generate=False)
+            rows = evaluation.rows_at_once(s, task, model, splits)
+            metrics = evaluation.evaluate_splits(model, task, splits, rows, processor.tokenizer, generate=False)
             log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": training.budget.report()})
             if step == 0:
                 say("before training: " + evaluation.summary(metrics))
@@ -985,7 +993,7 @@ def run(s):
         if warning:
             result["warning"] = warning
             say("warning: " + warning)
-        evaluation.write_cards(out)
+        evaluation.write_cards(out, train_rows)
         models.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: it is finished
         return result
 

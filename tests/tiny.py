@@ -45,10 +45,10 @@ class Tiny(nn.Module):
     def hf_name(self, name, module=False):
         return name
 
-    def forward(self, x):  # (B, D) -> (B, labels)
+    def forward(self, x, labels=None):  # (B, D) -> (B, labels), or the sum of their cross-entropies as Decoder's
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        return self.head(x) if labels is None else F.cross_entropy(self.head(x), labels, reduction="sum")
 
 
 def settings(**changes):
