@@ -1,11 +1,10 @@
 """Speed and memory of every method, side by side with PEFT and with the least that any adapter must do.
 
     python bench.py speed --model roberta-base --init-weights random --methods all   # one table, needs no checkpoint
-    python bench.py inference     # latency with and without adapters, unmerged and merged
     python bench.py memory        # peak memory per method and shape, each in a process of its own
     python bench.py quality --model roberta-base --tasks cola,stsb --methods all  # metrics, paired over seeds
 
-The table goes to stdout, whose last line is one JSON object, the same rows as JSON lines to --out, progress to stderr.
+The table goes to stdout, whose last line is one JSON object with the same rows; progress to stderr.
 quality starts train.py for each run, takes its flags, too, and skips the runs that --results holds.
 """
 
@@ -59,18 +58,15 @@ class Bench:
     """What to measure; a field is a flag of every command."""
 
     methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for memory")
-    model: str = setting(None, "what", "short name, Hub id or folder; default: roberta-base; llama2-7b for inference, "
-                                       "on a CPU its first 2 blocks")
+    model: str = setting("roberta-base", "what", "short name, Hub id or folder")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
                                 ("random", "checkpoint"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
     batch_size: int = setting(8, "what", "examples per step", low=1)
     length: int = setting(128, "what", "tokens per example", low=4)
-    fill: float = setting(1.0, "what", "mean share of real tokens; below 1 the rows differ in length and are padded")
     rank: int = setting(8, "what", "nominal rank", low=1)
     targets: list = setting(None, "what", "projections to adapt; default: train.py's for the family")
     dropout: float = setting(0.0, "what", "of the model and of the adapters", high=1)
-    new_tokens: int = setting(32, "what", "tokens that inference generates")
     seed: int = setting(0, "what", "of weights and data")
     rounds: int = setting(15, "how", "timed steps per contender, interleaved", low=1)
     warmup: int = setting(3, "how", "steps before", low=3)
@@ -79,7 +75,6 @@ class Bench:
     device: str = setting("auto", "machine", "cpu, cuda ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
                          ("auto", "float32", "bfloat16"))
-    out: str = setting(None, "machine", "JSON lines; default runs/bench-COMMAND.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------- models and data
@@ -121,10 +116,8 @@ def random_split(b, base, kind, rows):
         pixels = torch.randint(256, (rows, *c.image_size), generator=generator, dtype=torch.uint8)
         return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
                           image=data.plain_image(*c.image_size))
-    least = max(2, round((2 * b.fill - 1) * b.length))  # their mean is fill * length
-    lengths = [b.length, *torch.randint(least, b.length + 1, (rows - 1,), generator=generator).tolist()]
-    tokens = [torch.randint(5, c.vocab_size, (n,), generator=generator).int().numpy() for n in lengths]
-    return data.Split(kind, [], lengths, labels, tokens, starts=[n // 2 for n in lengths], pad_id=c.pad_id or 0)
+    tokens = torch.randint(5, c.vocab_size, (rows, b.length), generator=generator).int().numpy()
+    return data.Split(kind, [], [b.length] * rows, labels, list(tokens), starts=[b.length // 2] * rows)
 
 
 def batches_for(b, base, kind, count=4):
@@ -353,7 +346,7 @@ def speed(b):
             for runner in runners.values():
                 runner.timed_step(batches[i % len(batches)])
                 bar.update()
-    tokens, rows = statistics.mean(real_tokens(inputs) for inputs, _ in batches), []
+    tokens, rows = b.batch_size * (1 if kind == "image" else b.length), []  # an image counts as one
     for name, r in runners.items():
         seconds = statistics.median(r.times[b.warmup:])
         method, _, mode = name.partition("/")
@@ -370,18 +363,13 @@ def speed(b):
             row["synchronisations"] = synchronisations(r, batches[0])
         policy = r.policy_seconds(batches[0])  # the last: it moves the policy on
         row["policy_percent"] = None if policy is None else 100 * policy / seconds
-        rows.append(row | {"first_loss": r.losses[0], "last_loss": r.losses[-1]})
-    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in ("first_loss", "last_loss")]
-    return rows, columns, {"tokens": tokens}
+        rows.append(row | {"first_loss": r.losses[0]})
+    return rows
 
 
 def ratio(b, r, other):
     """Median over rounds of one contender's step time over another's in the same round, or None."""
     return statistics.median(x / y for x, y in zip(r.times[b.warmup:], other.times[b.warmup:])) if other else None
-
-
-def real_tokens(inputs):
-    return len(inputs["pixels"]) if "pixels" in inputs else int(inputs["mask"].sum())  # images count as one
 
 
 def synchronisations(runner, batch):
@@ -396,136 +384,54 @@ def synchronisations(runner, batch):
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-# ---------------------------------------------------------------------------------------------- one process per point
-
-
-def measure_alone(b, name, **changes):
-    """What `one` gives for the contender `name` in a fresh process."""
-    settings = json.dumps(dataclasses.asdict(b) | changes)
-    done = subprocess.run([sys.executable, __file__, "one", name, settings], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name}: its own process failed: {last_line(done.stderr)}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def last_line(text):
-    """The last line that a process printed: what went wrong, if it is on stderr."""
-    return (text.strip().splitlines() or ["?"])[-1]
-
-
-def one(b, name):
-    """Measure one contender in this process: step time, policy time, peak memory of the steps after the warm-up."""
-    if name.startswith("peft/"):
-        import peft, transformers  # noqa: F401 - their code is no part of a step's memory
-    start = train.resident()[0]
-    base, kind = base_model(b)
-    runner = contender(b, base, kind, name)
-    batches, size = batches_for(b, base, kind, 2), nbytes(base.parameters())
-    del base
-    for i in range(b.warmup):
-        runner.timed_step(batches[i % 2])
-    reset_peak(b.device)
-    for i in range(b.rounds):
-        runner.timed_step(batches[i % 2])
-    peak = peak_bytes(b.device, start)
-    seconds = statistics.median(runner.times[b.warmup:])
-    policy = runner.policy_seconds(batches[0])
-    return {"contender": name, "step_ms": 1e3 * seconds, "policy_ms": None if policy is None else 1e3 * policy,
-            "peak_mb": peak / 2**20, "imports_mb": start / 2**20, "weights_mb": size / 2**20}
-
-
-def nbytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def peak_bytes(device, start):
-    """Most memory in use since `reset_peak`: of a GPU, or resident beyond the `start` that the imports took."""
-    return train.peak_memory(device) - (0 if device.startswith("cuda") else start)
-
-
-def reset_peak(device):
-    """Forget the peak so far and give what was freed back to the system."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-# ---------------------------------------------------------------------------------------------- inference
-
-
-VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
-
-
-def inference(b):
-    """Time to first token, inter-token latency, tokens per second, one sequence at a time (La-LoRA, Table 13).
-
-    Uniform LoRA as it is trained, with half the rank as a policy may leave it, and merged, beside the base model.
-    """
-    base, kind = base_model(b)
-    runners = {name: variant(b, base, kind, name) for name in VARIANTS}
-    times = {name: [] for name in VARIANTS}
-    for i in tqdm(range(b.warmup + b.rounds), "generating", file=sys.stderr):
-        for name, model in runners.items():
-            times[name].append(generate(b, model))
-    rows = []
-    for name, model in runners.items():
-        first, between = (statistics.median(t[i] for t in times[name][b.warmup:]) for i in (0, 1))
-        rows.append({"variant": name, "ttft_ms": 1e3 * first, "itl_ms": 1e3 * between,
-                     "tokens_per_second": b.new_tokens / (first + (b.new_tokens - 1) * between),
-                     "weights_mb": nbytes(model.parameters()) / 2**20})
-    return rows, list(rows[0]), {}
-
-
-def variant(b, base, kind, name):
-    """The model as `VARIANTS` says, in evaluation mode; the adapters' B is random, so that merging does something."""
-    if kind != "lm":
-        raise UserError(f"--model {b.model}: inference generates text: choose a decoder, as llama2-7b")
-    model = own_copy(base).eval()
-    if name == "base":
-        return model
-    rank = max(1, b.rank // 2) if "half" in name else b.rank
-    ranks = {site: rank for site, _, _ in lora.sites(model, b.targets)}
-    for layer in lora.attach(model, ranks, 2 * b.rank, nominal=b.rank).values():
-        layer.B.data.normal_(std=0.02)
-        if name == "merged":
-            layer.linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-            layer.merge()
-    if name == "merged":
-        for site in ranks:
-            lora.detach(model, site)
-    return model
-
-
-def generate(b, model):
-    """Seconds to the first token, and the median between the following ones, of one greedy continuation."""
-    generator = torch.Generator().manual_seed(b.seed)
-    prompt = torch.randint(5, model.config.vocab_size, (1, b.length), generator=generator).to(b.device)
-    at, go_on = [clock(b.device)], torch.zeros(1, dtype=torch.bool, device=b.device)
-
-    def note(generated):
-        at.append(clock(b.device))
-        return go_on
-
-    models.generate(model, prompt, None, b.new_tokens, None, 0, note)
-    return at[1] - at[0], statistics.median(y - x for x, y in zip(at[1:], at[2:]))
-
-
 # ---------------------------------------------------------------------------------------------- memory
 
 
 def memory(b):
     """Peak memory and step time of every method, the floor and PEFT at three shapes, each in a process of its own."""
     shapes = [(b.batch_size, b.length), (max(1, b.batch_size // 2), b.length), (b.batch_size, max(4, b.length // 2))]
-    few, rows = dataclasses.replace(b, rounds=min(b.rounds, 5)), []
-    points = [(shape, name) for shape in dict.fromkeys(shapes) for name in contender_names(b, b.methods or ADAPTIVE)]
+    names, rows = contender_names(b, b.methods or ADAPTIVE), []
+    points = [(shape, name) for shape in dict.fromkeys(shapes) for name in names]
     for (batch, length), name in tqdm(points, "memory", file=sys.stderr):
-        measured = measure_alone(few, name, batch_size=batch, length=length)
-        rows.append({"batch": batch, "length": length, **measured})
-    return rows, ["batch", "length", "contender", "peak_mb", "weights_mb", "step_ms", "policy_ms"], {}
+        settings = dataclasses.asdict(b) | {"batch_size": batch, "length": length}
+        done = subprocess.run([sys.executable, __file__, "one", name, json.dumps(settings)], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{name}: its own process failed: {last_line(done.stderr)}")
+        rows.append({"batch": batch, "length": length, "contender": name} | json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def one(b, name):
+    """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
+    if name.startswith("peft/"):
+        import peft, transformers  # noqa: F401 - their code is no part of a step's memory
+    cuda, imports = b.device.startswith("cuda"), train.resident()[0]
+    base, kind = base_model(b)
+    runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
+    batches = batches_for(b, base, kind, 2)
+    del base
+    for i in range(b.warmup):
+        runner.timed_step(batches[i % 2])
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(b.device)
+    else:  # what was freed goes back to the system, whose own count of the peak starts again
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+    for i in range(b.rounds):
+        runner.timed_step(batches[i % 2])
+    peak = train.peak_memory(b.device) - (0 if cuda else imports)
+    return {"peak_mb": peak / 2**20, "weights_mb": weights, "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
+
+
+def megabytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+
+def last_line(text):
+    """The last line that a process printed: what went wrong, if it is on stderr."""
+    return (text.strip().splitlines() or ["?"])[-1]
 
 
 # ---------------------------------------------------------------------------------------------- quality: its runs
@@ -555,6 +461,9 @@ class Comparison:
     runs: str = setting("runs/quality", "runs", "folder of their run folders")
     csv: str = setting(None, "output", "file for a line per run with all of its numbers")
     picture: str = setting(None, "output", "PNG file for quality over --steps")
+
+
+TRAIN = train.parser_of(train.Settings, "")
 
 
 class Run:
@@ -621,14 +530,9 @@ class Run:
         return line
 
 
-@functools.cache
-def train_parser():
-    return train.parser_of(train.Settings, "")
-
-
 def settings_of(flags):
     """train.Settings of a list of train.py's flags."""
-    return train.Settings(**vars(train_parser().parse_args(flags)))
+    return train.Settings(**vars(TRAIN.parse_args(flags)))
 
 
 def changed(settings):
@@ -643,22 +547,21 @@ def check_shared(flags):
             raise UserError(f"{flag} differs between the runs that are compared: use {instead}")
 
 
-def finished(q, old=None):
+def finished(q, old=False):
     """The lines of the results, by their settings as JSON; what is no such line, or half of one, is skipped.
 
-    Those that another version of the program made are there if `old`, by default with --keep-old and --no-run.
+    Those that another version of the program made are there if `old`, with --keep-old and with --no-run.
     """
-    old = q.keep_old or not q.run if old is None else old
     lines, file = {}, Path(q.results)
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
-            key = json.dumps(line["settings"], sort_keys=True)
             line.setdefault("settled", line["settings"])
-            current = line.get("source") == evaluation.source_hash(line["settings"].get("method", "lora"))
-            if current or (old and key not in lines):
+            line["old"] = line.get("source") != evaluation.source_hash(line["settings"].get("method", "lora"))
+            key = json.dumps(line["settings"], sort_keys=True)
+            if key not in lines or not line["old"]:
                 lines[key] = line
-    return lines
+    return {key: line for key, line in lines.items() if not line["old"] or old or q.keep_old or not q.run}
 
 
 def make(runs, q):
@@ -667,19 +570,18 @@ def make(runs, q):
     A run that was begun goes on from its last checkpoint. Ctrl-C reaches the runs, too: they stop at a checkpoint.
     """
     runs = {run.key: run for run in runs}
-    done, current = finished(q), finished(q, old=False)
-    old = runs.keys() & finished(q, old=True).keys() - current.keys()
+    old = [key for key, line in finished(q, old=True).items() if key in runs and line["old"]]
+    waiting = [run for key, run in runs.items() if key not in finished(q)]
     if old:
         say(f"note: {len(old)} of {len(runs)} results are of another version of the program: "
-            + ("taken as they are" if old <= done.keys() else "made again; --keep-old takes them as they are"))
+            + ("taken as they are" if q.keep_old or not q.run else "made again; --keep-old takes them as they are"))
     if not q.run:
         return {}
-    waiting = [run for key, run in runs.items() if key not in done]
+    for folder in (Path(q.results).parent, Path(q.runs)):
+        folder.mkdir(parents=True, exist_ok=True)
     failed, lock, free = {}, threading.Lock(), queue.Queue()
     for env in environments(q.jobs):
         free.put(env)
-    for folder in (Path(q.results).parent, Path(q.runs)):
-        folder.mkdir(parents=True, exist_ok=True)
 
     def attempt(run):
         env, log = free.get(), Path(f"{run.out}.stderr.txt")
@@ -746,8 +648,10 @@ def quality(argv):
         rows = {f"{row} --steps {n}" if len(q.steps) > 1 else row: [*words, "--steps", n]
                 for row, words in rows.items() for n in q.steps}
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
-    for cell in cells:
-        allocators.policy(cell.s.method)  # complains before the first run
+    for cell in cells:  # complains before the first run
+        allocators.policy(cell.s.method)
+        for flags in grid_of(q.tune or ""):
+            cell.again(0, *flags)
     failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own
     if q.match_budget:
         cells, failed = match_budget(cells, q)
@@ -755,7 +659,7 @@ def quality(argv):
     if q.tune:
         cells, chosen, why = tune(cells, q)
         failed |= why
-        free |= set(grid_of(q.tune)[0])
+        free |= {flag[2:].replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.seeds)]
     failed |= make(runs, q)
@@ -778,15 +682,14 @@ def match_budget(cells, q):
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
     grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
     """
-    told, references, failed = {}, {}, {}
+    told = {}
     for cell in cells:
         s = copy.copy(cell.s)
         train.settle(s, models.find_config(s.model, s.init_weights)[0])
         if s.method not in ("full", "bitfit"):
             told[cell] = s
-        if cell.row.split(" --steps ")[0] == "lora":
-            references[cell.task, cell.s.steps] = cell
-    if not references:
+    uniform = {(cell.task, cell.s.steps): cell for cell in cells if cell.row.split(" --steps ")[0] == "lora"}
+    if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
 
     def at(cell, rank):
@@ -796,37 +699,37 @@ def match_budget(cells, q):
         return run
 
     ranks = {cell: s.rank for cell, s in told.items()}
-    sizes = {cell: {} for cell in told}  # mean budgets by rank, infinite where the run failed
+    sizes, failed = {cell: {} for cell in told}, {}  # sizes: mean budgets by rank, infinite where the run failed
     for _ in range(6):
         trials = {cell: at(cell, ranks[cell]) for cell in told}
         failed |= make(trials.values(), q)
         done = finished(q)
         for cell, run in trials.items():
             sizes[cell][ranks[cell]] = done[run.key]["trainable_params"]["mean"] if run.key in done else math.inf
-        for cell in told:
-            reference = references[cell.task, cell.s.steps]
+        for cell, mine in sizes.items():
+            reference = uniform[cell.task, cell.s.steps]
             aim = sizes[reference][told[reference].rank]
             if aim == math.inf:
                 raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
-            ranks[cell] = min(sizes[cell], key=lambda rank: abs(sizes[cell][rank] / aim - 1))
-            off = sizes[cell][ranks[cell]] / aim - 1
-            closer = max(1, round(ranks[cell] / (1 + off)))
-            if abs(off) > 0.05 and closer not in sizes[cell]:
-                ranks[cell] = closer
+            best = min(mine, key=lambda rank: abs(mine[rank] / aim - 1))
+            closer = max(1, round(best * aim / mine[best]))
+            fits = abs(mine[best] / aim - 1) <= 0.05 or closer in mine
+            ranks[cell] = best if fits else closer
         if all(ranks[cell] in sizes[cell] for cell in told):
             break
     return [at(cell, ranks[cell]) if cell in told else cell for cell in cells], failed
 
 
-def grid_of(text):
-    """Every choice of a grid "lr=1e-3,2e-3 alpha=8,16", as {setting: value as text}."""
-    axes = {}
+def grid_of(text, times=1):
+    """Every choice of a grid "lr=1e-3,2e-3 alpha=8,16", as tuples of flags; alpha `times` what it says."""
+    axes = []
     for word in text.split():
         name, _, values = word.partition("=")
         if not hasattr(train.Settings, name.replace("-", "_")) or not all(values.split(",")):
             raise UserError(f"--tune {word}: write settings and their values, as in 'lr=5e-4,1e-3 alpha=8,16'")
-        axes[name.replace("-", "_")] = values.split(",")
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+        flag = "--" + name.replace("_", "-")
+        axes.append([(flag, f"{float(v) * times:g}" if name == "alpha" else v) for v in values.split(",")])
+    return [sum(choice, ()) for choice in itertools.product(*axes)]
 
 
 def tune(cells, q):
@@ -835,25 +738,16 @@ def tune(cells, q):
     The best is that by the mean of the metric over --tune-seeds, if all of them finished. The grid's alphas are meant
     for the rank that was told, and grow with --match-budget's.
     """
-    more = ["--eval-half", "tune"] * q.split_eval
-    if q.tune_rows:
-        more += ["--limit-train", str(q.tune_rows)]
-    trials = {cell: {} for cell in cells}  # {cell: {choice: its runs}}; a choice is a tuple of flags
-    for cell, choices in trials.items():
-        for values in grid_of(q.tune):
-            flags = []
-            for name, value in values.items():
-                if name == "alpha" and cell.times != 1:
-                    value = f"{float(value) * cell.times:g}"
-                flags += ["--" + name.replace("_", "-"), value]
-            choices[tuple(flags)] = [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
+    more = ["--eval-half", "tune"] * q.split_eval + ["--limit-train", str(q.tune_rows)] * (q.tune_rows > 0)
+    trials = {cell: {flags: [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
+                     for flags in grid_of(q.tune, cell.times)} for cell in cells}
     failed = make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
     done, tuned, chosen = finished(q), [], {}
     for cell, choices in trials.items():
         means = {}
         for flags, runs in choices.items():
             metrics, values = scores(runs, done, q.metric)
-            numbers = list(values.get((cell.row, cell.task), {}).values())
+            numbers = values[cell.row].get(cell.task, {}).values()
             if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
                 means[flags] = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
         if means:
@@ -885,26 +779,27 @@ def numbers_of(line, column):
 
 
 def scores(runs, done, metric=None):
-    """({task: metric}, {(row, column): {seed: number}}) of the runs that are done; columns are the tasks, and average.
+    """({column: metric}, {row: {column: {seed: number}}}) of the runs that are done; columns are tasks, and average.
 
     `metric` None takes each task's headline. Raises UserError for one that a run does not have.
     """
     tasks = list(dict.fromkeys(task for run in runs for task in run.columns))
-    metrics, values = dict.fromkeys(tasks, metric), {}
+    metrics, values = dict.fromkeys(tasks, metric), {run.row: {} for run in runs}
     for run in runs:
         for task in run.columns if run.key in done else ():
             numbers = numbers_of(done[run.key], task)
             if metric and metric not in numbers:
                 raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
             known = [name for name in (*data.TASKS[task].metrics, "loss") if name in numbers]
-            metrics[task] = metrics[task] or next(iter(known), None)
-            if metrics[task] in numbers:  # else another program scores the task
-                value = numbers[metrics[task]]
-                values.setdefault((run.row, task), {})[run.seed] = math.nan if value is None else value
-    for row in dict.fromkeys(run.row for run in runs) if len(tasks) > 1 else ():
-        each = [values.get((row, task), {}) for task in tasks]
-        seeds = sorted(set.intersection(*map(set, each)))
-        values[row, "average"] = {seed: statistics.fmean(numbers[seed] for numbers in each) for seed in seeds}
+            if known:  # else another program scores the task
+                metrics[task] = metrics[task] or known[0]
+                value = numbers.get(metrics[task])
+                values[run.row].setdefault(task, {})[run.seed] = math.nan if value is None else value
+    if len(tasks) > 1:
+        metrics["average"] = ""
+        for row in values.values():
+            seeds = set.intersection(*(set(row.get(task, ())) for task in tasks))
+            row["average"] = {seed: statistics.fmean(row[task][seed] for task in tasks) for seed in sorted(seeds)}
     return metrics, values
 
 
@@ -946,21 +841,21 @@ def summarise(runs, done, metric=None, free=()):
     the seeds that both have, with p of the sign-flip test; besides what was trained, seconds and memory.
     """
     metrics, values = scores(runs, done, metric)
-    lines = {run.row: {} for run in runs}
+    lines, rows = {run.row: {} for run in runs}, {}
     for run in runs:
         if run.key in done:
             lines[run.row][run.task, run.seed] = done[run.key]
-    against, rows = baselines(lines, free), {}
+    against = baselines(lines, free)
     for row, own in lines.items():
         rows[row] = {"against": against.get(row)}
-        for column in [*metrics, "average"]:
-            mine, theirs = values.get((row, column)), values.get((against.get(row), column), {})
+        for column, mine in values[row].items():
+            theirs = values.get(against.get(row), {}).get(column, {})
+            pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
             if mine:
-                rows[row][column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine),
-                                     "std": statistics.stdev(mine.values()) if len(mine) > 1 else None, "p": None}
-                pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-                if pairs and not math.isnan(sum(pairs)):
-                    rows[row][column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
+                rows[row][column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
+                                     "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
+            if pairs and not math.isnan(sum(pairs)):
+                rows[row][column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
         if own:
             sizes = [line["trainable_params"] for line in own.values()]
             rows[row] |= {"trainable_params": {k: statistics.fmean(size[k] for size in sizes) for k in sizes[0]},
@@ -972,24 +867,21 @@ def summarise(runs, done, metric=None, free=()):
 def markdown(about):
     """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
     metrics, rows, chosen = about["metrics"], about["rows"], about.get("chosen", {})
-    columns = [*metrics, *["average"] * (len(metrics) > 1)]
-    less = metrics[columns[0]] in LOSSES
+    heads = ["method", *(f"{column}, {metric}" if metric else column for column, metric in metrics.items()),
+             "trainable: last / mean / peak", "s", "MB", "compared with", *["chosen"] * bool(chosen)]
     cells, tests = [], 0
     for name, row in rows.items():
         cell = [name]
-        for column in columns:
-            means = [other[column]["mean"] for other in rows.values() if column in other]
-            cell.append(score_text(row[column], means, less) if column in row else "")
+        for column in metrics:
+            others = [other[column]["mean"] for other in rows.values() if column in other]
+            cell.append(score_text(row[column], others, metrics) if column in row else "")
             tests += column in row and row[column]["p"] is not None
         if "seconds" in row:
             sizes = [f"{n:,.0f}" for n in row["trainable_params"].values()]
-            cell.append(" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]))
-            cell += [f"{row['seconds']:,.1f}", f"{row['peak_memory_mb']:,.0f}", row["against"] or ""]
-            cell += ["; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())] * bool(chosen)
-        cells.append(cell)
-    heads = ["method", *(f"{column}, {metrics.get(column)}".removesuffix(", None") for column in columns),
-             "trainable: last / mean / peak", "s", "MB", "compared with", *["chosen"] * bool(chosen)]
-    cells = [cell + [""] * (len(heads) - len(cell)) for cell in cells]
+            cell += [" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]), f"{row['seconds']:,.1f}",
+                     f"{row['peak_memory_mb']:,.0f}", row["against"] or "",
+                     "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())]
+        cells.append((cell + [""] * len(heads))[:len(heads)])
     text = "\n".join(evaluation.markdown(heads, cells))
     if tests:
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
@@ -998,8 +890,9 @@ def markdown(about):
     return text
 
 
-def score_text(score, means, less):
+def score_text(score, means, metrics):
     """One cell: mean ± standard deviation, the best of the column's `means` bold, an arrow if p is at most LEVEL."""
+    less = next(iter(metrics.values())) in LOSSES
     scale, digits = (1, 3) if less else (100, 1)
     text = f"{scale * score['mean']:.{digits}f}"
     best = (min if less else max)((mean for mean in means if not math.isnan(mean)), default=None)
@@ -1037,60 +930,51 @@ def write_csv(path, runs, done):
 
 def draw(path, runs, about):
     """A picture of quality over the number of steps, a curve per method: mean and standard deviation over seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install -r requirements-dev.txt") from None
+    plt, metrics = evaluation.pyplot(), about["metrics"]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 4), squeeze=False, layout="constrained")
     curves = {}
     for run in runs:
-        method = run.row.split(" --steps ")[0]
-        curves.setdefault(method, {})[run.s.steps] = about["rows"][run.row]
-    figure = Figure(figsize=(5 * len(about["metrics"]), 4), layout="constrained")
-    for i, (task, metric) in enumerate(about["metrics"].items()):
-        axis = figure.add_subplot(1, len(about["metrics"]), i + 1, title=task, xlabel="steps", ylabel=metric)
+        curves.setdefault(run.row.split(" --steps ")[0], {})[run.s.steps] = about["rows"][run.row]
+    for axis, (column, metric) in zip(axes[0], metrics.items()):
         for method, by_steps in curves.items():
-            points = {steps: row[task] for steps, row in by_steps.items() if task in row}
-            axis.errorbar(list(points), [point["mean"] for point in points.values()],
-                          [point["std"] or 0 for point in points.values()], label=method, marker="o", capsize=3)
-        axis.set_xscale("log")
+            points = [(steps, row[column]["mean"], row[column]["std"] or 0) for steps, row in by_steps.items()
+                      if column in row]
+            if points:
+                axis.errorbar(*zip(*points), label=method, marker="o", capsize=3)
+        axis.set(title=column, xlabel="steps", ylabel=metric, xscale="log")
         axis.legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def table(rows, columns):
-    """A table of `columns` as text: three significant digits, nothing where a row has no such number."""
-    def text(v):
-        return "" if v is None else f"{v:.3g}" if isinstance(v, float) and abs(v) < 100 else f"{v:,.0f}" if isinstance(
-            v, (int, float)) else str(v)
-    cells = [columns] + [[text(row.get(c)) for c in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
-                     for line in cells)
+def table(rows):
+    """A Markdown table of rows as dicts: three significant digits, nothing where a row has no such number."""
+    def text(value):
+        if isinstance(value, float) and abs(value) < 100:
+            return f"{value:.3g}"
+        return "" if value is None else f"{value:,.0f}" if isinstance(value, (int, float)) else value
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return "\n".join(evaluation.markdown(columns, [[text(row.get(column)) for column in columns] for row in rows]))
 
 
-COMMANDS = {"speed": speed, "inference": inference, "memory": memory}
-
-
-def settle(b, command):
+def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
+    train.check_bounds(b)
     b.device = evaluation.auto_device() if b.device == "auto" else b.device
     evaluation.check_device(b.device)
-    train.check_bounds(b)
     cuda = b.device.startswith("cuda")
-    if b.model is None:
-        b.model = "llama2-7b" if command == "inference" else "roberta-base"
-        b.layers = b.layers or (2 if command == "inference" and not cuda else 0)
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
     b.methods = None if b.methods == ["all"] else b.methods
     for method in b.methods or ():
         if method != "dora":
             allocators.policy(method)  # complains about one that is not known
-    if not {*b.modes} <= {"eager", "compiled"} or not 0.5 <= b.fill <= 1:
-        raise UserError("--modes are eager and compiled, --fill is from 0.5 to 1")
+    if not {*b.modes} <= {"eager", "compiled"}:
+        raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")
 
 
 def answer(command, text, about):
@@ -1101,10 +985,20 @@ def answer(command, text, about):
         raise SystemExit(1)
 
 
+def report(command, b, rows):
+    """Print what was measured: a table, and one line of JSON."""
+    print(table(rows))
+    print(evaluation.to_json({"command": command, "device": train.device_name(b.device), "dtype": b.dtype,
+                              **train.versions(), "settings": dataclasses.asdict(b), "rows": rows}))
+
+
+COMMANDS = {"speed": speed, "memory": memory}
+
+
 def main(argv=None):
-    """Parse the command line, measure, print the table and one line of JSON."""
+    """Do what the command line says: measure, or compare."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["one"]:  # a process that `measure_alone` started
+    if argv[:1] == ["one"]:  # a process that `memory` started
         print(evaluation.to_json(one(Bench(**json.loads(argv[2])), argv[1])))
         return
     if argv[:1] == ["quality"]:
@@ -1116,14 +1010,8 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
     b = Bench(**given)
-    settle(b, command)
-    rows, columns, about = COMMANDS[command](b)
-    about |= {"command": command, "device": train.device_name(b.device), "dtype": b.dtype, **train.versions()}
-    print(table(rows, columns))
-    out = Path(b.out or f"runs/bench-{command}.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(evaluation.to_json(row | about) + "\n" for row in rows), encoding="utf-8")
-    print(evaluation.to_json({**about, "settings": dataclasses.asdict(b), "rows": rows}))
+    settle(b)
+    report(command, b, COMMANDS[command](b))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def published(name, q, flags):
     text += commands(runs)
     rows = [{"the paper's": row["row"]} | row.get("paper", {}) for row in table["rows"]]
     if rows:
-        text += f"\n{bench.table(rows, list(dict.fromkeys(key for row in rows for key in row)))}\n"
+        text += f"\n{bench.table(rows)}\n"
     if runs:
         failed = bench.make(runs, q)
         about = bench.summarise(runs, bench.finished(q), table.get("metric")) | {"failed": failed}

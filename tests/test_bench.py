@@ -19,7 +19,7 @@ import data  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-from papers import tables  # noqa: E402
+from papers import inference, tables  # noqa: E402
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
              initializer_range=0.2)  # so that the loss depends on everything
@@ -40,19 +40,19 @@ def roberta(tmp_path):
     return tmp_path
 
 
-def bench_run(capsys, tmp_path, *flags):
-    """The result of one command: its last line on stdout; its lines in the file hold the same rows."""
-    bench.main([*map(str, flags), "--out", str(tmp_path / "out.jsonl"), "--rank", "4", "--length", "12", "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [{k: line[k] for k in row} for line, row in zip(lines, result["rows"], strict=True)] == result["rows"]
+def bench_run(capsys, main, *flags):
+    """The result of one command: its last line on stdout; the table above has a line for each of its rows."""
+    main([*map(str, flags), "--rank", "4", "--length", "12", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert sum(line.startswith("| ") for line in lines) == len(result["rows"]) + 2
     return result
 
 
 def make(folder, method="lora", **changes):
     """(settings, contender, batches) of one method on the tiny model."""
     b = bench.Bench(**dict(model=str(folder), rank=4, length=12, batch_size=4, device="cpu", methods=[method]) | changes)
-    bench.settle(b, "speed")
+    bench.settle(b)
     base, kind = bench.base_model(b)
     return b, bench.contender(b, base, kind, method), bench.batches_for(b, base, kind)
 
@@ -60,8 +60,8 @@ def make(folder, method="lora", **changes):
 def test_speed(folder, tmp_path, capsys):
     """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
     methods = ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"]
-    result = bench_run(capsys, tmp_path, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
-                       "--rounds", 1, "--fill", 0.7)
+    result = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
+                       "--rounds", 1)
     rows = {row["contender"]: row for row in result["rows"]}
     assert [*rows][:8] == ["floor", *methods, "uniform+validation"]
     n = len(rows["floor"]) and rows["lora"]["trainable"]
@@ -77,24 +77,24 @@ def test_speed(folder, tmp_path, capsys):
 
 
 def test_all_methods_are_known(roberta, tmp_path, capsys):
-    result = bench_run(capsys, tmp_path, "speed", "--model", roberta, "--methods", "all", "--rounds", 1,
+    result = bench_run(capsys, bench.main, "speed", "--model", roberta, "--methods", "all", "--rounds", 1,
                        "--no-peft", "--batch-size", 2)
     assert {*bench.allocators.METHODS} <= {row["contender"] for row in result["rows"]}
 
 
 def test_inference(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    result = bench_run(capsys, tmp_path, "inference", "--model", tmp_path, "--rounds", 1, "--new-tokens", 4)
-    assert [row["variant"] for row in result["rows"]] == list(bench.VARIANTS)
+    result = bench_run(capsys, inference.main, "--model", tmp_path, "--rounds", 1, "--new-tokens", 4)
+    assert [row["variant"] for row in result["rows"]] == list(inference.VARIANTS)
     assert all(row["ttft_ms"] > 0 and row["itl_ms"] > 0 for row in result["rows"])
     b, runner, _ = make(tmp_path)
-    base, kind = runner.model, "lm"
+    base = runner.model
     for name in list(lora.adapters(base)):
         lora.detach(base, name)
     torch.manual_seed(0)
-    unmerged = bench.variant(b, base, kind, "unmerged")
+    unmerged = inference.variant(b, base, "unmerged")
     torch.manual_seed(0)
-    merged = bench.variant(b, base, kind, "merged")
+    merged = inference.variant(b, base, "merged")
     tokens = torch.randint(5, 90, (2, 10))
     assert not lora.adapters(merged) and (unmerged(tokens) - merged(tokens)).abs().max() < 1e-4
     assert (base.eval()(tokens) - merged(tokens)).abs().max() > 1e-3  # the base model's weights were left alone
@@ -102,7 +102,7 @@ def test_inference(tmp_path, capsys):
 
 def test_memory(roberta, tmp_path, capsys):
     """A row per shape and method, measured in a fresh process: at least the weights, and no imports."""
-    result = bench_run(capsys, tmp_path, "memory", "--model", roberta, "--methods", "lora", "--no-peft", "--rounds", 1,
+    result = bench_run(capsys, bench.main, "memory", "--model", roberta, "--methods", "lora", "--no-peft", "--rounds", 1,
                        "--batch-size", 1)
     rows = {(row["contender"], row["batch"], row["length"]): row for row in result["rows"]}
     assert {*rows} == {(name, 1, length) for name in ("floor", "lora") for length in (12, 6)}
@@ -111,7 +111,7 @@ def test_memory(roberta, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["speed", "--methods", "nothing"], ["speed", "--batch-size", "0"], ["quick"],
-                                   ["speed", "--fill", "0.2"], ["inference", "--model", "vit-digits"]])
+                                   ["speed", "--modes", "fast"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.evaluation.command(lambda: bench.main(flags))
@@ -398,10 +398,12 @@ def test_tables_of_the_papers(name, capsys):
         for row in TABLES[name]["rows"]:
             assert row["row"] in out and all(str(v) in out for v in row.get("paper", {}).values())
         for line in out.splitlines():
-            words = shlex.split(line)[2:] if line.startswith("python bench.py ") else []
-            for command in filter(None, line.removeprefix("python ").split(" && python ") if words else []):
-                assert shlex.split(command)[1] in bench.COMMANDS
-                train.parser_of(bench.Bench, "").parse_args(shlex.split(command)[2:])
+            for command in line.split(" && "):
+                if command.startswith("python bench.py "):
+                    assert shlex.split(command)[2] in bench.COMMANDS
+                    train.parser_of(bench.Bench, "").parse_args(shlex.split(command)[3:])
+                if command.startswith("python papers/inference.py "):
+                    train.parser_of(inference.Latency, "").parse_args(shlex.split(command)[2:])
 
 
 def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
