@@ -463,71 +463,54 @@ class Comparison:
     picture: str = setting(None, "output", "PNG file for quality over --steps")
 
 
-TRAIN = train.parser_of(train.Settings, "")
-
-
 class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
     `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
-    `columns` are the tasks it is evaluated on, by default the one it is trained on.
+    `columns` are the tasks that it has numbers for, `times` is its rank over the one that was told.
     """
 
-    def __init__(self, row, task, seed, flags, folder, columns=None):
-        self.row, self.task, self.seed, self.columns = row, task, seed, columns or [task]
-        self.flags, self.folder, self.times = list(flags), Path(folder), 1.0  # rank over the one that was told
-        self.s = settings_of(self.words())
+    def __init__(self, row, task, seed, flags, folder):
+        self.row, self.task, self.seed, self.flags, self.folder = row, task, seed, list(flags), folder
+        self.columns, self.times = [task], 1.0
+        self.words = [*flags, "--task", task, "--seed", str(seed)]
+        self.s = settings_of(self.words)
         if self.s.out or self.s.resume:
             raise UserError("--out and --resume are the comparison's own; leave them out")
         self.settings = changed(vars(self.s))
         self.key = json.dumps(self.settings, sort_keys=True)
         self.source = evaluation.source_hash(self.s.method)
         content = hashlib.sha256((self.key + self.source).encode()).hexdigest()
-        self.out = self.folder / re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
-
-    def words(self):
-        """All that train.py is told but --out."""
-        return [*self.flags, "--task", self.task, "--seed", str(self.seed)]
+        self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
 
     def again(self, seed, *flags):
         """The same with another seed and more flags, which override those before."""
         return Run(self.row, self.task, seed, [*self.flags, *flags], self.folder)
 
-    def begin_or_resume(self):
-        """The command line that makes this run, or what an interruption left of it."""
-        begun = (self.out / "run.json").exists()
-        return ["train.py", *(["--resume", str(self.out)] if begun else [*self.words(), "--out", str(self.out)])]
-
-    def evaluate_on(self, task):
-        """The command line that evaluates the finished run on another task than its own."""
-        columns = data.TASKS[task].sample  # of a completion that another program scores: AlpacaEval reads a list
-        samples = ["--samples", str(self.out / (task + (".json" if "generator" in columns else ".jsonl")))]
-        return ["eval.py", str(self.out), "--task", task, *samples * bool(columns)]
-
     def perform(self, env):
-        """Do what is left of it in processes of its own; returns its line for the results.
-
-        Raises subprocess.CalledProcessError.
-        """
-        def call(words):
-            command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
-            return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True).stdout
-
-        def read(name):
-            return json.loads((self.out / name).read_text(encoding="utf-8"))
-
+        """Do what is left of it; returns its line for the results. Raises subprocess.CalledProcessError."""
         if not (self.out / "result.json").exists():
-            call(self.begin_or_resume())
-        settled = changed(read("run.json")["settings"])
+            begun = (self.out / "run.json").exists()
+            words = ["--resume", str(self.out)] if begun else [*self.words, "--out", str(self.out)]
+            start(["train.py", *words], env)
+        run, result = (json.loads((self.out / name).read_text(encoding="utf-8")) for name in ("run.json", "result.json"))
+        settled = changed(run["settings"])
         for name in ("out", "model", "data", "adapter", "ranks"):  # absolute paths, of this machine
             settled.pop(name, None)
-        line = {"row": self.row, "settings": self.settings, "settled": settled, "source": self.source,
-                **read("result.json")}
-        for task in self.columns:
-            if not numbers_of(line, task):
-                printed = call(self.evaluate_on(task)).splitlines()[-1]
-                line.setdefault("evaluated", {})[task] = json.loads(printed)
-        return line
+        return {"row": self.row, "settings": self.settings, "settled": settled, "source": self.source, **result}
+
+    def numbers(self, line):
+        """{column: {metric: number}} of its line in the results."""
+        return {self.task: line}
+
+
+def start(words, env):
+    """What a program beside this one prints; raises subprocess.CalledProcessError."""
+    command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
+    return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True).stdout
+
+
+TRAIN = train.parser_of(train.Settings, "")
 
 
 def settings_of(flags):
@@ -770,14 +753,6 @@ POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
     if f.metadata["group"] in ("static", "adalora", "lalora", "weightlora", "lelora")}
 
 
-def numbers_of(line, column):
-    """The metrics that a finished run's line has for a task: its own, a part of its own, or another one evaluated."""
-    if line["task"] == column:
-        return line
-    parts = {key.removesuffix(f"_{column}"): value for key, value in line.items() if key.endswith(f"_{column}")}
-    return parts or line.get("evaluated", {}).get(column, {})
-
-
 def scores(runs, done, metric=None):
     """({column: metric}, {row: {column: {seed: number}}}) of the runs that are done; columns are tasks, and average.
 
@@ -786,8 +761,7 @@ def scores(runs, done, metric=None):
     tasks = list(dict.fromkeys(task for run in runs for task in run.columns))
     metrics, values = dict.fromkeys(tasks, metric), {run.row: {} for run in runs}
     for run in runs:
-        for task in run.columns if run.key in done else ():
-            numbers = numbers_of(done[run.key], task)
+        for task, numbers in run.numbers(done[run.key]).items() if run.key in done else ():
             if metric and metric not in numbers:
                 raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
             known = [name for name in (*data.TASKS[task].metrics, "loss") if name in numbers]

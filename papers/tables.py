@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from model import UserError  # noqa: E402
@@ -36,6 +37,35 @@ class Published:
     keep_old: bool = train.setting(False, "table", "take results that another version of the program has made")
     results: str = train.setting("runs/tables.jsonl", "table", "file of finished runs, a line each")
     runs: str = train.setting("runs/tables", "table", "folder of their run folders")
+
+
+class Run(bench.Run):
+    """A run that has numbers for `columns`: its own task, parts of it, or others that eval.py evaluates it on."""
+
+    def __init__(self, row, task, seed, flags, folder, columns=None):
+        super().__init__(row, task, seed, flags, folder)
+        self.columns = columns or [task]
+
+    def evaluate_on(self, task):
+        """The command line that evaluates the finished run on another task than its own."""
+        columns = data.TASKS[task].sample  # of a completion that another program scores: AlpacaEval reads a list
+        samples = ["--samples", str(self.out / (task + (".json" if "generator" in columns else ".jsonl")))]
+        return ["eval.py", str(self.out), "--task", task, *samples * bool(columns)]
+
+    def perform(self, env):
+        line = super().perform(env)
+        for task in self.columns:
+            if not self.numbers(line)[task]:
+                printed = bench.start(self.evaluate_on(task), env).splitlines()[-1]
+                line.setdefault("evaluated", {})[task] = json.loads(printed)
+        return line
+
+    def numbers(self, line):
+        found = {self.task: line}
+        for task in self.columns:
+            part = {key.removesuffix(f"_{task}"): value for key, value in line.items() if key.endswith(f"_{task}")}
+            found.setdefault(task, part or line.get("evaluated", {}).get(task, {}))
+        return {task: found[task] for task in self.columns}
 
 
 def overview(tables):
@@ -73,7 +103,7 @@ def runs_of(table, flags, q):
                      "--method", row["method"], *shlex.split(own), *flags]
             columns = None if q.small else table.get("evaluate")
             for seed in range(q.seeds or table.get("seeds", 5)):
-                runs.append(bench.Run(row["row"], task, seed, words, q.runs, columns))
+                runs.append(Run(row["row"], task, seed, words, q.runs, columns))
     return runs
 
 
@@ -84,7 +114,7 @@ def commands(runs):
         groups.setdefault((run.row, run.task), []).append(run)
     for same in groups.values():
         seeds, last = " ".join(str(run.seed) for run in same), same[-1]
-        text += f"for seed in {seeds}; do python train.py {shlex.join(last.words()[:-1])} $seed; done\n"
+        text += f"for seed in {seeds}; do python train.py {shlex.join(last.words[:-1])} $seed; done\n"
         for column in last.columns:
             if last.task not in (column, "commonsense"):  # which has its parts' numbers in its own result
                 text += f"python {shlex.join(last.evaluate_on(column))}\n"

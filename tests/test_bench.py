@@ -425,7 +425,7 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.subprocess, "run", fake_run)
     q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
-    run = bench.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", "humaneval"])
+    run = tables.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", "humaneval"])
     assert bench.make([run], q) == {}
     assert called[0][:2] == ["--model", "gemma-7b"]
     assert called[1:] == [[str(run.out), "--task", "gsm8k"],
