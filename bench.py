@@ -748,9 +748,9 @@ def tune(cells, q):
 LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
 LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
 VARIANTS = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a"}  # settings that go with any policy
+GENERAL = ("what", "adapter", "optimization", "data", "machine")  # groups of settings that are no policy's own
 POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
-    f.name for f in dataclasses.fields(train.Settings)
-    if f.metadata["group"] in ("static", "adalora", "lalora", "weightlora", "lelora")}
+    f.name for f in dataclasses.fields(train.Settings) if f.metadata["group"] not in GENERAL}
 
 
 def scores(runs, done, metric=None):
