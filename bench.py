@@ -228,7 +228,7 @@ def contender(b, base, kind, name):
         return peft_contender(b, base, kind, name[5:])
     method, _, mode = name.partition("/")
     plain = method in ("floor", "uniform+validation", "dora")
-    s = settings_for(b, "lora" if plain else method, compile="on" if mode == "compiled" else "off", dora=method == "dora")
+    s = settings_for(b, "lora" if plain else method, dora=method == "dora", compile="on" if mode else "off")
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
@@ -394,10 +394,11 @@ def memory(b):
     points = [(shape, name) for shape in dict.fromkeys(shapes) for name in names]
     for (batch, length), name in tqdm(points, "memory", file=sys.stderr):
         settings = dataclasses.asdict(b) | {"batch_size": batch, "length": length}
-        done = subprocess.run([sys.executable, __file__, "one", name, json.dumps(settings)], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{name}: its own process failed: {last_line(done.stderr)}")
-        rows.append({"batch": batch, "length": length, "contender": name} | json.loads(done.stdout.splitlines()[-1]))
+        try:
+            printed = start(["bench.py", "one", name, json.dumps(settings)])
+        except subprocess.CalledProcessError as error:
+            raise UserError(f"{name}: its own process failed: {last_line(error.stderr)}") from None
+        rows.append({"batch": batch, "length": length, "contender": name} | json.loads(printed.splitlines()[-1]))
     return rows
 
 
@@ -447,10 +448,10 @@ class Comparison:
     tasks: list = setting(None, "columns", "default: the model's own")
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
     seeds: int = setting(5, "fairness", "runs of each, with seeds 0, 1, ...", low=1)
-    match_budget: bool = setting(False, "fairness", "choose the other methods' ranks, and alphas in proportion, for mean "
-                                                    "trainable parameters within 5 %% of uniform LoRA's")
-    tune: str = setting(None, "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it what "
-                                          "is best on average over seeds that are not reported")
+    match_budget: bool = setting(False, "fairness", "choose the other methods' ranks, and alphas in proportion, for "
+                                                    "mean trainable parameters within 5 %% of uniform LoRA's")
+    tune: str = setting(None, "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it "
+                                          "what is best on average over seeds that are not reported")
     tune_seeds: int = setting(2, "fairness", "runs of each choice, with seeds 1000, 1001, ...", low=1)
     tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
     split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
@@ -493,7 +494,7 @@ class Run:
             begun = (self.out / "run.json").exists()
             words = ["--resume", str(self.out)] if begun else [*self.words, "--out", str(self.out)]
             start(["train.py", *words], env)
-        run, result = (json.loads((self.out / name).read_text(encoding="utf-8")) for name in ("run.json", "result.json"))
+        run, result = (json.loads((self.out / name).read_text()) for name in ("run.json", "result.json"))
         settled = changed(run["settings"])
         for name in ("out", "model", "data", "adapter", "ranks"):  # absolute paths, of this machine
             settled.pop(name, None)
@@ -504,7 +505,7 @@ class Run:
         return {self.task: line}
 
 
-def start(words, env):
+def start(words, env=None):
     """What a program beside this one prints; raises subprocess.CalledProcessError."""
     command = [sys.executable, str(Path(__file__).with_name(words[0])), *words[1:]]
     return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True).stdout
