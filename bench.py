@@ -282,7 +282,8 @@ def peft_model(b, base, kind, method):
     if kind != "lm":
         config.num_labels = base.config.num_labels
     with torch.device(b.device):
-        theirs = getattr(transformers, auto).from_config(config, attn_implementation="sdpa", dtype=dtype)
+        kernel = "eager" if base.family == "deberta-v2" else "sdpa"  # transformers has no other for the former
+        theirs = getattr(transformers, auto).from_config(config, attn_implementation=kernel, dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     if kind != "lm":
         weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(tuple(base.head_names.values()))}

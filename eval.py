@@ -565,8 +565,8 @@ def _loading_code(s, labels, kind, base, adapter, path):
     lines = [f"from transformers import {auto}" + ", AutoTokenizer" * text]
     if adapter:
         base = str(models.resolve(base)) if base == "vit-digits" else base
-        options = {"lm": "", "regress": ", num_labels=1, ignore_mismatched_sizes=True"}.get(
-            kind, f", id2label={dict(enumerate(labels))!a}, ignore_mismatched_sizes=True")
+        outputs = {"regress": "num_labels=1", "span": "num_labels=2"}.get(kind, f"id2label={dict(enumerate(labels))!a}")
+        options = "" if kind == "lm" else f", {outputs}, ignore_mismatched_sizes=True"
         lines += ["from peft import PeftModel", "", f"base = {json.dumps(base)}",
                   f'model = {auto}.from_pretrained(base, dtype="{s.dtype}"{options})',
                   f'model = PeftModel.from_pretrained(model, "{path}").eval()  # or where you put these files']

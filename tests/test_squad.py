@@ -20,8 +20,8 @@ from data import TASKS
 from model import UserError
 
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-WORDS = "the river runs north of an old town where Zoë's 12 mills, grinding corn, stood till 1849 (a flood) came".split()
+pytest.importorskip("peft")
+WORDS = "the river runs north of an old town where Zoë's 12 mills, grinding corn, stood till 1849 (a flood)".split()
 
 
 def questions(split, version2, rng=random.Random(0)):
@@ -122,9 +122,10 @@ def official(found, golds, version2):
     return tuple(map(max, zip(*scores)))
 
 
-HARD = [("The  Mill!", ["mill"]), ("a", ["the"]), ("", []), ("x", []), ("", ["A."]), ("", ["mill"]), ("the", ["the", ""]),
-        ("an old-town", ["old town", "oldtown"]), ("theory", ["the ory"]), ("12,000", ["12000"]), ("Zoë’s", ["zoës", "ZOË’S"]),
-        ("of of the town", ["of town town"]), ("mill", ["the", "mill corn", "corn mill mill"]), ("A\u00a0mill\n", ["a mill"])]
+HARD = [("The  Mill!", ["mill"]), ("a", ["the"]), ("", []), ("x", []), ("", ["A."]), ("", ["mill"]),
+        ("the", ["the", ""]), ("an old-town", ["old town", "oldtown"]), ("theory", ["the ory"]), ("12,000", ["12000"]),
+        ("of of the town", ["of town town"]), ("mill", ["the", "mill corn", "corn mill mill"]),
+        ("Zoë’s", ["zoës", "ZOË’S"]), ("A\u00a0mill\n", ["a mill"])]
 
 
 @pytest.mark.parametrize("version2", [False, True])
@@ -138,14 +139,15 @@ def test_scores_are_those_of_the_official_scripts(version2):
 
 
 @pytest.mark.parametrize("family, name", [("bert", "squad"), ("roberta", "squad2"), ("deberta", "squad2")])
-def test_a_run_and_its_answers(family, name, tmp_path, capsys):
-    """A trained run in transformers with PEFT: its logits, and from them by the rules above the run's scores."""
+def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
+    """A run loaded in PEFT as its card says: the logits, and from them by the rules above the run's scores."""
     prepare(tmp_path, family, name == "squad2")
     train.main(["--model", str(tmp_path / "model"), "--task", name, "--data", str(tmp_path / "data"), "--steps", "12",
                 "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02", "--max-length", "256"])
     result, (_, _, processor, ours) = json.loads(capsys.readouterr().out), evaluation.load_run(tmp_path / "run", {})
-    theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "run" / "adapter").eval().base_model  # PEFT drops types
+    monkeypatch.chdir(tmp_path / "run")
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], loaded := {})
+    theirs = loaded["model"].base_model  # without PEFT's class for question answering, which drops token types
     rows, scores = data.read(TASKS[name], tmp_path / "data", "dev"), []
     for row in rows:
         split, windows = processor.encode([row], 256), []
@@ -174,8 +176,9 @@ def test_best_span():
 
 @pytest.mark.parametrize("change, part", [
     (lambda q: q.update(id="dev00"), "twice"), (lambda q: q.update(answers=[]), "squad2"),
-    (lambda q: q.pop("question"), "question"), (lambda q: q.update(answers=[3]), "int"), (lambda q: q.update(id=5), "id"),
-    (lambda q: q["answers"][0].pop("text"), "text"), (lambda q: q.update(answers="no"), "answers"),
+    (lambda q: q.pop("question"), "question"), (lambda q: q.update(answers=[3]), "int"),
+    (lambda q: q.update(id=5), "id"), (lambda q: q["answers"][0].pop("text"), "text"),
+    (lambda q: q.update(answers="no"), "answers"),
     (lambda q: q["answers"][0].update(answer_start="3"), "answer_start")])
 def test_bad_files_are_one_line(change, part, tmp_path):
     file = questions("dev", False)
