@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,38 @@ def close(ours, theirs, tolerance=TOLERANCE):
     assert (ours - theirs).abs().max() <= tolerance
 
 
-def hf_mask(mask):
-    return None if mask is None else mask.long()
+ALL = {**DECODERS, **ENCODERS, **VITS}
+
+
+def kind_of(name):
+    """What `load` builds from the name's checkpoint by default, as transformers calls it."""
+    return "CausalLM" if name in DECODERS else "ImageClassification" if name in VITS else "SequenceClassification"
+
+
+def saved(name, folder, kind=None, shards="5GB", **other):
+    """The transformers model of that name, which is also saved in `folder`."""
+    oracle = build(*ALL[name], kind or kind_of(name), **other)
+    oracle.save_pretrained(folder, max_shard_size=shards)
+    return oracle
+
+
+def inputs_for(name, padding=None, T=14, config=None):
+    """A batch as our arguments and as transformers'."""
+    if name in VITS:
+        channels, height, width = config.image_size if config else (3, 16, 16)
+        pixels = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
+        return (pixels,), {"pixel_values": pixels}
+    tokens, mask = batch(padding, T=T, pad=ALL[name][1].get("pad_token_id", 0))
+    return (tokens, mask), {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
+
+
+def same_logits(name, oracle, ours, padding=None, T=14, tolerance=TOLERANCE):
+    """Our logits, of a model or of the checkpoint in a folder, are transformers' at every real token."""
+    ours = ours if isinstance(ours, torch.nn.Module) else load(ours)
+    args, keywords = inputs_for(name, padding, T, ours.config)
+    real = args[1] if padding and ours.head_kind == "lm" else slice(None)
+    with torch.no_grad():
+        close(ours(*args)[real], oracle(**keywords).logits[real], tolerance)
 
 
 # ---- logits
@@ -129,15 +160,12 @@ def hf_mask(mask):
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_lm_logits(name, padding, tmp_path):
-    oracle = build(*DECODERS[name], "CausalLM")
-    oracle.save_pretrained(tmp_path)
-    ours = load(tmp_path)
-    tokens, mask = batch(padding)
+    oracle = saved(name, tmp_path)
+    ours, ((tokens, mask), keywords) = load(tmp_path), inputs_for(name, padding)
+    same_logits(name, oracle, ours, padding)
     with torch.no_grad():
-        theirs = oracle(tokens, attention_mask=hf_mask(mask)).logits
-        logits = ours(tokens, mask)
+        theirs = oracle(**keywords).logits
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        close(logits[real], theirs[real])
         positions = real.flatten().nonzero()[::3, 0]
         close(ours(tokens, mask, positions=positions), theirs.flatten(0, 1)[positions])
         if padding == "right":
@@ -147,33 +175,18 @@ def test_lm_logits(name, padding, tmp_path):
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "olmo2", "gpt2", "qwen2", "qwen3", "gemma"])
-def test_decoder_classification(name, labels, padding, tmp_path):
-    oracle = build(*DECODERS[name], "SequenceClassification", num_labels=labels)
-    oracle.save_pretrained(tmp_path)
-    ours = load(tmp_path, head="classify")
-    tokens, mask = batch(padding)
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "olmo2", "gpt2", "qwen2", "qwen3", "gemma", *ENCODERS])
+def test_text_classification(name, labels, padding, tmp_path):
+    oracle = saved(name, tmp_path, "SequenceClassification", num_labels=labels)
+    ours, ((tokens, mask), keywords) = load(tmp_path), inputs_for(name, padding)
+    same_logits(name, oracle, ours, padding)
     with torch.no_grad():
-        theirs = oracle(tokens, attention_mask=hf_mask(mask)).logits
-        close(ours(tokens, mask), theirs)
-        if padding == "right":
-            close(ours(tokens, mask, right_padded=True), theirs)
-
-
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_classification(name, labels, padding, tmp_path):
-    oracle = build(*ENCODERS[name], "SequenceClassification", num_labels=labels)
-    oracle.save_pretrained(tmp_path)
-    ours = load(tmp_path)
-    tokens, mask = batch(padding, pad=oracle.config.pad_token_id)
-    kinds = max(1, oracle.config.type_vocab_size)
-    types = torch.randint(0, kinds, tokens.shape, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        close(ours(tokens, mask), oracle(tokens, attention_mask=hf_mask(mask)).logits)
-        theirs = oracle(tokens, attention_mask=hf_mask(mask), token_type_ids=types).logits
-        close(ours(tokens, mask, types), theirs)
+        if name in DECODERS and padding == "right":
+            close(ours(tokens, mask, right_padded=True), oracle(**keywords).logits)
+        if name in ENCODERS:
+            kinds = max(1, oracle.config.type_vocab_size)
+            types = torch.randint(0, kinds, tokens.shape, generator=torch.Generator().manual_seed(2))
+            close(ours(tokens, mask, types), oracle(**keywords, token_type_ids=types).logits)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -187,7 +200,7 @@ def test_span_head(name, padding, tmp_path):
     assert ours.head_kind == "span" and ours.fresh == []
     tokens, mask = batch(padding, pad=oracle.config.pad_token_id)
     ends = torch.tensor([[7, 7], [6, 9], [7, 8]])  # of the answers
-    theirs = oracle(tokens, attention_mask=hf_mask(mask), start_positions=ends[:, 0], end_positions=ends[:, 1])
+    theirs = oracle(tokens, attention_mask=None if mask is None else mask.long(), start_positions=ends[:, 0], end_positions=ends[:, 1])
     logits, both = ours(tokens, mask), torch.stack((theirs.start_logits, theirs.end_logits), -1)
     real = slice(None) if mask is None else mask
     close(logits[real], both[real])
@@ -195,7 +208,7 @@ def test_span_head(name, padding, tmp_path):
     save(ours, tmp_path / "ours")
     again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        assert again(tokens, attention_mask=hf_mask(mask)).start_logits[real].equal(theirs.start_logits[real])
+        assert again(tokens, attention_mask=None if mask is None else mask.long()).start_logits[real].equal(theirs.start_logits[real])
     fresh = load(tmp_path / "theirs", head="classify", num_labels=3)
     assert fresh.fresh and all(n.startswith(("head.", "pooler.")) for n in fresh.fresh)
 
@@ -203,20 +216,14 @@ def test_span_head(name, padding, tmp_path):
 @pytest.mark.parametrize("labels", [1, 10])
 @pytest.mark.parametrize("name", VITS)
 def test_vit(name, labels, tmp_path):
-    oracle = build(*VITS[name], "ImageClassification", num_labels=labels)
-    oracle.save_pretrained(tmp_path)
-    ours = load(tmp_path)
-    channels, height, width = ours.config.image_size
-    pixels = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        close(ours(pixels), oracle(pixels).logits)
+    same_logits(name, saved(name, tmp_path, num_labels=labels), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "vit"])
 def test_all_tokens_for_hooks_and_hidden_states(name, tmp_path):
     """The last block computes the first token alone for the head, and all tokens for whoever else looks."""
     oracle, ours = (m.eval() for m in gradient_models(name, tmp_path))
-    inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
+    inputs = inputs_for(name)[0][0]
     seen = []
     with torch.no_grad():
         logits, theirs = ours(inputs), oracle(inputs, output_hidden_states=True)
@@ -231,26 +238,15 @@ def test_all_tokens_for_hooks_and_hidden_states(name, tmp_path):
                                         ("llama-linear", dict(type="linear", factor=4.0))])
 def test_classic_rope_settings(name, rope, tmp_path):
     """config.json as transformers 4 wrote it: rope_theta and rope_scaling instead of rope_parameters."""
-    oracle = build(*DECODERS[name], "CausalLM")
-    oracle.save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
-    raw["rope_scaling"] = rope or None
-    if name == "mistral":
-        assert raw.pop("rope_theta") == 10000.0  # the default
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    tokens, _ = batch(None)
-    with torch.no_grad():
-        close(load(tmp_path)(tokens), oracle(tokens).logits)
+    oracle = saved(name, tmp_path)
+    theta = ... if name == "mistral" else oracle.config.rope_parameters["rope_theta"]  # mistral's is the default
+    edit_config(tmp_path, rope_parameters=..., rope_theta=theta, rope_scaling=rope or None)
+    same_logits(name, oracle, tmp_path)
 
 
 @pytest.mark.parametrize("T", [4, 5, 6, 7])
 def test_window_edges(T, tmp_path):
-    oracle = build(*DECODERS["mistral"], "CausalLM")
-    oracle.save_pretrained(tmp_path)
-    tokens, _ = batch(None, T=T)
-    with torch.no_grad():
-        close(load(tmp_path)(tokens), oracle(tokens).logits)
+    same_logits("mistral", saved("mistral", tmp_path), tmp_path, T=T)
 
 
 @pytest.mark.parametrize("name, padding, right_padded, masked, causal", [
@@ -272,42 +268,30 @@ def test_masks_only_where_they_are_needed(name, padding, right_padded, masked, c
     assert calls == [(masked, causal)] * ours.config.layers
 
 
-@pytest.mark.parametrize("name, kind", [("llama-gqa-tied", "CausalLM"), ("gemma", "CausalLM"),
-                                        ("qwen3", "SequenceClassification")])
+@pytest.mark.parametrize("name, kind", [("llama-gqa-tied", "CausalLM"), ("gemma", "CausalLM"), ("gpt2", "CausalLM"),
+                                        ("olmo2", "CausalLM"), ("qwen3", "SequenceClassification"),
+                                        ("bert", "SequenceClassification"), ("vit", "ImageClassification")])
 def test_bfloat16(name, kind, tmp_path):
-    build(*DECODERS[name], kind, num_labels=3).save_pretrained(tmp_path)
-    oracle = getattr(transformers, f"{DECODERS[name][0]}For{kind}").from_pretrained(tmp_path, dtype=torch.bfloat16)
+    saved(name, tmp_path, kind, num_labels=3)
+    oracle = class_of(ALL[name][0], kind).from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours = load(tmp_path, dtype=torch.bfloat16)
-    head = torch.float32 if kind == "SequenceClassification" else torch.bfloat16  # a trained head keeps small steps
+    head = torch.bfloat16 if kind == "CausalLM" else torch.float32  # a trained head keeps small steps
     assert {n: p.dtype for n, p in ours.named_parameters()} == {
         n: head if n.startswith("head.") else torch.bfloat16 for n, _ in ours.named_parameters()}
-    assert ours.frequencies.dtype == torch.float32
-    tokens, mask = batch("left")
+    assert all(buffer.dtype == torch.float32 for buffer in ours.buffers())  # the rotary frequencies
+    args, keywords = inputs_for(name, "left" if name in DECODERS else None)
     with torch.no_grad():
-        theirs, logits = oracle(tokens, attention_mask=mask.long()).logits, ours(tokens, mask)
+        theirs, logits = oracle(**keywords).logits, ours(*args)
     assert logits.dtype == head
-    real = mask if kind == "CausalLM" else slice(None)
+    real = args[1] if kind == "CausalLM" else slice(None)
     # same operations in the same order: what is left is the order of sums inside kernels
     assert (logits[real] - theirs[real]).float().abs().max() <= 0.02 * theirs[real].float().abs().max()
-
-
-@pytest.mark.parametrize("family", ["bert", "vit"])
-def test_bfloat16_encoders(family, tmp_path):
-    prefix, settings = {**ENCODERS, **VITS}[family]
-    kind = "ImageClassification" if family == "vit" else "SequenceClassification"
-    build(prefix, settings, kind).save_pretrained(tmp_path)
-    oracle = getattr(transformers, f"{prefix}For{kind}").from_pretrained(tmp_path, dtype=torch.bfloat16)
-    inputs = torch.randn(2, 3, 16, 16) if family == "vit" else batch(None)[0]
-    with torch.no_grad():
-        logits, theirs = load(tmp_path, dtype=torch.bfloat16)(inputs), oracle(inputs).logits
-    assert (logits - theirs).float().abs().max() <= 0.02 * theirs.float().abs().max()
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-unshared"])
 def test_bfloat16_deberta(name, tmp_path):
     """No further from transformers' float32 logits than transformers' own bfloat16 ones, on average over batches."""
-    oracle = build(*ENCODERS[name], "SequenceClassification", num_labels=5, initializer_range=0.1)
-    oracle.save_pretrained(tmp_path)
+    oracle = saved(name, tmp_path, num_labels=5, initializer_range=0.1)
     rounded = transformers.DebertaV2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours, errors = load(tmp_path, dtype=torch.bfloat16), []
     for seed in range(20):
@@ -322,18 +306,14 @@ def test_bfloat16_deberta(name, tmp_path):
 @pytest.mark.parametrize("T", [128, 129, 300, 530])
 def test_deberta_buckets(T, tmp_path):
     """DeBERTaV3's own buckets: 256, exact up to a distance of 128, then logarithmic up to 511, one for all beyond."""
-    settings = dict(ENCODERS["deberta"][1], position_buckets=256, max_relative_positions=-1, num_hidden_layers=2)
-    oracle = build("DebertaV2", settings, "SequenceClassification", max_position_embeddings=512)
-    oracle.save_pretrained(tmp_path)
-    tokens, mask = batch("right", T=T)
-    with torch.no_grad():
-        close(load(tmp_path)(tokens, mask), oracle(tokens, attention_mask=mask.long()).logits)
+    oracle = saved("deberta", tmp_path, position_buckets=256, max_relative_positions=-1, num_hidden_layers=2,
+                   max_position_embeddings=512)
+    same_logits("deberta", oracle, tmp_path, "right", T)
 
 
 def test_deberta_pretrained(tmp_path):
     """What is published: without a classification head, with the pre-training heads' and unused position tensors."""
-    oracle = build(*ENCODERS["deberta"], "SequenceClassification", num_labels=3)
-    oracle.save_pretrained(tmp_path)
+    oracle = saved("deberta", tmp_path, num_labels=3)
     other = {"lm_predictions.lm_head.bias": torch.zeros(67), "mask_predictions.dense.weight": torch.zeros(32, 32),
              "deberta.embeddings.position_embeddings.weight": torch.zeros(64, 32)}
     copy_tensors(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k.startswith("deberta.")} | other)
@@ -351,7 +331,7 @@ def test_deberta_pretrained(tmp_path):
     dict(relative_attention=False), dict(pos_att_type="p2p|c2p"), dict(pos_att_type=...), dict(position_buckets=23),
     dict(position_buckets=1), dict(max_relative_positions="12")])
 def test_deberta_settings_that_are_refused(changes, tmp_path):
-    build(*ENCODERS["deberta"], "SequenceClassification").save_pretrained(tmp_path)
+    saved("deberta", tmp_path)
     edit_config(tmp_path, **changes)
     refused("config.json", *changes, args=[tmp_path])
 
@@ -359,12 +339,8 @@ def test_deberta_settings_that_are_refused(changes, tmp_path):
 # ---- training mode
 
 def gradient_models(name, tmp_path, **settings):
-    prefix, own = {**DECODERS, **ENCODERS, **VITS}[name]
-    kind = "ImageClassification" if name in VITS else "CausalLM" if name in DECODERS else "SequenceClassification"
     zero = dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob"], 0.0) if name not in DECODERS else {}
-    oracle = build(prefix, own, kind, **zero, **settings)
-    oracle.save_pretrained(tmp_path)
-    return oracle.train(), load(tmp_path).train()
+    return saved(name, tmp_path, **zero, **settings).train(), load(tmp_path).train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -433,16 +409,13 @@ def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch
     For that, masks come from F.dropout, and with a hook the last block computes all tokens instead of the first.
     """
     monkeypatch.setattr(models, "dropout", torch.nn.functional.dropout)
-    prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
-    kind = "ImageClassification" if name in VITS else "CausalLM" if name in DECODERS else "SequenceClassification"
     zero = dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
                           "attention_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"], 0.0)
-    oracle = build(prefix, settings, kind, **{**zero, where: 0.4})
-    oracle.save_pretrained(tmp_path)
+    oracle = saved(name, tmp_path, **{**zero, where: 0.4})
     ours = load(tmp_path).train()
     ours.blocks[-1].register_forward_hook(lambda *_: None)
     oracle.train()
-    inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
+    inputs = inputs_for(name)[0][0]
     torch.manual_seed(5)
     theirs = oracle(inputs).logits
     torch.manual_seed(5)
@@ -457,7 +430,7 @@ def test_one_graph_for_the_compiler(name, tmp_path):
     """No graph break in the forward pass (the eager backend traces as any other and needs no C++ compiler)."""
     _, ours = gradient_models(name, tmp_path)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
-    inputs = (torch.randn(2, 3, 16, 16),) if name == "vit" else batch("right", pad=ours.config.pad_id)
+    inputs, _ = inputs_for(name, "right")
     with torch.no_grad():
         close(compiled(*inputs), ours(*inputs))  # not equal: on a CPU eager code has its own product
     torch._dynamo.reset()
@@ -470,7 +443,7 @@ def test_one_graph_for_the_compiler(name, tmp_path):
     if head == "classify" or name in DECODERS])
 def test_hf_names(name, head, tmp_path):
     """hf_name gives the tensors of transformers' checkpoints, and with module=True the paths in its models."""
-    prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
+    prefix, settings = ALL[name]
     kind = "CausalLM" if head == "lm" else "ImageClassification" if name == "vit" else "SequenceClassification"
     oracle = build(prefix, settings, kind, tie_word_embeddings=False)
     oracle.save_pretrained(tmp_path)
@@ -509,8 +482,7 @@ def hf_generate(oracle, tokens, mask, n, eos):
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-llama3", "mistral", "mistral-no-window", "qwen2-window",
                                   "qwen3", "gemma", "gpt2", "olmo2"])
 def test_generation(name, tmp_path):
-    oracle = build(*DECODERS[name], "CausalLM")
-    oracle.save_pretrained(tmp_path)
+    oracle = saved(name, tmp_path)
     ours = load(tmp_path)
     tokens, mask = prompts_for(oracle)
     free = hf_generate(oracle, tokens, mask, 16, None)
@@ -535,7 +507,7 @@ def test_generation(name, tmp_path):
 
 
 def test_generation_bfloat16(tmp_path):
-    build(*DECODERS["llama"], "CausalLM").save_pretrained(tmp_path)
+    saved("llama", tmp_path)
     oracle = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     tokens, mask = prompts_for(oracle)
     result = generate(load(tmp_path, dtype=torch.bfloat16), tokens, mask, 10, None, 0)
@@ -560,22 +532,16 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt2", "bert", "vit"])
 def test_sharded(name, tmp_path):
-    prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
-    kind = {"llama-gqa-tied": "CausalLM", "bert": "SequenceClassification", "vit": "ImageClassification"}[name]
-    oracle = build(prefix, settings, kind)
-    oracle.save_pretrained(tmp_path, max_shard_size="20KB")
+    oracle = saved(name, tmp_path, shards="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    inputs = torch.randn(2, 3, 16, 16) if name == "vit" else batch(None)[0]
-    with torch.no_grad():
-        close(load(tmp_path)(inputs), oracle(inputs).logits)
+    same_logits(name, oracle, tmp_path)
 
 
 def test_base_checkpoint_with_old_names(tmp_path):
     """Saved from the model without a head, norms called gamma and beta, without pooler, with position_ids."""
-    oracle = build(*ENCODERS["bert"], "SequenceClassification", num_labels=3)
-    oracle.save_pretrained(tmp_path)
+    oracle = saved("bert", tmp_path, num_labels=3)
 
     def change(tensors):
         renamed = {k.removeprefix("bert."): v for k, v in tensors.items()
@@ -595,20 +561,17 @@ def test_base_checkpoint_with_old_names(tmp_path):
 
 
 def test_left_overs_of_old_versions_and_other_heads_are_ignored(tmp_path):
-    oracle = build(*DECODERS["llama"], "CausalLM")
-    oracle.save_pretrained(tmp_path)
+    oracle = saved("llama", tmp_path)
     copy_tensors(tmp_path, lambda tensors: {**tensors, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
                                             "score.weight": torch.ones(2, 32)})
-    tokens, _ = batch(None)
-    with torch.no_grad():
-        close(load(tmp_path)(tokens), oracle(tokens).logits)
+    same_logits("llama", oracle, tmp_path)
 
 
 @pytest.mark.parametrize("head", ["lm", "classify"])
 @pytest.mark.parametrize("stored", ["embed", "lm_head", "both", "different"])
 def test_tied_weights_under_either_name(stored, head, tmp_path, caplog):
     """As in transformers: whichever is there is both; two that differ are both used, which is said."""
-    build(*DECODERS["llama-gqa-tied"], "CausalLM").save_pretrained(tmp_path)
+    saved("llama-gqa-tied", tmp_path)
 
     def change(tensors):
         embed = tensors["model.embed_tokens.weight"]
@@ -632,8 +595,7 @@ def test_tied_weights_under_either_name(stored, head, tmp_path, caplog):
 
 def test_what_is_not_used_is_named(tmp_path, caplog):
     """Another head (trl's value head), unknown keys of config.json, decoding settings: one line each, then as ever."""
-    oracle = build(*DECODERS["llama-gqa-tied"], "CausalLM")
-    oracle.save_pretrained(tmp_path)
+    oracle = saved("llama-gqa-tied", tmp_path)
     assert load(tmp_path) and not caplog.text
     copy_tensors(tmp_path, lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, 32)})
     edit_config(tmp_path, residual_multiplier=0.22, transformers_version="4.0", logits_scaling=None)
@@ -668,7 +630,7 @@ def test_language_model_checkpoint_gets_a_classification_head(name, tmp_path):
 
 
 def test_other_number_of_labels_starts_a_new_head(tmp_path):
-    build(*ENCODERS["roberta"], "SequenceClassification", num_labels=3).save_pretrained(tmp_path)
+    saved("roberta", tmp_path, num_labels=3)
     assert load(tmp_path).fresh == []
     ours = load(tmp_path, num_labels=7)
     assert ours.fresh == ["head.out_proj.weight", "head.out_proj.bias"] and ours.config.num_labels == 7
@@ -676,8 +638,7 @@ def test_other_number_of_labels_starts_a_new_head(tmp_path):
 
 
 def test_vit_accepts_transformers_5_names_and_base_checkpoints(tmp_path):
-    oracle = build(*VITS["vit"], "ImageClassification", num_labels=4)
-    oracle.save_pretrained(tmp_path)
+    oracle = saved("vit", tmp_path, num_labels=4)
     pixels = torch.randn(2, 3, 16, 16)
     names = {n: load(tmp_path).hf_name(n) for n in load(tmp_path).plain_names}
     module = {names[n]: load(tmp_path).hf_name(n, module=True) for n in names}
@@ -698,7 +659,7 @@ def test_vit_accepts_transformers_5_names_and_base_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_are_converted(stored, tmp_path):
-    build(*DECODERS["llama"], "CausalLM").save_pretrained(tmp_path)
+    saved("llama", tmp_path)
     copy_tensors(tmp_path, lambda tensors: {k: v.to(stored) for k, v in tensors.items()})
     tensors = load_file(tmp_path / "model.safetensors")
     ours = load(tmp_path)
@@ -707,7 +668,7 @@ def test_dtypes_are_converted(stored, tmp_path):
 
 
 def test_parameters_are_no_view_of_the_file(tmp_path):
-    build(*DECODERS["llama"], "CausalLM").save_pretrained(tmp_path)
+    saved("llama", tmp_path)
     ours, weights = load(tmp_path), tmp_path / "model.safetensors"
     expected = {k: v.clone() for k, v in load_file(weights).items()}
     with open(weights, "r+b") as file:  # as when another program writes there
@@ -719,26 +680,19 @@ def test_parameters_are_no_view_of_the_file(tmp_path):
 
 def test_loading_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     """When a tensor is read from the file, none of those read before is alive."""
-    import weakref
-    build(*DECODERS["llama"], "CausalLM").save_pretrained(tmp_path, max_shard_size="20KB")
+    saved("llama", tmp_path, shards="20KB")
     alive, peak = weakref.WeakSet(), []
 
     class Counting:
         def __init__(self, *args, **keywords):
             self.file = safe_open(*args, **keywords)
+            self.keys, self.get_slice = self.file.keys, self.file.get_slice
 
         def __enter__(self):
-            self.file.__enter__()
             return self
 
         def __exit__(self, *error):
             return self.file.__exit__(*error)
-
-        def keys(self):
-            return self.file.keys()
-
-        def get_slice(self, key):
-            return self.file.get_slice(key)
 
         def get_tensor(self, key):
             tensor = self.file.get_tensor(key)
@@ -777,7 +731,7 @@ def test_random_named_architectures(monkeypatch, tmp_path):
 
 def test_random_initialisation_is_that_of_transformers(tmp_path):
     for name in ("gemma", "bert", "deberta", "vit"):
-        prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
+        prefix, settings = ALL[name]
         kind = {"gemma": "CausalLM", "vit": "ImageClassification"}.get(name, "SequenceClassification")
         torch.manual_seed(0)
         config = getattr(transformers, f"{prefix}Config")(**{**BASE, **settings})
@@ -828,13 +782,13 @@ def test_sizes_of_named_architectures():
                                         ("xlm-roberta", "SequenceClassification"),
                                         ("deberta", "SequenceClassification"), ("vit", "ImageClassification")])
 def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
-    prefix, settings = {**DECODERS, **ENCODERS, **VITS}[name]
+    prefix, settings = ALL[name]
     build(prefix, settings, kind, num_labels=3).save_pretrained(tmp_path / "original")
     ours = load(tmp_path / "original")
     with torch.no_grad():
         for n in ours.plain_names:  # as if trained
             ours.get_parameter(n).add_(0.01)
-    inputs = torch.randn(2, 3, 16, 16) if name == "vit" else batch(None)[0]
+    inputs = inputs_for(name)[0][0]
     save(ours, tmp_path / "saved", 5e9 if shard_bytes == 2e4 else 2e4)
     save(ours, tmp_path / "saved", shard_bytes)  # over an earlier one with other shards
     files = {p.name for p in (tmp_path / "saved").iterdir()}
@@ -847,7 +801,7 @@ def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
 
 
 def test_save_new_head_dtype_and_adapters(tmp_path):
-    build(*ENCODERS["bert"], "SequenceClassification", num_labels=2).save_pretrained(tmp_path / "original")
+    saved("bert", tmp_path / "original", num_labels=2)
     ours = load(tmp_path / "original", num_labels=5, dtype=torch.bfloat16)
     layer, = lora.attach(ours, {"blocks.1.query": 2}, alpha=4).values()
     refused("blocks.1.query", "merge", call=save, args=(ours, tmp_path / "saved"))
@@ -863,7 +817,7 @@ def test_save_new_head_dtype_and_adapters(tmp_path):
 
 @pytest.fixture
 def llama(tmp_path):
-    build(*DECODERS["llama-gqa-tied"], "CausalLM").save_pretrained(tmp_path / "llama")
+    saved("llama-gqa-tied", tmp_path / "llama")
     return tmp_path / "llama"
 
 
@@ -899,14 +853,23 @@ def test_bad_config(changes, parts, llama):
     refused("config.json", *parts, args=(llama,))
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{"])
-def test_config_that_is_no_json(content, llama):
-    (llama / "config.json").write_bytes(content)
-    refused("config.json", "JSON", args=(llama,))
+@pytest.mark.parametrize("file, content, parts", [
+    *(("config.json", content, ["JSON"]) for content in (b"{", b"[1]", b"\xff\xfe{")),
+    ("model.safetensors", b"\x10" + bytes(7) + b"not JSON at all." * 9, ["damaged"]),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", ["Git LFS", "git lfs pull"]),
+    *(("model.safetensors", keep, ["damaged"]) for keep in (0, 5, 300, -100)),
+    *(("model.safetensors.index.json", content, ["index"]) for content in (b"{", b"[]", b'{"weight_map": 3}', b"{}"))])
+def test_damaged_files(file, content, parts, llama):
+    """`content` is what is in the file, or how many bytes of it are left."""
+    whole = (llama / "model.safetensors").read_bytes()
+    if file.endswith("index.json"):
+        (llama / "model.safetensors").unlink()
+    (llama / file).write_bytes(whole[:content] if isinstance(content, int) else content)
+    refused(file, *parts, args=(llama,))
 
 
 def test_layer_types_and_window(tmp_path):
-    build(*DECODERS["qwen2-layer-types"], "CausalLM").save_pretrained(tmp_path)
+    saved("qwen2-layer-types", tmp_path)
     edit_config(tmp_path, layer_types=["full_attention"])
     refused("layer_types", "3", args=(tmp_path,))
     edit_config(tmp_path, layer_types=..., max_window_layers=2)
@@ -926,21 +889,6 @@ def test_missing_files(llama, tmp_path):
     weights.write_bytes(kept)
     (llama / "config.json").unlink()
     refused("config.json", "no such file", args=(llama,))
-
-
-@pytest.mark.parametrize("keep", [0, 5, 300, -100])
-def test_truncated_weights(keep, llama):
-    weights = llama / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:keep])
-    refused("model.safetensors", "damaged", args=(llama,))
-
-
-@pytest.mark.parametrize("content, parts", [
-    (b"\x10" + bytes(7) + b"not JSON at all." * 9, ["damaged"]),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", ["Git LFS", "git lfs pull"])])
-def test_files_without_weights(content, parts, llama):
-    (llama / "model.safetensors").write_bytes(content)
-    refused("model.safetensors", *parts, args=(llama,))
 
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -974,17 +922,10 @@ def test_bad_index(shard, part, llama):
     refused("model.safetensors.index.json", part, "download", args=(llama,))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
-def test_index_that_is_none(content, llama):
-    (llama / "model.safetensors").unlink()
-    (llama / "model.safetensors.index.json").write_text(content)
-    refused("model.safetensors.index.json", "index", args=(llama,))
-
-
 def test_bad_arguments(llama, tmp_path):
     refused("num_labels", "0", args=(llama, "classify", 0))
     refused("head", "lm", args=(llama, "tagging"))
-    build(*ENCODERS["bert"], "SequenceClassification").save_pretrained(tmp_path / "bert")
+    saved("bert", tmp_path / "bert")
     refused("head 'lm'", "bert", args=(tmp_path / "bert", "lm"))
     for name in ("no-such-model", "./nowhere", str(tmp_path / "nowhere"), "a/b/c", "../x"):
         refused("roberta-base", args=(name,))
@@ -992,7 +933,7 @@ def test_bad_arguments(llama, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_sequences_longer_than_the_position_table(name, tmp_path):
-    build(*ENCODERS[name], "SequenceClassification", max_position_embeddings=20).save_pretrained(tmp_path)
+    saved(name, tmp_path, max_position_embeddings=20)
     ours = load(tmp_path)
     longest = 20 if name == "bert" else 18
     assert ours(torch.full((1, longest), 5)).shape == (1, 2)
@@ -1000,7 +941,7 @@ def test_sequences_longer_than_the_position_table(name, tmp_path):
 
 
 def test_images_of_another_size(tmp_path):
-    build(*VITS["vit"], "ImageClassification").save_pretrained(tmp_path)
+    saved("vit", tmp_path)
     refused("(3, 8, 16)", "(3, 16, 16)", call=load(tmp_path), args=(torch.zeros(1, 3, 8, 16),))
 
 
@@ -1174,7 +1115,7 @@ def test_int8(name, tmp_path):
     """Every matrix of the blocks is within half a step of its own; products, gradients, adapters and merging follow."""
     _, plain = (model.eval() for model in gradient_models(name, tmp_path))
     ours = load(tmp_path, int8=True)
-    inputs = torch.randn(3, 3, 16, 16) if name == "vit" else batch(None)[0]
+    inputs = inputs_for(name)[0][0]
     for n in plain.plain_names:
         exact, kept = plain.get_parameter(n), models.plain_tensor(ours, n)
         step = exact.abs().amax(-1, keepdim=True) / 127
