@@ -1156,9 +1156,11 @@ def read_weights(model, folder, dtype, device, mapped, there, outputs, int8):
                     continue
                 kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
                 parameters = [model.get_parameter(name) for name in ours if name in missing]
-                expected = torch.cat(parameters).shape if parameters else None
-                transposed = parameters and is_transposed(model, ours[0])
-                expected = list(expected)[::-1 if transposed else 1] if parameters else None
+                rows, transposed, expected = [len(parameter) for parameter in parameters], False, None
+                if parameters:
+                    transposed = is_transposed(model, ours[0])
+                    expected = [sum(rows), *parameters[0].shape[1:]]
+                    expected = expected[::-1] if transposed else expected
                 of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
                 if of_outputs and shape[1:] == expected[1:]:
                     if shape[0] != there or not outputs:
@@ -1171,7 +1173,7 @@ def read_weights(model, folder, dtype, device, mapped, there, outputs, int8):
                 tensor = file.get_tensor(key)  # a view of the file
                 tensor = tensor.T if transposed else tensor
                 tensor = tensor[outputs] if of_outputs else tensor
-                for name, part in zip(ours, tensor.split([len(parameter) for parameter in parameters])):
+                for name, part in zip(ours, tensor.split(rows)):
                     parameter = place(model, name, dtype, device)
                     if mapped and parameter.dtype == part.dtype and part.is_contiguous():
                         parameter.data = part

@@ -963,45 +963,37 @@ def hub(tmp_path):
         files, requests, fail_after, gated = {}, [], {}, set()
         sha = "0123456789abcdef0123456789abcdef01234567"
 
-        def answer(self, status, body=b"", **headers):
+        def answer(self, status, body=b"{}", **headers):
             self.send_response(status)
             for key, value in {"Content-Length": len(body), **headers}.items():
                 self.send_header(key.replace("_", "-"), str(value))
             self.end_headers()
             if self.command != "HEAD":
-                name = self.path.rsplit("/", 1)[-1]
-                cut = self.fail_after.pop(name, None)
+                cut = self.fail_after.pop(self.path.rsplit("/", 1)[-1], None)
                 self.wfile.write(body[:cut])
-                if cut is not None:  # the connection breaks in the middle
-                    self.close_connection = True
+                self.close_connection = cut is not None  # it breaks in the middle
 
         def do_GET(self):
             path = self.path.split("?")[0]
             self.requests.append((self.command, path, self.headers.get("Range")))
-            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path)
-            tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-            found = api or tree or file
-            repo = found and found[1]
+            repo, kind, file = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/[^/]+)?/?(.*)",
+                                            path).groups()
             if repo in self.gated:
-                return self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+                return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
             if repo not in self.files:
-                return self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+                return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             files = self.files[repo]
-            if api:
-                body = {"id": repo, "sha": self.sha, "siblings": [{"rfilename": n} for n in files]}
+            if kind != "resolve":
+                listed = [{"type": "file", "path": n, "rfilename": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                          for n, b in files.items()]
+                body = listed if kind == "tree" else {"id": repo, "sha": self.sha, "siblings": listed}
                 return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
-            if tree:
-                body = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                        for n, b in files.items()]
-                return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
-            body = files[file[2]]
+            body = files[file]
             headers = dict(ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=self.sha, Accept_Ranges="bytes")
             start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
             if start:
-                start = int(start[1])
-                headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-                return self.answer(206, body[start:], **headers)
+                headers["Content_Range"] = f"bytes {start[1]}-{len(body) - 1}/{len(body)}"
+                return self.answer(206, body[int(start[1]):], **headers)
             return self.answer(200, body, **headers)
 
         do_HEAD = do_GET
