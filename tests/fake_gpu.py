@@ -2,6 +2,7 @@
 
     python tests/fake_gpu.py run FAMILY [train.py's flags]     # a small run, stopped and resumed
     python tests/fake_gpu.py count METHOD MODEL ROWS LENGTH    # a step at full size: kernel launches and peak memory
+    python tests/fake_gpu.py fit METHOD MODEL ROWS LENGTH GIB  # how a batch is split to fit so much memory
 
 FakeTensorMode gives tensors with a device and no data: mixing devices raises as on a GPU, reading a value (item, tolist,
 bool, nonzero) has no answer. `Watch` lies on top: it counts what would make the host wait, answers with a number that
@@ -23,6 +24,7 @@ import traceback
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -423,62 +425,80 @@ def one_kernel(backward):
     return Fused.apply
 
 
-def count(method, model="llama2-7b", rows=8, length=512, rank=32, capacity=math.inf, **flags):
-    """Launches of a training step by phase, and peak bytes, of a random model at full size."""
+def full_size(watch, method, model, rows, length, rank=32, **flags):
+    """train.Training of a random model at full size on the fake GPU, and a function that makes a batch for it."""
     import torch.nn.functional as F
     fused, norm = one_kernel(1), one_kernel(2)
     models.ACTIVATIONS.update(silu=fused, gelu=fused)
     F.rms_norm = lambda x, shape, weight=None, eps=None: norm(x) if weight is None else norm(x) * weight
     attention = one_kernel(1)
     F.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
-    tolist_before, FakeTensor.tolist = FakeTensor.tolist, None
-    FakeTensor.tolist = tolist_before
-    with fake_gpu(capacity) as watch:
-        s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
-                           device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
-                           weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, compile="off", **flags)
-        config = models.find_config(model, "random")[0]
-        lm = config.kind == "decoder"
-        s.targets = train.default_targets(lm)
-        built = models.load(model, "lm" if lm else "classify", None if lm else 2, torch.bfloat16, "cuda", "random", 0)
-        allocator = allocators.policy(method)(built, s, 1000)
+    s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
+                       device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
+                       weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, compile="off", **flags)
+    lm = models.find_config(model, "random")[0].kind == "decoder"
+    kind, s.targets = "lm" if lm else "classify", train.default_targets(lm)
+    built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0)
+    allocator = allocators.policy(method)(built, s, 1000)
 
-        def batch(B, T):
-            tokens, mask = torch.zeros(B, T, dtype=torch.long, device="cuda"), torch.ones(B, T, dtype=torch.bool, device="cuda")
-            answers = torch.zeros(8 * B if lm else B, dtype=torch.long, device="cuda")
-            return {"tokens": tokens, "mask": mask, **({"positions": answers} if lm else {})}, answers
+    def batch(B, T, answers=8):
+        tokens, mask = torch.zeros(B, T, dtype=torch.long, device="cuda"), torch.ones(B, T, dtype=torch.bool, device="cuda")
+        labels = torch.zeros(answers * B if lm else B, dtype=torch.long, device="cuda")
+        return {"tokens": tokens, "mask": mask, **({"positions": labels} if lm else {})}, labels
 
-        kind = "lm" if lm else "classify"
-        inputs, labels = batch(32, length // 4)
+    inputs, labels = batch(32, length // 4)
 
-        @torch.no_grad()
-        def validation():
-            with watch.during("validation"):
-                built.eval()
-                value = train.criterion(kind, evaluation.logits(built, inputs), labels) / labels.numel()
-                built.train()
-            return value
+    @torch.no_grad()
+    def validation():
+        with watch.during("validation"):
+            built.eval()
+            value = train.criterion(kind, evaluation.logits(built, inputs), labels) / labels.numel()
+            built.train()
+        return value
 
-        allocator.validation_loss = validation
-        training = train.Training(s, built, kind, allocator)
-        for optimizer in training.optimizers:
-            step = optimizer.step
+    allocator.validation_loss = validation
+    training = train.Training(s, built, kind, allocator)
+    for optimizer in training.optimizers:
+        def in_phase(step=optimizer.step):
+            with watch.during("optimizer"):
+                step()
+        optimizer.step = in_phase
+    built.train()
+    return training, batch
 
-            def in_phase(step=step):
-                with watch.during("optimizer"):
-                    step()
-            optimizer.step = in_phase
-        built.train()
-        watch.peaks.clear()
+
+def count(method, model, rows, length, **flags):
+    """Launches of a training step by phase, and the most bytes alive."""
+    with fake_gpu() as watch:
+        training, batch = full_size(watch, method, model, rows, length, **flags)
         for step in range(1, 5):
             watch.launched.clear()
             training.step(step, [(*batch(rows, length), 1.0)])
-        return {"launches": dict(watch.launched), "total": sum(watch.launched.values()), "peak_gib": max(watch.peaks.values()) / 2**30}
+        return {"launches": dict(watch.launched), "total": sum(watch.launched.values()),
+                "peak_gib": max(watch.peaks.values()) / 2**30}
+
+
+def fit(method, model, rows, length, gib):
+    """What train.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
+    with fake_gpu(capacity=gib * 2**30) as watch:
+        training, batch = full_size(watch, method, model, rows, length)
+        split = data.Split("lm", [], [length] * rows, starts=[length // 2] * rows)
+        collate, data.collate = data.collate, lambda split, indices, *_: batch(len(indices), length, length // 2)
+        train.fit_memory(training, SimpleNamespace(split=split, widths=None))
+        data.collate, watch.peaks = collate, {}
+        most = training.s.forward_rows
+        for step in (1, 2):
+            sizes = [min(most, rows - i) for i in range(0, rows, most)]
+            training.step(step, [(*batch(n, length, length // 2), 1.0) for n in sizes])
+        return {"forward_rows": most, "checkpointing": training.s.checkpointing,
+                "peak_gib": max(watch.peaks.values()) / 2**30}
 
 
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
     if what == "run":
         print(json.dumps(small_run(*words)))
-    else:
+    elif what == "count":
         print(json.dumps(count(words[0], words[1], int(words[2]), int(words[3]), **json.loads(words[4] if words[4:] else "{}"))))
+    else:
+        print(json.dumps(fit(words[0], words[1], *map(int, words[2:]))))
