@@ -715,13 +715,13 @@ def _made_of(model, names, path, parts, config, file):
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     magnitudes = parts["magnitude"].split(rows) if config["use_dora"] else [None] * len(rows)
     for name, linear, B, magnitude in zip(names, linears, parts["B"].split(rows), magnitudes):
-        used = torch.ones(rank, dtype=torch.bool)
+        used = list(range(rank))
         if len(names) > 1 and magnitude is None and parts["B"].any():
-            used = B.any(0)  # the other components are another matrix's
-        if not used.any():
+            used = [i for i, there in enumerate(B.any(0).tolist()) if there]  # the others are another matrix's
+        if not used:
             continue
         kind = LoraLinear if magnitude is None else DoraLinear
-        layer = kind(linear, int(used.sum()), scale, config["lora_dropout"])
+        layer = kind(linear, len(used), scale, config["lora_dropout"])
         layer.A.data.copy_(parts["A"][used])
         layer.B.data.copy_(B[:, used])
         if magnitude is not None:

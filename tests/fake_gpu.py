@@ -326,7 +326,8 @@ def fake_gpu(capacity=math.inf):
     patches += [(place, "save_file", save_file) for place in (allocators, lora, train, models)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
-        "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True}.items()]
+        "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,
+        "get_device_properties": SimpleNamespace(total_memory=80 * 2**30)}.items()]
     FakeTensor.numpy = lambda self, **_: values(self).numpy()
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the others ask the driver
     before = [(place, name, getattr(place, name)) for place, name, _ in patches]
