@@ -682,7 +682,7 @@ def alike(runs, *ignored):
         label = [run.s.method]
         for key, value in vars(run.s).items():
             if (run.s.method, key) in varied:
-                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
+                key = re.sub("^(adalora|lalora|weightlora|lelora|credit)_", "", key).replace("_", " ")
                 label.append(f"{key} {shown(value)}")
         label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
         groups.setdefault((run.s.task, label), []).append(run)
