@@ -260,7 +260,7 @@ def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
         s = train.Settings(**vars(train.parser_of(train.Settings, "").parse_args(
             ["--method", "weightlora+", "--shard", "--targets", "query", "--device", "cpu", "--out", str(tmp_path / "run"), *flags])))
         with pytest.raises(UserError, match="leave out --init and --dora"):
-            train.check(s)
+            train.check(s, train.allocators.policy(s.method))
 
 
 def test_labels_are_counted_as_collated():

@@ -25,7 +25,7 @@ import model as models
 import train
 from model import UserError
 
-SOURCES = sorted(ROOT.glob("*.py"))
+SOURCES = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("papers/*.py"))
 
 
 # ---------------------------------------------------------------------------------------------- what the source never does
