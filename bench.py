@@ -683,6 +683,15 @@ def match_budget(cells, q):
         run.times = times
         return run
 
+    def closest(cell):
+        """(the rank of those tried with the mean budget closest to uniform LoRA's, its share above that)"""
+        reference, tried = uniform[cell.task, cell.s.steps], sizes[cell]
+        aim = sizes[reference][told[reference].rank]
+        if aim == math.inf:
+            raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
+        rank = min(tried, key=lambda rank: abs(tried[rank] / aim - 1))
+        return rank, tried[rank] / aim - 1
+
     ranks = {cell: s.rank for cell, s in told.items()}
     sizes, failed = {cell: {} for cell in told}, {}  # sizes: mean budgets by rank, infinite where the run failed
     for _ in range(6):
@@ -691,18 +700,21 @@ def match_budget(cells, q):
         done = finished(q)
         for cell, run in trials.items():
             sizes[cell][ranks[cell]] = done[run.key]["trainable_params"]["mean"] if run.key in done else math.inf
-        for cell, mine in sizes.items():
-            reference = uniform[cell.task, cell.s.steps]
-            aim = sizes[reference][told[reference].rank]
-            if aim == math.inf:
-                raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
-            best = min(mine, key=lambda rank: abs(mine[rank] / aim - 1))
-            closer = max(1, round(best * aim / mine[best]))
-            fits = abs(mine[best] / aim - 1) <= 0.05 or closer in mine
-            ranks[cell] = best if fits else closer
+        for cell in told:
+            best, off = closest(cell)
+            closer = max(1, round(best / (1 + off)))
+            ranks[cell] = best if abs(off) <= 0.05 or closer in sizes[cell] else closer
         if all(ranks[cell] in sizes[cell] for cell in told):
             break
-    return [at(cell, ranks[cell]) if cell in told else cell for cell in cells], failed
+    matched = []
+    for cell in cells:
+        if cell in told:
+            rank, off = closest(cell)
+            say(f"{cell.row}, {cell.task}: rank {rank}, mean budget {100 * off:+.1f} % from uniform LoRA's"
+                + ": no rank tried comes closer" * (abs(off) > 0.05))
+            cell = at(cell, rank)
+        matched.append(cell)
+    return matched, failed
 
 
 def grid_of(text, times=1):

@@ -217,7 +217,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     asked = ["--methods", "lora,weightlora,lora --rank 4 --scaling rslora", "--seeds", "2", "--jobs", "2", "--epochs", "2",
              "--match-budget", "--csv", str(tmp_path / "runs.csv")]
-    cells, about, _ = compare(capsys, tmp_path, *asked)
+    cells, about, said = compare(capsys, tmp_path, *asked)
     lines = results(tmp_path)
     assert len(lines) == len({json.dumps(line["settings"]) for line in lines}) and "peak_memory_mb" in lines[0]
     n = about["rows"]["lora"]["trainable_params"]["mean"]
@@ -235,6 +235,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == [row for row in about["rows"] for _ in range(2)]
     assert [float(row["accuracy"]) for row in rows[2:4]] == mine and int(rows[2]["rank"]) > 8
+    assert f"weightlora, digits-rot90: rank {rows[2]['rank']}, mean budget" in said
     assert not [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
 
     file = tmp_path / "results" / "r.jsonl"
