@@ -633,6 +633,8 @@ def quality(argv):
         rows = {f"{row} --steps {n}" if len(q.steps) > 1 else row: [*words, "--steps", n]
                 for row, words in rows.items() for n in q.steps}
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
+    if q.match_budget and q.tune and "--rank" in grid_of(q.tune)[0]:
+        raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
     for cell in cells:  # complains before the first run
         allocators.policy(cell.s.method)
         for flags in grid_of(q.tune or ""):
@@ -644,7 +646,7 @@ def quality(argv):
     if q.tune:
         cells, chosen, why = tune(cells, q)
         failed |= why
-        free |= {flag[2:].replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
+        free |= {flag.removeprefix("--").replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.seeds)]
     failed |= make(runs, q)
@@ -725,7 +727,8 @@ def grid_of(text, times=1):
         if not hasattr(train.Settings, name.replace("-", "_")) or not all(values.split(",")):
             raise UserError(f"--tune {word}: write settings and their values, as in 'lr=5e-4,1e-3 alpha=8,16'")
         flag = "--" + name.replace("_", "-")
-        axes.append([(flag, f"{float(v) * times:g}" if name == "alpha" else v) for v in values.split(",")])
+        scaled = name == "alpha" and times != 1
+        axes.append([(flag, f"{float(v) * times:g}" if scaled else v) for v in values.split(",")])
     return [sum(choice, ()) for choice in itertools.product(*axes)]
 
 
