@@ -641,11 +641,10 @@ def quality(argv):
             cell.again(0, *flags)
     failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own
     if q.match_budget:
-        cells, failed = match_budget(cells, q)
+        cells = match_budget(cells, q)
         free |= {"rank", "alpha"}
     if q.tune:
-        cells, chosen, why = tune(cells, q)
-        failed |= why
+        cells, chosen, failed = tune(cells, q)
         free |= {flag.removeprefix("--").replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.seeds)]
@@ -663,7 +662,7 @@ def quality(argv):
 
 
 def match_budget(cells, q):
-    """(the cells with ranks whose mean budget is within 5 % of uniform LoRA's, what failed); a cell is a row and task.
+    """The cells with ranks whose mean budget is within 5 % of uniform LoRA's; a cell is a row and task.
 
     A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
@@ -695,19 +694,22 @@ def match_budget(cells, q):
         return rank, tried[rank] / aim - 1
 
     ranks = {cell: s.rank for cell, s in told.items()}
-    sizes, failed = {cell: {} for cell in told}, {}  # sizes: mean budgets by rank, infinite where the run failed
+    sizes = {cell: {} for cell in told}  # mean budgets by rank, infinite where the run failed
     for _ in range(6):
-        trials = {cell: at(cell, ranks[cell]) for cell in told}
-        failed |= make(trials.values(), q)
+        trials = {cell: at(cell, ranks[cell]) for cell in told if ranks[cell] not in sizes[cell]}
+        if not trials:
+            break
+        make(trials.values(), q)
         done = finished(q)
         for cell, run in trials.items():
             sizes[cell][ranks[cell]] = done[run.key]["trainable_params"]["mean"] if run.key in done else math.inf
         for cell in told:
             best, off = closest(cell)
             closer = max(1, round(best / (1 + off)))
+            failed = [rank for rank, size in sizes[cell].items() if size == math.inf and rank > best]
+            if failed and closer >= min(failed):
+                closer = (best + min(failed)) // 2
             ranks[cell] = best if abs(off) <= 0.05 or closer in sizes[cell] else closer
-        if all(ranks[cell] in sizes[cell] for cell in told):
-            break
     matched = []
     for cell in cells:
         if cell in told:
@@ -716,7 +718,7 @@ def match_budget(cells, q):
                 + ": no rank tried comes closer" * (abs(off) > 0.05))
             cell = at(cell, rank)
         matched.append(cell)
-    return matched, failed
+    return matched
 
 
 def grid_of(text, times=1):
@@ -733,7 +735,7 @@ def grid_of(text, times=1):
 
 
 def tune(cells, q):
-    """(the cells with the best choice of the grid, {row: {task: what that is}}, what failed).
+    """(the cells with the best choice of the grid, {row: {task: what that is}}, {cell without one: why}).
 
     The best is that by the mean of the metric over --tune-seeds, if all of them finished. The grid's alphas are meant
     for the rank that was told, and grow with --match-budget's.
@@ -741,8 +743,8 @@ def tune(cells, q):
     more = ["--eval-half", "tune"] * q.split_eval + ["--limit-train", str(q.tune_rows)] * (q.tune_rows > 0)
     trials = {cell: {flags: [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
                      for flags in grid_of(q.tune, cell.times)} for cell in cells}
-    failed = make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
-    done, tuned, chosen = finished(q), [], {}
+    make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
+    done, tuned, chosen, failed = finished(q), [], {}, {}
     for cell, choices in trials.items():
         means = {}
         for flags, runs in choices.items():
@@ -755,7 +757,7 @@ def tune(cells, q):
             tuned.append(cell.again(0, *best))
             chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(best)} (of {len(choices) * q.tune_seeds} runs)"
         else:
-            say(f"{cell.row}, {cell.task}: left out, no choice of --tune has finished with all its seeds")
+            failed[f"{cell.row}, {cell.task}"] = "left out: no choice of --tune has finished with all its seeds"
     return tuned, chosen, failed
 
 

@@ -247,6 +247,27 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert file.read_bytes().splitlines()[-1] == kept.splitlines()[-1]
 
 
+def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
+    """Made-up budgets: uniform LoRA's, half of that, one that grows slowly and fails above 64, and one that always fails."""
+    budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
+              "lelora": lambda r: None}
+    made = {}
+
+    def make_up(runs, q):
+        for run in runs:
+            if budget[run.row](run.s.rank):
+                made[run.key] = {"trainable_params": {"mean": budget[run.row](run.s.rank)}}
+
+    monkeypatch.setattr(bench, "make", make_up)
+    monkeypatch.setattr(bench, "finished", lambda q: made)
+    cells = [bench.Run(row, "digits-rot90", 0, ["--method", row], "runs") for row in (*budget, "full")]
+    matched = bench.match_budget(cells, None)
+    assert [run.s.rank for run in matched[:2]] == [8, 16] and 57 <= matched[2].s.rank <= 64
+    assert [run.s.alpha / run.s.rank for run in matched[:3]] == [2, 2, 2] and matched[-1] is cells[-1]
+    said = capsys.readouterr().err
+    assert "random, digits-rot90: rank 16, mean budget +0.0 %" in said and said.count("no rank tried comes closer") == 2
+
+
 def test_tuning(tmp_path, capsys, monkeypatch):
     """Each row takes what is best on seeds and rows that are not reported; the picture shows it over the steps."""
     asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
