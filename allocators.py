@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import lora
 from model import UserError, cache_folder
@@ -125,7 +126,7 @@ class Allocator:
         if twice:
             raise UserError(f"{type(self).__name__}: {twice[0]} has an adapter already: drop it first")
         layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
-        for layer in layers.values() if init != "lora" else ():
+        for layer in decomposing(layers.values() if init != "lora" else ()):
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
             _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
             layer.split_off(A[part], B[:, part])
@@ -653,7 +654,7 @@ class LeLora(Allocator):
         self.spectra = torch.zeros(n, widest, device=self.device)
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`
         self.active = torch.zeros(n, 3 * R, device=self.device)
-        for i, layer in enumerate(self.layers.values()):
+        for i, layer in enumerate(decomposing(self.layers.values())):
             W = layer.weight.data.to(self.device)  # it may wait on the CPU to be sharded
             S, A, B = singular_windows(W, R)
             layer.scale = 1.0
@@ -794,25 +795,35 @@ def window_indices(m, R):
     return torch.cat([torch.arange(R) + start for start in (0, min(m // 2, m - R), m - R)])
 
 
+def decomposing(layers):
+    """A progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B."""
+    return tqdm(layers, "singular values", unit="matrix", leave=False, disable=None)
+
+
 def singular_windows(weight, R):
     """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
 
-    Kept on disk by W's content, in $RANKS_CACHE or ~/.cache/adaptive-lora, and read from there the next time.
+    Windows of 64 components are kept on disk by W's content, in $RANKS_CACHE or ~/.cache/adaptive-lora, and those of
+    any lower rank cut from them: a matrix is decomposed once.
     """
     key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
-    key.update(f"{tuple(weight.shape)} {weight.dtype} {R}".encode())
-    file = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors"
+    key.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    file, wanted = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors", window_indices(min(weight.shape), R)
     try:
         stored = load_file(file, device=str(weight.device))
     except (FileNotFoundError, SafetensorError):  # not there, or damaged
-        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        at = window_indices(len(S), R).to(S.device)
-        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous()}
+        stored = {"at": torch.zeros(0)}
+    if not torch.isin(wanted, stored["at"].cpu()).all():
+        # in float64: float32 would mix the smallest components, which lie close together, with each other
+        U, S, Vh = (t.float() for t in torch.linalg.svd(weight.double(), full_matrices=False))
+        at = window_indices(len(S), min(max(R, 64), len(S))).unique().to(S.device)
+        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous(), "at": at}
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}.part")
         save_file(stored, beside)
         beside.rename(file)
-    return stored["S"], stored["A"], stored["B"]
+    place = torch.searchsorted(stored["at"], wanted.to(weight.device))
+    return stored["S"], stored["A"][place], stored["B"][:, place]
 
 
 METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,
