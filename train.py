@@ -164,7 +164,7 @@ class Settings:
                                       ("value", "magnitude", "moved"))
     credit_steps: int = setting(0, "credit", "T, warm-up steps; 0 = 10, or as many as the run has")
     credit_examples: int = setting(192, "credit", "rows that a warm-up step sees at least, in several batches")
-    credit_power: float = setting(1.0, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
+    credit_power: float = setting(0.5, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
     credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
     credit_budget: str = setting("parameters", "credit", "deal out uniform LoRA's parameters, or its units of rank",
                                  ("parameters", "ranks"))

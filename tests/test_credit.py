@@ -31,7 +31,7 @@ def deal(credit, cost, cap, budget, power):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(targets=ALL), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=0.5),
+    dict(), dict(targets=ALL), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=1.0),
     dict(targets=["up", "down"], credit_cap=1.5), dict(targets=ALL, credit_power=0.0, freeze_a=True),
     dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL)], ids=str)
 def test_credit_and_ranks_are_the_formulas(changes):
