@@ -133,7 +133,8 @@ def published(name, q, flags):
         text += f"\n{bench.table(rows)}\n"
     if runs:
         failed = bench.make(runs, q)
-        about = bench.summarise(runs, bench.finished(q), table.get("metric")) | {"failed": failed}
+        free = table.get("free", ())  # settings of which each row has its own
+        about = bench.summarise(runs, bench.finished(q), table.get("metric"), free) | {"failed": failed}
         text += f"\n{bench.markdown(about)}"
     return text, about | {"table": name}
 
