@@ -26,8 +26,7 @@ def deal(credit, cost, cap, budget, power):
         best = worth.index(max(worth))
         if worth[best] == (-1, 0):
             return units
-        units[best] += 1
-        budget -= cost[best]
+        units[best], budget = units[best] + 1, budget - cost[best]
 
 
 @pytest.mark.parametrize("changes", [
