@@ -1,4 +1,4 @@
-"""Hand-written RoBERTa/BERT/DeBERTa, LLaMA-family and ViT forward passes that read and write Hub checkpoints.
+"""Hand-written RoBERTa/BERT/DeBERTa, LLaMA-family, GPT-2 and ViT forward passes that read and write Hub checkpoints.
 
 In every block the projections that can be adapted are called  query key value out [gate] up down.
 """
@@ -201,8 +201,8 @@ class Config(SimpleNamespace):
 
     family, kind ("encoder", "decoder" or "vit"), vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads,
     head_dim, activation, norm_eps, initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout,
-    classifier_dropout, type_vocab_size (0: no table);
-    max_positions: rows of an encoder's position table, 0 without one; relative: `relative_attention`'s, deberta only;
+    classifier_dropout, embedding_dropout (gpt2 only), type_vocab_size (0: no table);
+    max_positions: rows of an encoder's or gpt2's position table, 0 without one; relative: `relative_attention`'s, deberta only;
     qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
     windows: per layer how many tokens a query sees, itself included, or None for all; rope: rope_theta, rope_type and
     that type's own settings; image_size (channels, height, width); patch_size (height, width); raw: config.json.

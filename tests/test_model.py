@@ -193,14 +193,12 @@ def test_text_classification(name, labels, padding, tmp_path):
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta-unshared"])
 def test_span_head(name, padding, tmp_path):
     """Logits of every real token and the loss equal those of transformers' question answering; so does a save."""
-    zero = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    oracle = build(*ENCODERS[name], "QuestionAnswering", **zero)
-    oracle.save_pretrained(tmp_path / "theirs")
-    ours = load(tmp_path / "theirs")
+    oracle = saved(name, tmp_path / "theirs", "QuestionAnswering", hidden_dropout_prob=0.0,
+                   attention_probs_dropout_prob=0.0)
+    ours, ((tokens, mask), keywords) = load(tmp_path / "theirs"), inputs_for(name, padding)
     assert ours.head_kind == "span" and ours.fresh == []
-    tokens, mask = batch(padding, pad=oracle.config.pad_token_id)
     ends = torch.tensor([[7, 7], [6, 9], [7, 8]])  # of the answers
-    theirs = oracle(tokens, attention_mask=None if mask is None else mask.long(), start_positions=ends[:, 0], end_positions=ends[:, 1])
+    theirs = oracle(**keywords, start_positions=ends[:, 0], end_positions=ends[:, 1])
     logits, both = ours(tokens, mask), torch.stack((theirs.start_logits, theirs.end_logits), -1)
     real = slice(None) if mask is None else mask
     close(logits[real], both[real])
@@ -208,7 +206,7 @@ def test_span_head(name, padding, tmp_path):
     save(ours, tmp_path / "ours")
     again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        assert again(tokens, attention_mask=None if mask is None else mask.long()).start_logits[real].equal(theirs.start_logits[real])
+        assert again(**keywords).start_logits[real].equal(theirs.start_logits[real])
     fresh = load(tmp_path / "theirs", head="classify", num_labels=3)
     assert fresh.fresh and all(n.startswith(("head.", "pooler.")) for n in fresh.fresh)
 
@@ -344,8 +342,8 @@ def gradient_models(name, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "qwen3", "olmo2", "gpt2", "gemma", "bert", "roberta", "deberta",
-                                  "deberta-unshared", "vit"])
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "qwen3", "olmo2", "gpt2", "gemma", "bert", "roberta",
+                                  "deberta", "deberta-unshared", "vit"])
 def test_gradients(name, checkpointing, tmp_path):
     """Without dropout, train mode gives transformers' logits and gradients (projections, norms, embeddings, head)."""
     oracle, ours = gradient_models(name, tmp_path)
@@ -425,7 +423,8 @@ def test_dropout_is_where_transformers_has_it(name, where, tmp_path, monkeypatch
     assert (ours(inputs) - logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama-gqa-tied", "mistral", "qwen3", "gemma", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "llama-gqa-tied", "mistral", "qwen3", "gemma", "gpt2",
+                                  "vit"])
 def test_one_graph_for_the_compiler(name, tmp_path):
     """No graph break in the forward pass (the eager backend traces as any other and needs no C++ compiler)."""
     _, ours = gradient_models(name, tmp_path)
@@ -443,10 +442,8 @@ def test_one_graph_for_the_compiler(name, tmp_path):
     if head == "classify" or name in DECODERS])
 def test_hf_names(name, head, tmp_path):
     """hf_name gives the tensors of transformers' checkpoints, and with module=True the paths in its models."""
-    prefix, settings = ALL[name]
-    kind = "CausalLM" if head == "lm" else "ImageClassification" if name == "vit" else "SequenceClassification"
-    oracle = build(prefix, settings, kind, tie_word_embeddings=False)
-    oracle.save_pretrained(tmp_path)
+    oracle = saved(name, tmp_path, kind_of(name) if head == "lm" or name == "vit" else "SequenceClassification",
+                   tie_word_embeddings=False)
     ours = load(tmp_path, head=head)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = set(file.keys())
@@ -599,7 +596,8 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
     assert load(tmp_path) and not caplog.text
     copy_tensors(tmp_path, lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, 32)})
     edit_config(tmp_path, residual_multiplier=0.22, transformers_version="4.0", logits_scaling=None)
-    (tmp_path / "generation_config.json").write_text(json.dumps(dict(do_sample=True, top_p=0.9, repetition_penalty=1.1)))
+    decoding = dict(do_sample=True, top_p=0.9, repetition_penalty=1.1)
+    (tmp_path / "generation_config.json").write_text(json.dumps(decoding))
     ours, (tokens, _) = load(tmp_path), batch(None)
     with torch.no_grad():
         close(ours(tokens), oracle(tokens).logits)
@@ -732,10 +730,9 @@ def test_random_named_architectures(monkeypatch, tmp_path):
 def test_random_initialisation_is_that_of_transformers(tmp_path):
     for name in ("gemma", "bert", "deberta", "vit"):
         prefix, settings = ALL[name]
-        kind = {"gemma": "CausalLM", "vit": "ImageClassification"}.get(name, "SequenceClassification")
         torch.manual_seed(0)
         config = getattr(transformers, f"{prefix}Config")(**{**BASE, **settings})
-        oracle = getattr(transformers, f"{prefix}For{kind}")(config)
+        oracle = class_of(prefix, kind_of(name))(config)
         oracle.save_pretrained(tmp_path / name)
         (tmp_path / name / "model.safetensors").unlink()
         ours = load(tmp_path / name, weights="random")
@@ -774,16 +771,13 @@ def test_sizes_of_named_architectures():
 # ---- saving
 
 @pytest.mark.parametrize("shard_bytes", [5e9, 2e4])
-@pytest.mark.parametrize("name, kind", [("llama-gqa-tied", "CausalLM"), ("llama-llama3", "CausalLM"),
-                                        ("gpt2", "CausalLM"), ("gpt2", "SequenceClassification"),
-                                        ("olmo2", "CausalLM"), ("mistral", "CausalLM"), ("gemma", "SequenceClassification"),
-                                        ("qwen3", "SequenceClassification"),
-                                        ("bert", "SequenceClassification"), ("roberta", "SequenceClassification"),
-                                        ("xlm-roberta", "SequenceClassification"),
-                                        ("deberta", "SequenceClassification"), ("vit", "ImageClassification")])
+@pytest.mark.parametrize("name, kind", [
+    *((name, "CausalLM") for name in ("llama-gqa-tied", "llama-llama3", "gpt2", "olmo2", "mistral")),
+    *((name, "SequenceClassification") for name in ("gpt2", "gemma", "qwen3", "bert", "roberta", "xlm-roberta",
+                                                    "deberta")),
+    ("vit", "ImageClassification")])
 def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
-    prefix, settings = ALL[name]
-    build(prefix, settings, kind, num_labels=3).save_pretrained(tmp_path / "original")
+    saved(name, tmp_path / "original", kind, num_labels=3)
     ours = load(tmp_path / "original")
     with torch.no_grad():
         for n in ours.plain_names:  # as if trained
@@ -793,7 +787,7 @@ def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
     save(ours, tmp_path / "saved", shard_bytes)  # over an earlier one with other shards
     files = {p.name for p in (tmp_path / "saved").iterdir()}
     assert ("model.safetensors" in files) == (shard_bytes == 5e9) and not any("tmp" in f for f in files)
-    oracle = class_of(prefix, kind).from_pretrained(tmp_path / "saved").eval()
+    oracle = class_of(ALL[name][0], kind).from_pretrained(tmp_path / "saved").eval()
     assert oracle.dtype == torch.float32
     with torch.no_grad():
         close(oracle(inputs).logits, ours(inputs), 1e-4)
@@ -984,8 +978,8 @@ def hub(tmp_path):
                 return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             files = self.files[repo]
             if kind != "resolve":
-                listed = [{"type": "file", "path": n, "rfilename": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                          for n, b in files.items()]
+                listed = [{"type": "file", "path": n, "rfilename": n, "size": len(b),
+                           "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()]
                 body = listed if kind == "tree" else {"id": repo, "sha": self.sha, "siblings": listed}
                 return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
             body = files[file]
