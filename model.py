@@ -202,8 +202,8 @@ class Config(SimpleNamespace):
     family, kind ("encoder", "decoder" or "vit"), vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads,
     head_dim, activation, norm_eps, initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout,
     classifier_dropout, embedding_dropout (gpt2 only), type_vocab_size (0: no table);
-    max_positions: rows of an encoder's or gpt2's position table, 0 without one; relative: `relative_attention`'s, deberta only;
-    qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
+    max_positions: rows of an encoder's or gpt2's position table, 0 without one; relative: `relative_attention`'s,
+    deberta only; qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
     windows: per layer how many tokens a query sees, itself included, or None for all; rope: rope_theta, rope_type and
     that type's own settings; image_size (channels, height, width); patch_size (height, width); raw: config.json.
     """
