@@ -20,7 +20,6 @@ import re
 import shutil
 import string
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,9 +93,10 @@ def answer_scores(found, answers, version2=False):
     found, rights, f1s = plain(found), [plain(text) for text in answers], []
     if version2:
         rights = [right for right in rights if right] or [""]
-    for words, right in ((found.split(), right.split()) for right in rights):
-        common = sum((Counter(words) & Counter(right)).values())
-        f1s.append(2 * common / (len(words) + len(right)) if common else float(version2 and words == right == []))
+    for right in rights:
+        common = sum((Counter(found.split()) & Counter(right.split())).values())
+        both = len(found.split()) + len(right.split())
+        f1s.append(2 * common / both if common else float(version2 and both == 0))
     return float(found in rights), max(f1s)
 
 
@@ -113,8 +113,8 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
     answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
     of the allowed answers with the highest log-probability (not divided by length: they are about as long). A list
-    `samples` gets a dict per generated text. The order of rows and batches is fixed, so the same weights on the same
-    machine give the same numbers. Raises UserError if the model's outputs are not finite.
+    `samples` gets a dict per generated text. The order of rows and batches is fixed. Raises UserError if the model's
+    outputs are not finite.
     """
     was_training = model.training
     model.eval()
@@ -200,34 +200,31 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
         return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
 
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
-    scored = "target" in split.rows[0]
     order = sorted(range(len(split)), key=lambda i: -split.starts[i])
-    with tqdm(total=len(order), desc="generating", unit="row", leave=False, dynamic_ncols=True,
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for start in range(0, len(order), batch_size):
-            indices = order[start:start + batch_size]
-            tokens, mask = (t.to(device) for t in data.prompts(split, indices))
-            output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
-                                     stopped if task.stop else None)
-            for i, ids in zip(indices, output.tolist()):
-                row, prompt = split.rows[i], split.tokens[i][:split.starts[i]]
-                ids = ids[:next((n for n, token in enumerate(ids) if token in ends), len(ids))]
-                new_tokens += len(ids)
-                text = tokenizer.decode(ids, prompt)
-                text = text[:min((text.find(stop) for stop in task.stop if stop in text), default=len(text))]
-                written[i] = row.get("sample", {"prompt": row["prompt"]}) | {task.output: text}
-                if scored:
-                    found = data.extract_answer(text, row["answers"])
-                    hits += found == row["target"]
-                    written[i] |= {"answer": found, "target": row["target"]}
-            bar.update(len(indices))
-            rate = new_tokens / bar.format_dict["elapsed"]
-            bar.set_postfix_str((f"{task.metrics[0]} {hits / bar.n:.3f}, " if scored else "") + f"{rate:.0f} tokens/s",
-                                refresh=False)
+    bar = tqdm(range(0, len(order), batch_size), "generating", unit="batch", leave=False, dynamic_ncols=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)
+    for start in bar:
+        indices = order[start:start + batch_size]
+        tokens, mask = (t.to(device) for t in data.prompts(split, indices))
+        output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
+                                 stopped if task.stop else None)
+        for i, ids in zip(indices, output.tolist()):
+            row, prompt = split.rows[i], split.tokens[i][:split.starts[i]]
+            ids = ids[:next((n for n, token in enumerate(ids) if token in ends), len(ids))]
+            new_tokens += len(ids)
+            text = tokenizer.decode(ids, prompt)
+            text = text[:min((text.find(stop) for stop in task.stop if stop in text), default=len(text))]
+            written[i] = row.get("sample", {"prompt": row["prompt"]}) | {task.output: text}
+            if "target" in row:
+                found = data.extract_answer(text, row["answers"])
+                hits += found == row["target"]
+                written[i] |= {"answer": found, "target": row["target"]}
+        rate = new_tokens / bar.format_dict["elapsed"]
+        bar.set_postfix_str(f"{hits} of {len(written)} right, {rate:.0f} tokens/s", refresh=False)
     print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
     if samples is not None:
         samples += [written[i] for i in sorted(written)]
-    return {task.metrics[0]: hits / len(order)} if scored else {}
+    return {task.metrics[0]: hits / len(order)} if "target" in split.rows[0] else {}
 
 
 def log_likelihoods(model, split, batch_size, tokenizer):
@@ -265,14 +262,13 @@ def log_likelihoods(model, split, batch_size, tokenizer):
             yield split.rows[i], row, score[:len(row)]
 
 
-def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
-    """Measure the model on {split name: Split}: {metric: number}, and "eval_rows", how many rows that were.
+def evaluate_splits(model, task, splits, batch_size, tokenizer=None, **options):
+    """Measure the model on {split name: Split} as `evaluate` does: {metric: number}, with "eval_rows", their number.
 
     With several splits each metric gets the split's name as suffix. The one without suffix is then that of the split
     "dev" (MNLI: matched), or else the mean over the splits (commonsense: over the tasks).
     """
-    each = {name: evaluate(model, task, split, batch_size, tokenizer, generate, score, samples)
-            for name, split in splits.items()}
+    each = {name: evaluate(model, task, split, batch_size, tokenizer, **options) for name, split in splits.items()}
     result = {}
     for metric in next(iter(each.values())):
         values = {name: metrics[metric] for name, metrics in each.items()}
@@ -288,9 +284,8 @@ def evaluate_splits(model, task, splits, batch_size, tokenizer=None, generate=Tr
 def load(s, task, adapted=False):
     """The base model that the settings name, with the task's head, and its data.Processor: (model, processor).
 
-    A trained head is used where its labels are known to be the data's (`match_labels`); else the head is drawn from
-    s.seed and model.fresh names it. `adapted`: an adapter brings the trained head. s.max_length is cut to the model's
-    positions.
+    A trained head is used where its labels are the data's (`match_labels`); else the head is drawn from s.seed and
+    model.fresh names it. `adapted`: an adapter brings the head. s.max_length is cut to the model's positions.
     """
     config, folder = models.find_config(s.model, s.init_weights)
     if task.kind != "image":
@@ -301,12 +296,10 @@ def load(s, task, adapted=False):
     names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]
     if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
         outputs, remark = match_labels(names, task.labels)
-        outputs = outputs or []
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
-    head = task.kind if task.kind in ("lm", "span") else "classify"
-    model = models.load(s.model, head, count, getattr(torch, s.dtype), "cpu" if shard else s.device, s.init_weights,
-                        s.seed, mapped=shard, outputs=outputs,
-                        int8=getattr(s, "weights", "float") == "int8")  # older runs have none
+    model = models.load(s.model, task.kind if task.kind in ("lm", "span") else "classify", count,
+                        getattr(torch, s.dtype), "cpu" if shard else s.device, s.init_weights, s.seed, mapped=shard,
+                        outputs=outputs, int8=getattr(s, "weights", "float") == "int8")
     if task.labels:
         model.config.raw["id2label"] = dict(enumerate(task.labels))
         model.config.raw["label2id"] = {label: i for i, label in enumerate(task.labels)}
@@ -326,7 +319,7 @@ def load(s, task, adapted=False):
 
 
 def match_labels(names, labels):
-    """Which outputs of a trained head are the data's `labels`: (their indices or None, what was assumed or None).
+    """Which outputs of a trained head are the data's `labels`: (their indices or [], what was assumed or None).
 
     Equal names match in any order and case. Outputs that have no `names` but LABEL_i match by their number, or else
     in order if they are as many. If the data have the numbers of all outputs instead of their names, they match, too.
@@ -342,7 +335,7 @@ def match_labels(names, labels):
     numbers = [int(label) for label in wanted if label.isdecimal()]
     if sorted(numbers) == list(range(len(names))) and not any(name.isdecimal() for name in names):
         return numbers, f"the data's {listed(sorted(labels))} are taken as the numbers of its outputs {listed(names)}"
-    return None, None
+    return [], None
 
 
 def listed(names, most=5):
@@ -353,13 +346,6 @@ def listed(names, most=5):
 def auto_device():
     """The GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_least(settings, **least):
-    """Raises UserError for a number in the dict `settings` that is below its least."""
-    for name, low in least.items():
-        if settings.get(name) is not None and settings[name] < low:
-            raise UserError(f"--{name.replace('_', '-')} {settings[name]}: must be at least {low}")
 
 
 def check_device(device):
@@ -374,7 +360,7 @@ def check_device(device):
 
 def scoring(s, task):
     """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
-    score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)  # older runs have none
+    score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)
     if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
         raise UserError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
     if task.sample and samples is None:
@@ -390,8 +376,7 @@ def evaluate_run(folder, splits=None, shard=None, **changes):
     `splits` spares reading the data again; `shard(model, device)` spreads a model over the processes of a run, all of
     which then call this; the rest is as in `load_run`.
     """
-    s, task, processor, model = load_run(folder, changes, shard)
-    return evaluate_loaded(s, task, processor, model, splits, merge=shard is None)
+    return evaluate_loaded(*load_run(folder, changes, shard), splits, merge=shard is None)
 
 
 def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
@@ -403,21 +388,26 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
     scored = scoring(s, task)
     int8 = getattr(s, "weights", "float") == "int8"  # merged weights would be floats, which may not fit
     if merge and not int8 and task.new_tokens and scored["score"] == "generation":
-        for layer in lora.adapters(model).values():
-            layer.merge()
+        merge_adapters(model)
     splits = splits or processor.evaluation(s)
     return evaluate_splits(model, task, splits, rows_at_once(s, task, model, splits), processor.tokenizer, **scored)
+
+
+def merge_adapters(model):
+    """Add the adapters into the weights, in place and one matrix at a time."""
+    for layer in lora.adapters(model).values():
+        layer.merge()
 
 
 def rows_at_once(s, task, model, splits):
     """How many rows evaluation takes at a time: s.eval_batch_size; where that is 0, s.batch_size on a CPU.
 
     On a GPU the largest power of two up to 256 for which half of the memory beside the weights holds the longest row's
-    activations of a block and its keys and values of all layers: of the card's memory, not of what happens to be free,
-    so that numbers are the same again.
+    activations of a block and its keys and values of all layers: of the card's memory, not of what happens to be free.
     """
-    if getattr(s, "eval_batch_size", 0) or not s.device.startswith("cuda"):  # older runs have none
-        return getattr(s, "eval_batch_size", 0) or s.batch_size
+    chosen = getattr(s, "eval_batch_size", 0)
+    if chosen or not s.device.startswith("cuda"):
+        return chosen or s.batch_size
     c = model.config
     tokens = max(max(split.lengths) for split in splits.values()) + task.new_tokens
     width = 12 * c.hidden_size + 4 * c.intermediate_size  # numbers per token
@@ -433,8 +423,7 @@ def rows_at_once(s, task, model, splits):
 def load_run(folder, changes, shard=None):
     """A run folder's (settings, task, Processor, model): a fresh base with the run's adapter, or the run's own model.
 
-    `changes` replace settings of the run, such as device, batch_size or data. Raises UserError when the folder is
-    not a finished run.
+    `changes` replace settings of the run, such as device, batch_size or data.
     """
     folder = Path(folder)
     s, labels = read_run(folder, changes)
@@ -489,15 +478,13 @@ def save_model(model, processor, folder):
 def merge(folder, out, changes):
     """Write a run's model, the adapter added into its weights, as the checkpoint folder `out`; returns its path.
 
-    It has the run's dtype unless `changes` (see `load_run`) say otherwise. Matrices are merged in place and one at a
-    time, so memory holds the weights once.
+    It has the run's dtype unless `changes` (see `load_run`) say otherwise. Memory holds the weights once.
     """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose another folder or remove it")
     _, _, processor, model = load_run(folder, {"device": "cpu"} | changes)
-    for layer in lora.adapters(model).values():
-        layer.merge()
+    merge_adapters(model)
     save_model(model, processor, out)
     return out
 
@@ -655,10 +642,7 @@ def save_figures(plt, runs, figures):
 
 
 def _read_log(file):
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{file}: no readable log ({error}); name the folder of a finished run") from None
+    lines = [line for _, line in data.read_json(file)]
     if not lines:
         raise UserError(f"{file}: empty; the run has not logged a step yet")
     return lines
@@ -682,13 +666,13 @@ def alike(runs, *ignored):
         label = [run.s.method]
         for key, value in vars(run.s).items():
             if (run.s.method, key) in varied:
-                key = re.sub("^(adalora|lalora|weightlora|lelora|credit)_", "", key).replace("_", " ")
+                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
                 label.append(f"{key} {shown(value)}")
         label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
         groups.setdefault((run.s.task, label), []).append(run)
 
     def by_size(key):  # 2 before 12
-        return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", ": ".join(key))]
+        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
 
     return {key: groups[key] for key in sorted(groups, key=by_size)}
 
@@ -712,20 +696,19 @@ def _plot_curves(plt, runs):
         return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
 
     for (task, label), group in groups.items():
-        loss, evaluation, budget, *_ = axes[tasks.index(task)]
         metric = data.TASKS[task].metrics[0]
         if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
             metric = "loss"  # answers are generated and scored at the end only
-        for run in group:
-            colour = dict(color=colours[labels.index(label) % len(colours)])
-            draw(loss, f"{task}: training loss", run, lambda m: m.get("loss"), **colour)
-            draw(evaluation, f"{task}: {metric}", run, lambda m: m.get("eval", {}).get(metric), **colour)
-            shown[label] = draw(budget, "trainable adapter parameters", run, lambda m: m["trainable_params"]["now"],
-                                **colour)
-        budget.set_ylim(bottom=0)
+        panels = {f"{task}: training loss": lambda m: m.get("loss"),
+                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
+                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
+        colour = colours[labels.index(label) % len(colours)]
+        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
+            for run in group:
+                shown[label] = draw(axis, title, run, number, color=colour)
+        axes[tasks.index(task), 2].set_ylim(bottom=0)
     for key in own:
         draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
-    if own:
         axes[0, 3].legend(fontsize="small")
     if len(runs) == 1:
         s = runs[0].s  # whose names may have dollar signs
@@ -851,82 +834,83 @@ def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0],
                     "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT  |  %(prog)s --plot RUN ...")
-    parser.add_argument("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
-    parser.add_argument("places", nargs="*", metavar="RUN OUT",
-                        help="merge: write a run's merged model to OUT; --plot: more runs to compare")
-    parser.add_argument("--plot", action="store_true", help="draw a run's curves and ranks into its folder, or several "
-                                                            "runs' curves into the folder that holds them")
-    parser.add_argument("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
-    parser.add_argument("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
-    parser.add_argument("--score", choices=("generation", "likelihood"), metavar="X",
-                        help="score the answers that the model generates, or the likeliest of the allowed ones")
-    parser.add_argument("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
-    parser.add_argument("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
-    parser.add_argument("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
-    parser.add_argument("--batch-size", type=int, metavar="X",
-                        help="examples at a time; default: the run's, else 32, on a GPU what fits it")
-    parser.add_argument("--max-length", type=int, metavar="X", help="longest input; default: the run's or task's")
-    parser.add_argument("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
-                        help="the model's; default: the run's, else float32")
-    parser.add_argument("--random-head", action="store_true", help="evaluate with a new head where there is none")
+    add = parser.add_argument
+    add("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
+    add("places", nargs="*", metavar="RUN OUT",
+        help="merge: write a run's merged model to OUT; --plot: more runs to compare")
+    add("--plot", action="store_true",
+        help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
+    add("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
+    add("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
+    add("--score", choices=("generation", "likelihood"), metavar="X",
+        help="score the answers that the model generates, or the likeliest of the allowed ones")
+    add("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
+    add("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
+    add("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
+    add("--batch-size", type=int, metavar="X", dest="eval_batch_size",
+        help="examples at a time; default: the run's, else 32, on a GPU what fits it")
+    add("--max-length", type=int, metavar="X", help="longest input; default: the run's or task's")
+    add("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
+        help="the model's; default: the run's, else float32")
     args = parser.parse_args(argv)
-    check_least(vars(args), limit_eval=0, batch_size=1, max_length=1)
-    given = {"data": args.data, "limit_eval": args.limit_eval, "max_length": args.max_length, "device": args.device,
-             "eval_batch_size": args.batch_size, "dtype": args.dtype, "score": args.score}
-    given = {key: value for key, value in given.items() if value is not None}
+    changes = {name: value for name, value in vars(args).items()
+               if value is not None and name not in ("what", "places", "plot", "task", "adapter", "samples")}
+    for name, least in (("limit_eval", 0), ("eval_batch_size", 1), ("max_length", 1)):
+        if changes.get(name, least) < least:
+            flag = name.removeprefix("eval_").replace("_", "-")
+            raise UserError(f"--{flag} {changes[name]}: must be at least {least}")
     if args.plot:
         print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
         return
     if args.what == "merge":
-        if len(args.places) != 2 or args.task or args.adapter or given.keys() - {"device", "dtype"}:
+        if len(args.places) != 2 or args.task or args.adapter or changes.keys() - {"device", "dtype"}:
             parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
-        print(to_json({"merged": str(merge(*args.places, given))}))
+        print(to_json({"merged": str(merge(*args.places, changes))}))
         return
     if args.places:
         parser.error(f"unexpected {' '.join(args.places)}")
     if args.samples:
-        given["samples"] = []
+        changes["samples"] = []
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
     is_run = (Path(args.what) / "run.json").exists()
-    s, metrics = (evaluate_named_run if is_run else evaluate_named_model)(args, given)
+    s, task, processor, model = (load_named_run if is_run else load_named_model)(args, changes)
+    metrics = evaluate_loaded(s, task, processor, model)
     if args.samples:
-        write_samples(args.samples, given["samples"], Path(args.what).resolve().name)
+        write_samples(args.samples, s.samples, Path(args.what).resolve().name)
     print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
 
 
-def evaluate_named_run(args, given):
-    """(settings, metrics) of a run that the command line names."""
+def load_named_run(args, changes):
+    """What `load_run` returns for the run that the command line names, here perhaps on another task."""
     s, _ = read_run(args.what)
-    if args.adapter or args.random_head:
-        flag = "--adapter" if args.adapter else "--random-head"
-        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out {flag}")
+    if args.adapter:
+        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter")
     if args.task not in (None, s.task):
         if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
             raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
-        s.task = args.task
-        given = {"task": args.task, "data": None} | given
-    return s, evaluate_run(args.what, **given)
+        changes = {"task": args.task, "data": None} | changes
+    return load_run(args.what, changes)
 
 
-def evaluate_named_model(args, given):
-    """(settings, metrics) of a checkpoint, with or without a PEFT adapter, that the command line names."""
+def load_named_model(args, changes):
+    """As `load_named_run`, for a checkpoint with or without a PEFT adapter."""
     if args.task is None:
         raise UserError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
     task = data.find_task(args.task, args.data)
     settings = {"data": None, "limit_eval": 0, "batch_size": 32, "seed": 0, "max_length": task.max_length,
                 "device": auto_device(), "dtype": "float32", "init_weights": "checkpoint"}
-    s = SimpleNamespace(model=args.what, task=args.task, **settings | given)
+    s = SimpleNamespace(model=args.what, task=args.task, **settings | changes)
     check_device(s.device)
     scoring(s, task)  # complain before the model is loaded
     model, processor = load(s, task, adapted=args.adapter is not None)
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
-    elif model.fresh and not args.random_head:
+    elif model.fresh:
         raise UserError(f"{args.what} has no head trained for {args.task}, its answers would be random: name a model "
-                        "that has one, train one, or add --random-head")
-    return s, evaluate_loaded(s, task, processor, model)
+                        "that has one, or train one")
+    return s, task, processor, model
 
 
 if __name__ == "__main__":
