@@ -744,7 +744,7 @@ def validation(model, kind, split, device):
 
 def compile_blocks(model):
     """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few where adapters differ from block to block
+    torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
     for block in model.blocks:
         block.compile()
 

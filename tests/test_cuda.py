@@ -63,3 +63,7 @@ def test_the_headline_run_is_split_until_it_fits():
     """train.py --method lelora --model llama2-7b: 64 rows of up to 256 tokens, on 80 GB."""
     found = fake("fit", "lelora", "llama2-7b", 64, 256, 79)
     assert found["peak_gib"] < 75 and 0 < found["forward_rows"] < 64, found
+
+
+def test_a_generated_token_is_few_launches():
+    assert fake("decode", "llama2-7b", 8, 16)["launches"] <= 1160
