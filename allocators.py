@@ -55,8 +55,9 @@ class Allocator:
         self.sites = lora.sites(model, settings.targets)
         self.names = [name for name, _, _ in self.sites]
         self.blocks = 1 + max(block for _, block, _ in self.sites)
-        sizes = [model.get_submodule(name).weight.shape for name in self.names]
-        cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in sizes]
+        linears = [model.get_submodule(name) for name in self.names]
+        self.sizes = [(linear.out_features, linear.in_features) for linear in linears]
+        cost = [n_out + n_in * (not settings.freeze_a) for n_out, n_in in self.sizes]
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
@@ -495,7 +496,7 @@ class WeightLora(Allocator):
         s = self.settings
         self.keep = matrices_to_keep(s, len(self.names))
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
-        small = [name for name in self.names if min(self.model.get_submodule(name).weight.shape) < self.final_rank]
+        small = [name for name, size in zip(self.names, self.sizes) if min(size) < self.final_rank]
         if small:
             raise UserError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
                             "it has; choose a lower rank")
@@ -601,7 +602,7 @@ class Credit(WeightLora):
             return False
         costs = self.cost.tolist() if s.credit_budget == "parameters" else [1.0] * len(self.names)
         shares = [max(credit, 0.0) ** s.credit_power / cost for credit, cost in zip(self.credit.tolist(), costs)]
-        most = [min(*layer.weight.shape, int(s.credit_cap * s.rank)) for layer in self.layers.values()]
+        most = [min(*size, int(s.credit_cap * s.rank)) for size in self.sizes]
         self.rebuild(dict(zip(self.names, dealt_units(shares, costs, most, s.rank * sum(costs)))))
         return True
 

@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__()
         self.linear = linear
-        self.out_features, self.in_features = linear.weight.shape
+        self.out_features, self.in_features = linear.out_features, linear.in_features
         self.rank, self.scale, self.dropout = rank, scale, dropout
         options = dict(dtype=torch.float32, device=device or linear.weight.device)
         self.A = nn.Parameter(torch.empty(rank, self.in_features, **options))
@@ -240,8 +240,8 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     layers = {}
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
-        if not 0 <= rank <= min(linear.weight.shape):
-            most = min(linear.weight.shape)
+        most = min(linear.out_features, linear.in_features)
+        if not 0 <= rank <= most:
             raise UserError(f"--rank: {rank} components for {name}, which has {most}; lower the rank")
         if rank == 0:
             continue

@@ -3,7 +3,7 @@
     python tests/fake_gpu.py run FAMILY [train.py's flags]     # a small run, stopped and resumed
     python tests/fake_gpu.py count METHOD MODEL ROWS LENGTH    # a step at full size: kernel launches and peak memory
     python tests/fake_gpu.py fit METHOD MODEL ROWS LENGTH GIB  # how a batch is split to fit so much memory
-    python tests/fake_gpu.py decode MODEL ROWS TOKENS          # launches per generated token
+    python tests/fake_gpu.py decode MODEL ROWS                 # launches per generated token
 
 FakeTensorMode gives tensors with a device and no data: mixing devices raises as on a GPU, reading a value (item, tolist,
 bool, nonzero) has no answer. `Watch` lies on top: it counts what would make the host wait, answers with a number that
@@ -496,19 +496,18 @@ def fit(method, model, rows, length, gib):
                 "peak_gib": max(watch.peaks.values()) / 2**30}
 
 
-def decode(model, rows, tokens):
-    """Launches per generated token, with adapters merged as evaluation does."""
+def decode(model, rows):
+    """Launches per generated token, with adapters merged as evaluation does, before the first look for finished rows."""
     with fake_gpu() as watch:
         training, _ = full_size(watch, "lora", model, rows, 128)
         for layer in lora.adapters(training.model).values():
             layer.merge()
-        prompt = torch.zeros(rows, 128, dtype=torch.long, device="cuda")
-        counts = []
-        for n in (tokens, 2 * tokens):
+        prompt, counts = torch.zeros(rows, 128, dtype=torch.long, device="cuda"), []
+        for tokens in (2, 6):
             watch.launched.clear()
-            models.generate(training.model.eval(), prompt, None, n, None, 0)
+            models.generate(training.model.eval(), prompt, None, tokens, None, 0)
             counts.append(sum(watch.launched.values()))
-        return {"launches": (counts[1] - counts[0]) / tokens}
+        return {"launches": (counts[1] - counts[0]) / 4}
 
 
 if __name__ == "__main__":
@@ -518,6 +517,6 @@ if __name__ == "__main__":
     elif what == "count":
         print(json.dumps(count(words[0], words[1], int(words[2]), int(words[3]), **json.loads(words[4] if words[4:] else "{}"))))
     elif what == "decode":
-        print(json.dumps(decode(words[0], *map(int, words[1:]))))
+        print(json.dumps(decode(words[0], int(words[1]))))
     else:
         print(json.dumps(fit(words[0], words[1], *map(int, words[2:]))))
