@@ -1,4 +1,4 @@
-"""Metrics, evaluation of a checkpoint or a run, generation scoring, reports and plots.
+"""Metrics, evaluation of a checkpoint or a run, generation scoring and reports.
 
     python eval.py runs/lora-vit-digits-digits-rot90-0           # a run again: the identical numbers
     python eval.py roberta-base --task cola --data glue/         # an untouched model
@@ -461,6 +461,14 @@ def read_run(folder, changes=None):
         raise UserError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
 
 
+def read_log(file):
+    """The lines of a run's log, as dicts; raises UserError where there is none."""
+    lines = [line for _, line in data.read_json(file)]
+    if not lines:
+        raise UserError(f"{file}: empty; the run has not logged a step yet")
+    return lines
+
+
 def save_model(model, processor, folder):
     """Write the plain model as a whole checkpoint folder, with its base's tokenizer or image processor."""
     raw = model.config.raw
@@ -512,7 +520,7 @@ def card(folder, path, train_rows=None):
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
     """
     folder, (s, labels) = Path(folder), read_run(folder)
-    log, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")[-1]
+    log, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")[-1]
     kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
     lines = ["---"] + [f"base_model: {json.dumps(base)}"] * bool(on_hub)  # the Hub refuses names that are not its own
@@ -566,6 +574,16 @@ def _loading_code(s, labels, kind, base, adapter, path):
     return lines
 
 
+def grid(values):
+    """{"blocks.3.query": number} as (array (blocks, kinds) with nan where there is no such matrix, kinds)."""
+    kinds = [kind for kind in lora.TARGETS if any(name.endswith(f".{kind}") for name in values)]
+    image = np.full((1 + max(int(name.split(".")[1]) for name in values), len(kinds)), np.nan)
+    for name, value in values.items():
+        _, block, kind = name.split(".")
+        image[int(block), kinds.index(kind)] = value
+    return image, kinds
+
+
 def markdown(head, rows):
     """Lines of a Markdown table, the last one empty."""
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
@@ -582,23 +600,6 @@ def summary(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_rows")
 
 
-# ---------------------------------------------------------------------------------------------- plots
-
-
-def plot(*folders):
-    """Draw one run's pictures into its folder, or several runs' into the folder that holds them; returns their paths.
-
-    curves.png has loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task, a
-    colour for all runs that differ in their seed alone. ranks.png, of one run, has the rank of each kind of matrix over
-    blocks and steps, and the final ranks. Raises UserError without matplotlib or without a run.
-    """
-    plt, runs = pyplot(), read_runs(folders)
-    figures = {"curves.png": _plot_curves(plt, runs)}
-    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
-        figures["ranks.png"] = _plot_ranks(plt, runs[0].ranks)
-    return save_figures(plt, runs, figures)
-
-
 def pyplot():
     """matplotlib's pyplot, drawing into files; raises UserError where matplotlib is not installed."""
     try:
@@ -608,160 +609,6 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
-
-
-def read_runs(folders):
-    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
-
-    Of several, what is no run is left out and named. Raises UserError if none is one.
-    """
-    runs = []
-    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
-        if folder.is_file():  # a picture, where runs/* was typed
-            continue
-        try:
-            s, _ = read_run(folder)
-            metrics, ranks = _read_log(folder / "metrics.jsonl"), _read_log(folder / "ranks.jsonl")
-            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
-        except (UserError, OSError) as error:
-            if len(folders) == 1:
-                raise
-            data.note(f"left out, not a run's folder: {folder.name}")
-    if not runs:
-        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
-    return runs
-
-
-def save_figures(plt, runs, figures):
-    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
-    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
-    return [folder / name for name in figures]
-
-
-def _read_log(file):
-    lines = [line for _, line in data.read_json(file)]
-    if not lines:
-        raise UserError(f"{file}: empty; the run has not logged a step yet")
-    return lines
-
-
-def alike(runs, *ignored):
-    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
-    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
-               *ignored}
-
-    def shown(value):
-        return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
-
-    tried = {}  # (task, method, setting) -> the values that occur
-    for run in runs:
-        for key, value in vars(run.s).items():
-            tried.setdefault((run.s.task, run.s.method, key), set()).add(shown(value))
-    varied = {(method, key) for (_, method, key), values in tried.items() if len(values) > 1 and key not in ignored}
-    groups = {}
-    for run in runs:
-        label = [run.s.method]
-        for key, value in vars(run.s).items():
-            if (run.s.method, key) in varied:
-                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
-                label.append(f"{key} {shown(value)}")
-        label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
-        groups.setdefault((run.s.task, label), []).append(run)
-
-    def by_size(key):  # 2 before 12
-        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
-
-    return {key: groups[key] for key in sorted(groups, key=by_size)}
-
-
-def _plot_curves(plt, runs):
-    groups, shown, own = alike(runs), {}, []
-    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
-    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
-        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
-                 "trainable_params"}
-        own = [key for key in {key: None for line in runs[0].metrics for key in line} if key not in usual]
-    rows, columns = len(tasks), 3 + bool(own)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
-    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
-
-    def draw(axis, title, run, number, **options):
-        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        x, y = np.reshape(points, (-1, 2)).T
-        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
-
-    for (task, label), group in groups.items():
-        metric = data.TASKS[task].metrics[0]
-        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
-            metric = "loss"  # answers are generated and scored at the end only
-        panels = {f"{task}: training loss": lambda m: m.get("loss"),
-                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
-                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
-        colour = colours[labels.index(label) % len(colours)]
-        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
-            for run in group:
-                shown[label] = draw(axis, title, run, number, color=colour)
-        axes[tasks.index(task), 2].set_ylim(bottom=0)
-    for key in own:
-        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
-        axes[0, 3].legend(fontsize="small")
-    if len(runs) == 1:
-        s = runs[0].s  # whose names may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
-    else:
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
-    return figure
-
-
-def _plot_ranks(plt, ranks):
-    kinds, steps = grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
-    history = np.stack([grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
-    top = max(1, np.nanmax(history))
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
-    for i, kind in enumerate(kinds):
-        axes[i].set_title(kind)
-        shown = heat(axes[i], history[:, :, i].T, "step", [0, *steps], vmin=0, vmax=top)
-    axes[-1].set_title(f"final ranks (step {steps[-1]})")
-    heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
-    write_numbers(axes[-1], history[-1], 0.6 * top)
-    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
-    return figure
-
-
-def grid(values):
-    """{"blocks.3.query": number} as (array (blocks, kinds) with nan where there is no such matrix, kinds)."""
-    kinds = [kind for kind in lora.TARGETS if any(name.endswith(f".{kind}") for name in values)]
-    image = np.full((1 + max(int(name.split(".")[1]) for name in values), len(kinds)), np.nan)
-    for name, value in values.items():
-        _, block, kind = name.split(".")
-        image[int(block), kinds.index(kind)] = value
-    return image, kinds
-
-
-def heat(axis, image, x, edges=None, kinds=(), **options):
-    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
-    blocks, columns = image.shape
-    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
-    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
-    axis.set(xlabel=x, ylabel="block")
-    axis.invert_yaxis()
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    if kinds:
-        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
-    return shown
-
-
-def write_numbers(axis, image, bright):
-    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
-    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
-        if not np.isnan(image[row, column]):
-            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
-                      fontsize="small", color="white" if image[row, column] < bright else "black")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -861,7 +708,8 @@ def main(argv=None):
             flag = name.removeprefix("eval_").replace("_", "-")
             raise UserError(f"--{flag} {changes[name]}: must be at least {least}")
     if args.plot:
-        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
+        from papers import figures
+        print(to_json({"plots": [str(path) for path in figures.plot(args.what, *args.places)]}))
         return
     if args.what == "merge":
         if len(args.places) != 2 or args.task or args.adapter or changes.keys() - {"device", "dtype"}:

@@ -1,4 +1,4 @@
-"""The papers' figures, of runs over methods, tasks and seeds: means over seeds, error bars are standard deviations.
+"""Pictures of runs (`eval.py --plot`), and the papers' figures: over methods, tasks and seeds, of which they are means.
 
     python papers/figures.py runs/quality/*      # drawn into runs/quality/
 
@@ -10,15 +10,18 @@ memory.png     memory and time over adapters kept (WeightLoRA's Figs. 6 to 8)
 omega.png      WeightLoRA's omega over the warm-up, for each run
 choices.png    LeLoRA's windows and dimensions (its Fig. 3), and the reward
 
-A picture is drawn where there are runs that have its data. The last line on stdout is one JSON object.
+Error bars are standard deviations over seeds. A picture is drawn where there are runs that have its data. The last line
+on stdout is one JSON object.
 """
 
 import json
 import math
+import os
 import re
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -29,10 +32,170 @@ import lora
 from model import UserError
 
 
-def finished(folders):
-    """The runs of `evaluation.read_runs` that are finished, with what the figures show of them as attributes."""
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def read_runs(folders):
+    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
+
+    Of several, what is no run is left out and named. Raises UserError if none is one.
+    """
     runs = []
-    for run in evaluation.read_runs(folders):
+    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
+        if folder.is_file():  # a picture, where runs/* was typed
+            continue
+        try:
+            s, _ = evaluation.read_run(folder)
+            metrics, ranks = evaluation.read_log(folder / "metrics.jsonl"), evaluation.read_log(folder / "ranks.jsonl")
+            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
+        except (UserError, OSError):
+            if len(folders) == 1:
+                raise
+            data.note(f"left out, not a run's folder: {folder.name}")
+    if not runs:
+        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
+    return runs
+
+
+def alike(runs, *ignored):
+    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
+    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
+               *ignored}
+
+    def shown(value):
+        return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+
+    tried = {}  # (task, method, setting) -> the values that occur
+    for run in runs:
+        for key, value in vars(run.s).items():
+            tried.setdefault((run.s.task, run.s.method, key), set()).add(shown(value))
+    varied = {(method, key) for (_, method, key), values in tried.items() if len(values) > 1 and key not in ignored}
+    groups = {}
+    for run in runs:
+        label = [run.s.method]
+        for key, value in vars(run.s).items():
+            if (run.s.method, key) in varied:
+                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
+                label.append(f"{key} {shown(value)}")
+        label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
+        groups.setdefault((run.s.task, label), []).append(run)
+
+    def by_size(key):  # 2 before 12
+        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
+
+    return {key: groups[key] for key in sorted(groups, key=by_size)}
+
+
+def save_figures(plt, runs, figures):
+    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
+    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+    return [folder / name for name in figures]
+
+
+# ---------------------------------------------------------------------------------------------- over steps
+
+
+def plot(*folders):
+    """Draw one run's pictures into its folder, or several runs' into the folder that holds them; returns their paths.
+
+    curves.png has loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task, a
+    colour for all runs that differ in their seed alone. ranks.png, of one run, has the rank of each kind of matrix over
+    blocks and steps, and the final ranks. Raises UserError without matplotlib or without a run.
+    """
+    plt, runs = evaluation.pyplot(), read_runs(folders)
+    figures = {"curves.png": plot_steps(plt, runs)}
+    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
+        figures["ranks.png"] = plot_ranks(plt, runs[0].ranks)
+    return save_figures(plt, runs, figures)
+
+
+def plot_steps(plt, runs):
+    groups, shown, own = alike(runs), {}, []
+    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
+    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
+        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
+                 "trainable_params"}
+        own = [key for key in {key: None for line in runs[0].metrics for key in line} if key not in usual]
+    rows, columns = len(tasks), 3 + bool(own)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+
+    def draw(axis, title, run, number, **options):
+        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        x, y = np.reshape(points, (-1, 2)).T
+        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
+
+    for (task, label), group in groups.items():
+        metric = data.TASKS[task].metrics[0]
+        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
+            metric = "loss"  # answers are generated and scored at the end only
+        panels = {f"{task}: training loss": lambda m: m.get("loss"),
+                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
+                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
+        colour = colours[labels.index(label) % len(colours)]
+        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
+            for run in group:
+                shown[label] = draw(axis, title, run, number, color=colour)
+        axes[tasks.index(task), 2].set_ylim(bottom=0)
+    for key in own:
+        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
+        axes[0, 3].legend(fontsize="small")
+    if len(runs) == 1:
+        s = runs[0].s  # whose names may have dollar signs
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
+    else:
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def plot_ranks(plt, ranks):
+    kinds, steps = evaluation.grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
+    history = np.stack([evaluation.grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
+    top = max(1, np.nanmax(history))
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
+    for i, kind in enumerate(kinds):
+        axes[i].set_title(kind)
+        shown = heat(axes[i], history[:, :, i].T, "step", [0, *steps], vmin=0, vmax=top)
+    axes[-1].set_title(f"final ranks (step {steps[-1]})")
+    heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
+    write_numbers(axes[-1], history[-1], 0.6 * top)
+    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
+    return figure
+
+
+def heat(axis, image, x, edges=None, kinds=(), **options):
+    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
+    blocks, columns = image.shape
+    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
+    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
+    axis.set(xlabel=x, ylabel="block")
+    axis.invert_yaxis()
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    if kinds:
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
+    return shown
+
+
+def write_numbers(axis, image, bright):
+    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
+    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
+        if not np.isnan(image[row, column]):
+            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
+                      fontsize="small", color="white" if image[row, column] < bright else "black")
+
+
+# ---------------------------------------------------------------------------------------------- the papers' figures
+
+
+def finished(folders):
+    """The runs of `read_runs` that are finished, with what the figures show of them as attributes."""
+    runs = []
+    for run in read_runs(folders):
         try:
             result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
             metric, last = data.TASKS[run.s.task].metrics[0], run.ranks[-1]
@@ -62,7 +225,7 @@ def draw(folders):
     def several_seeds(groups):
         return {key: group for key, group in groups.items() if len(group) > 1}
 
-    alike, figures = evaluation.alike, {}
+    figures = {}
     figures["quality.png"] = plot_curves(
         plt, alike(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
         "trainable parameters, mean over steps", lambda run: run.quality, log=True)
@@ -80,7 +243,7 @@ def draw(folders):
             plt, alike(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
             "adapters kept", lambda run: run.costs)
     figures = {name: figure for name, figure in figures.items() if figure}
-    return evaluation.save_figures(plt, runs, figures)
+    return save_figures(plt, runs, figures)
 
 
 def panels(plt, keys, width, height):
@@ -147,8 +310,8 @@ def plot_final_ranks(plt, groups):
     blocks, kinds = np.max([grid.shape for grid, _ in grids], 0)
     figure, axes = panels(plt, list(groups), max(2, 0.45 * kinds), max(3.2, 0.17 * blocks + 1))
     for axis, (grid, kinds) in zip(axes, grids):
-        shown = evaluation.heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
-        evaluation.write_numbers(axis, grid.round(1), 0.6 * top)
+        shown = heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
+        write_numbers(axis, grid.round(1), 0.6 * top)
     figure.colorbar(shown, ax=axes, label="mean final rank", fraction=0.02)
     return figure
 
@@ -195,8 +358,8 @@ def plot_selection(plt, groups):
     figure, axes = panels(plt, list(groups), 2.6, 3)
     for axis, runs in zip(axes, groups.values()):
         image, seeds = jaccard([run.kept for run in runs]), [run.s.seed for run in runs]
-        shown = evaluation.heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
-        evaluation.write_numbers(axis, image, 0.6)
+        shown = heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
+        write_numbers(axis, image, 0.6)
         axis.set(yticks=range(len(seeds)), yticklabels=seeds, ylabel="seed")
     figure.colorbar(shown, ax=axes, label="Jaccard similarity", fraction=0.02)
     return figure
@@ -271,7 +434,8 @@ def mean_curves(axis, points, parts):
 def main(argv=None):
     """Parse the command line, draw, print the paths as one line of JSON."""
     parser = evaluation.Parser(__doc__.split("\n\n")[0], "RUN ...")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders that train.py wrote; what is no run is left out")
+    parser.add_argument("runs", metavar="RUN", nargs="+",
+                        help="folders that train.py wrote; what is no run is left out")
     args = parser.parse_args(argv)
     print(evaluation.to_json({"figures": [str(path) for path in draw(args.runs)]}))
 

@@ -243,10 +243,10 @@ def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_tas
             for seed in (0, 1) for method, task, other in (
                 ("lora", "b", {"rank": 16, "out": "y"}), ("lora", "b", {}), ("lora", "a", {"lr": 2.0}),
                 ("lalora", "a", {"lalora_fidelity": "off", "model": "c"}), ("lalora", "a", {}))]
-    assert [(*key, len(group)) for key, group in evaluation.alike(runs).items()] == [
+    assert [(*key, len(group)) for key, group in figures.alike(runs).items()] == [
         ("a", "lalora, fidelity off, model c", 2), ("a", r"lalora, fidelity step, model \$b", 2),
         ("a", "lora, rank 4", 2), ("b", "lora, rank 4", 2), ("b", "lora, rank 16", 2)]
-    assert len(evaluation.alike(runs, "rank")["b", "lora"]) == 4
+    assert len(figures.alike(runs, "rank")["b", "lora"]) == 4
 
 
 @pytest.fixture(scope="session")
@@ -278,22 +278,22 @@ def test_a_set_of_runs_gets_the_figures_it_has_the_data_for(runs, chosen, expect
 
 def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(evaluation, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
+    monkeypatch.setattr(figures, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
 
     def curves():  # {title of a panel: the steps of each of its curves}
         return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()]
                 for axis in drawn["curves.png"].axes}
 
-    evaluation.plot(*runs.glob("l*-*"))
+    figures.plot(*runs.glob("l*-*"))
     loss, accuracy, budget = titles = ["digits-rot90: training loss", "digits-rot90: accuracy", "trainable adapter parameters"]
     assert curves()[loss] == [[2, 4, 6]] * 6 and [steps[-1] for steps in curves()[accuracy]] == [6] * 6
     assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
-    evaluation.plot(runs / "lora-0")  # which has no numbers of its own
+    figures.plot(runs / "lora-0")  # which has no numbers of its own
     assert list(curves()) == titles and "ranks.png" in drawn
-    evaluation.plot(runs / "lelora-0")
+    figures.plot(runs / "lelora-0")
     assert curves()["the policy's own numbers"][0] == [2, 4, 6]
-    for message, draw in (("no run among 2 paths", lambda: evaluation.plot(runs / "notes", runs / "none")),
-                          ("run.json", lambda: evaluation.plot(runs / "notes")),
+    for message, draw in (("no run among 2 paths", lambda: figures.plot(runs / "notes", runs / "none")),
+                          ("run.json", lambda: figures.plot(runs / "notes")),
                           ("no finished run among 1", lambda: figures.draw([runs / "unfinished"]))):
         with pytest.raises(UserError, match=message):
             draw()
