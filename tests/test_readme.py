@@ -1,42 +1,62 @@
 """What the README says works when it is typed."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train
+from test_train import checkpoints, lines, texts  # noqa: F401 (two are fixtures)
+
+README = (ROOT / "README.md").read_text()
+SHORT = ["--limit-train", "240", "--limit-eval", "60", "--epochs", "2", "--batch-size", "16", "--save-every", "5"]
 
 
-def test_the_example_policy_is_one_class_and_one_line(tmp_path):
-    """The README's code, appended to allocators.py, trains from the command line and allocates as it says."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    with open(tmp_path / "allocators.py", "a") as file:
-        file.write("\n\n" + example)
-    done = subprocess.run([sys.executable, "train.py", "--method", "thaw", "--epochs", "2", "--out", "run"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["accuracy"] > result["before"]["accuracy"]
-    history = [json.loads(line)["ranks"] for line in (tmp_path / "run" / "ranks.jsonl").read_text().splitlines()]
-    assert [history[0][f"blocks.{i}.query"] for i in range(6)] == [0, 0, 0, 0, 0, 8]
-    assert set(history[-1].values()) == {8}
-    totals = [sum(ranks.values()) for ranks in history]
-    assert totals == sorted(totals) and len(set(totals)) >= 4
+def code(mark):
+    """The README's code block that contains `mark`."""
+    (found,) = [text for text in re.findall(r"```(?:python)?\n(.*?)```", README, re.S) if mark in text]
+    return found
+
+
+def test_the_penalty_keeps_near_the_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("near.py").write_text("import lora\nimport torch\nimport torch.nn.functional as F\nfrom allocators import "
+                               "Allocator\n\nclass Near(Allocator):\n" + textwrap.indent(code("def penalty"), "    "))
+    train.main(["--method", "near.py:Near", *SHORT, "--no-eval-before", "--log-every", "1", "--out", "near"])
+    train.main([*SHORT, "--no-eval-before", "--log-every", "1", "--out", "plain"])
+    near, plain = ([line["grad_norm"] for line in lines(Path(out) / "metrics.jsonl") if "loss" in line]
+                   for out in ("near", "plain"))
+    assert near[0] == plain[0] and near[-1] != plain[-1]  # B = 0: the model is its base
+
+
+def test_the_library_example_trains_an_adapter_for_peft(checkpoints, tmp_path, monkeypatch):  # noqa: F811
+    import peft
+    import transformers
+    monkeypatch.chdir(tmp_path)
+    tokens, mask = torch.arange(40).view(4, 10), torch.ones(4, 10, dtype=torch.bool)
+    names = {"batches": [(tokens, mask, torch.tensor([0, 1, 1, 0]))] * 5}
+    exec(code("lora.attach").replace('"minilm"', repr(str(checkpoints / "bert"))), names)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints / "bert")
+    loaded = peft.PeftModel.from_pretrained(base, "adapter").eval()
+    with torch.no_grad():
+        ours = names["model"].eval()(tokens, mask)
+        torch.testing.assert_close(ours, loaded(input_ids=tokens, attention_mask=mask.long()).logits, rtol=1e-4,
+                                   atol=1e-4)
 
 
 def test_files_and_flags_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
     programs = ("train.py", "eval.py", "bench.py", "bench.py quality", "papers/tables.py")
-    help_text = "".join(subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True,
-                                       text=True).stdout for program in programs)
-    for name in set(re.findall(r"`([\w-]+\.(?:py|txt))`", text)):
+    helps = [subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+             for program in programs]
+    assert not any(done.returncode for done in helps)
+    for name in set(re.findall(r"`([\w/-]+\.(?:py|txt))`", README)):
         assert (ROOT / name).exists(), name
-    flags = set(re.findall(r"--[a-z0-9-]+", help_text))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - {"--nproc-per-node"}  # of torchrun
+    flags = set(re.findall(r"--[a-z0-9-]+", "".join(done.stdout for done in helps)))
+    assert all("--" + name.replace("_", "-") in flags for name in train.Settings.__dataclass_fields__)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {"--nproc-per-node"}  # of torchrun
     assert len(named) > 15 and not named - flags, named - flags

@@ -24,6 +24,7 @@ import eval as evaluation
 import lora
 import train
 from model import UserError
+from test_train import cache, lines, refused  # noqa: F401: one is a fixture
 from tiny import interrupted_after
 
 METHODS = ["lora", "adalora", "lalora", "weightlora+", "lelora"]
@@ -100,22 +101,9 @@ def fill_the_disk(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def last_line(text):
     assert "Traceback" not in text, text[-3000:]
     return text.strip().splitlines()[-1]
-
-
-def refused(argv, capsys, status=2):
-    """The line in which train.py's main ends, with this status."""
-    with pytest.raises(SystemExit) as stop:
-        evaluation.command(lambda: train.main([str(a) for a in argv]))
-    line = last_line(capsys.readouterr().err)
-    assert stop.value.code == status and line.startswith("error: "), line
-    return line
 
 
 def outcome(out):
@@ -131,11 +119,6 @@ def assert_same(found, expected):
     assert found[0].keys() == expected[0].keys()
     assert all(torch.equal(found[0][k], expected[0][k]) for k in expected[0])
     assert found[1:] == expected[1:]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -220,10 +203,10 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
     for file in damaged.glob("checkpoints/*/state.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     (damaged / "result.json").unlink()
-    assert "no whole checkpoint" in refused(["--resume", damaged], capsys)
-    assert "finished" in refused(["--resume", run], capsys)
-    assert "run.json" in refused(["--resume", tmp_path / "none"], capsys)
-    assert "leave the other flags out" in refused(["--resume", run, "--lr", "1"], capsys)
+    assert "no whole checkpoint" in refused(train, ["--resume", damaged], capsys)
+    assert "finished" in refused(train, ["--resume", run], capsys)
+    assert "run.json" in refused(train, ["--resume", tmp_path / "none"], capsys)
+    assert "leave the other flags out" in refused(train, ["--resume", run, "--lr", "1"], capsys)
 
 
 # ---------------------------------------------------------------------------------------------- killed
@@ -328,8 +311,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     process = start(*SHORT, "--steps", "1000000", "--out", out, stderr=tmp_path / "err")
     wait_for((out / "ranks.jsonl").exists, process)
     before = (out / "run.json").read_bytes()
-    assert "another run" in refused(["--resume", out], capsys)
-    assert "not empty" in refused([*SHORT, "--out", out], capsys)
+    assert "another run" in refused(train, ["--resume", out], capsys)
+    assert "not empty" in refused(train, [*SHORT, "--out", out], capsys)
     process.kill()
     end(process)
     assert (out / "run.json").read_bytes() == before
@@ -369,7 +352,7 @@ def test_data_that_vanished_are_named_and_a_resumed_run_waits_for_them(tmp_path,
         train.main([*SHORT, "--task", "npz", "--data", str(file), "--out", str(out)])
     file.rename(tmp_path / "elsewhere")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert "mine.npz" in refused(["--resume", out], capsys)
+    assert "mine.npz" in refused(train, ["--resume", out], capsys)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     (tmp_path / "elsewhere").rename(file)
     train.main(["--resume", str(out)])
@@ -385,7 +368,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypat
         return plain(file, mode, *args, **options)
 
     monkeypatch.setattr("builtins.open", read_only)
-    line = refused([*SHORT, "--out", tmp_path / "run"], capsys)
+    line = refused(train, [*SHORT, "--out", tmp_path / "run"], capsys)
     assert "run.json" in line and "denied" in line
 
 
@@ -445,7 +428,7 @@ def test_a_run_that_stays_bad_stops_at_a_good_checkpoint(method, log_every, tmp_
     """From the ninth loss on every one is NaN: status 1, one line with step and checkpoint; it is intact."""
     criterion, calls, out = train.criterion, itertools.count(1), tmp_path / "run"
     monkeypatch.setattr(train, "criterion", lambda *args: criterion(*args) * (float("nan") if next(calls) > 8 else 1))
-    line = refused(["--method", method, *SHORT, "--no-eval-before", "--log-every", log_every, "--save-every", "4",
+    line = refused(train, ["--method", method, *SHORT, "--no-eval-before", "--log-every", log_every, "--save-every", "4",
                     "--eval-every", "100", "--max-bad-steps", "4", "--out", out], capsys, status=1)
     newest = train.checkpoints(out)[0]
     assert line.startswith("error: step ") and "4 steps in a row" in line and str(newest) in line, line
