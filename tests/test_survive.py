@@ -203,6 +203,7 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
     for file in damaged.glob("checkpoints/*/state.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     (damaged / "result.json").unlink()
+    capsys.readouterr()
     assert "no whole checkpoint" in refused(train, ["--resume", damaged], capsys)
     assert "finished" in refused(train, ["--resume", run], capsys)
     assert "run.json" in refused(train, ["--resume", tmp_path / "none"], capsys)
