@@ -132,7 +132,7 @@ def assert_close(found, expected):
 
 def test_embedded_default_from_the_command_line(tmp_path):
     """No flags, no network: the frozen model is poor on turned digits, LoRA makes it good; eval.py agrees exactly."""
-    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     shell = dict(cwd=tmp_path, capture_output=True, text=True, env=environment)
     done = subprocess.run([sys.executable, ROOT / "train.py"], **shell)
     assert done.returncode == 0, done.stderr
