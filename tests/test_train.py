@@ -586,7 +586,8 @@ def test_bad_input_is_one_line_and_status_2(row, checkpoints, tmp_path, capsys, 
     for folder in ("full", "weightless"):
         Path(folder).mkdir()
     Path("full/keep.txt").write_text("mine")
-    shutil.copy(checkpoints / "bert" / "config.json", "weightless")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoints / "bert" / file, "weightless")
     flags, expected = (part.strip() for part in row.split("|"))
     argv = flags.format(bert=checkpoints / "bert").split()
     before = sorted(tmp_path.rglob("*"))
