@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from test_lora import batch, pair
-from tiny import Tiny, batches, checkpoint, interrupted_after, resumed, resumes_to_the_same_bits, settings, train
-from tiny import training_of
+from tiny import (Tiny, batches, checkpoint, resumed, resumes_to_the_same_bits, settings, train, training_of,
+                  whole_and_resumed)
 
 import allocators
 import lora
@@ -28,40 +27,33 @@ README = Path(program.__file__).with_name("README.md").read_text()
 def test_the_readmes_policy_resumes_to_the_same_ranks_budget_and_adapter(tmp_path):
     (source,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Thaw" in block]
     (tmp_path / "thaw.py").write_text(source)
-    flags = ["--method", f"{tmp_path}/thaw.py:Thaw", "--limit-train", "60", "--limit-eval", "30", "--steps", "12",
-             "--batch-size", "6", "--rank", "4", "--save-every", "3", "--log-every", "4"]
-    program.main([*flags, "--out", str(tmp_path / "whole")])
-    with interrupted_after(8):
-        program.main([*flags, "--out", str(tmp_path / "parts")])
-    program.main(["--resume", str(tmp_path / "parts")])
-    whole, parts = ([json.loads((tmp_path / run / "result.json").read_text())["trainable_params"],
-                     (tmp_path / run / "ranks.jsonl").read_text(),
-                     load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")] for run in ("whole", "parts"))
-    assert whole[:2] == parts[:2] and 0 < whole[0]["mean"] < whole[0]["peak"]
-    assert whole[2].keys() == parts[2].keys() and all(torch.equal(whole[2][key], parts[2][key]) for key in whole[2])
+    runs = whole_and_resumed(["--method", f"{tmp_path}/thaw.py:Thaw"], tmp_path)
+    whole, parts = (json.loads((run / "result.json").read_text())["trainable_params"] for run in runs)
+    assert whole == parts and 0 < whole["mean"] < whole["peak"]
+    whole, parts = ((run / "ranks.jsonl").read_text() for run in runs)
+    assert whole == parts
 
 
 class Late(allocators.Allocator):
-    """Switches components off at step 5, and has neither `saved` nor `restored` that would do so after a restart."""
+    """Switches components off in its first step, and has neither `saved` nor `restored` to do so after a restart."""
 
     told = 2
 
     def after_step(self, step):
-        if step == 5:
-            for layer in self.layers.values():
-                layer.g = torch.tensor([1.0, 1.0, 0.0, 0.0])
-            self.current.fill_(self.told)
+        for layer in self.layers.values():
+            layer.g = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        self.current.fill_(self.told)
 
 
 def test_ranks_that_differ_from_the_adapters_are_found(monkeypatch):
-    training = train(training_of(Late(Tiny(), settings(), 10)), batches(6))
+    training = train(training_of(Late(Tiny(), settings(), 10)), batches(1))
     training.allocator.check_ranks()
     again = resumed(Late(Tiny(), settings(), 10), checkpoint(training))
     with pytest.raises(UserError, match="has rank 2, but its g lets 4 .* `saved`"):
         again.allocator.check_ranks()
     monkeypatch.setattr(Late, "told", 4)  # g without `current`
     with pytest.raises(UserError, match="has rank 4, but its g lets 2 .* `saved`"):
-        train(training_of(Late(Tiny(), settings(), 10)), batches(6)).allocator.check_ranks()
+        train(training, batches(1)).allocator.check_ranks()
 
 
 class Keeps(allocators.Allocator):
@@ -106,18 +98,19 @@ class Grow(allocators.Allocator):
 
 
 class Masked(Drop):
-    """Components are held still, too."""
+    """Components of the query matrices are held still, too."""
 
-    saved = ("masks",)
+    saved = ("mask",)
 
     def setup(self):
         super().setup()
-        self.masks = torch.ones(len(self.names), self.settings.rank)
-        for layer, mask in zip(self.layers.values(), self.masks):
-            layer.mask_updates(mask)
+        self.mask = torch.ones(self.settings.rank)
+        for name, layer in self.layers.items():
+            if name.endswith("query"):
+                layer.mask_updates(self.mask)
 
     def after_step(self, step):
-        self.masks.copy_((torch.arange(4) + step) % 4 > 0)
+        self.mask.copy_((torch.arange(4) + step) % 4 > 0)
         return super().after_step(step)
 
 
@@ -209,38 +202,38 @@ def test_any_optimizer_holds_components_still(cls, options):
     torch.testing.assert_close(whole.detach(), torch.stack([torch.stack(rows) for rows in alone]).detach())
 
 
-def test_masks_of_some_layers_hold_and_late_ones_are_refused():
-    early, late = (allocators.Allocator(Tiny(), settings(weight_decay=0.1), 10) for _ in range(2))
-    masked = early.layers["blocks.1.query"]
-    masked.mask_updates(torch.tensor([1.0, 0, 1, 0]))
-    before = {name: layer.A.detach().clone() for name, layer in early.layers.items()}
-    train(training_of(early), batches(3))
-    for name, layer in early.layers.items():
-        moved = [True, False, True, False] if layer is masked else [True] * 4
-        assert (layer.A != before[name]).any(1).tolist() == moved
-    training = train(training_of(late), batches(2))
-    late.layers["blocks.1.query"].mask_updates(torch.zeros(4))
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_masked_components_hold_still(optimizer):
+    allocator = Masked(Tiny(), settings(optimizer=optimizer, weight_decay=0.1), 99)
+    training = training_of(allocator)
+    for step, rows in enumerate(batches(5), start=1):
+        before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
+        moving = allocator.mask.tolist()
+        train(training, [rows], first=step)
+        for name, layer in allocator.layers.items():
+            moved = (layer.A != before[name]).any(1).tolist()
+            assert moved == (moving if name.endswith("query") else [1] * 4)
+
+
+def test_late_masks_are_refused():
+    training = train(training_of(allocators.Allocator(Tiny(), settings(), 10)), batches(1))
+    training.allocator.layers["blocks.1.query"].mask_updates(torch.zeros(4))
     with pytest.raises(UserError, match="mask_updates"):
-        train(training, batches(1), first=3)
+        train(training, batches(1), first=2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_muon_is_torchs_on_each_matrix_and_holds_still(masked):
-    allocator = (Masked if masked else allocators.Allocator)(Tiny(), settings(optimizer="muon", weight_decay=0.1), 99)
+def test_muon_is_torchs_on_each_matrix():
+    allocator = allocators.Allocator(Tiny(), settings(optimizer="muon", weight_decay=0.1), 99)
     training, other = training_of(allocator), copy.deepcopy(allocator.model)
     params = [p for name, p in other.named_parameters() if name.endswith((".A", ".B"))]
     muon = torch.optim.Muon(params, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step, (x, labels) in enumerate(batches(5), start=1):
-        before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
-        still = allocator.masks[0] == 0 if masked else torch.zeros(4, dtype=torch.bool)
         train(training, [(x, labels)], first=step)
-        assert all(torch.equal((layer.A != before[name]).any(1), ~still) for name, layer in allocator.layers.items())
-        if not masked:
-            F.cross_entropy(other(x), labels).backward()
-            muon.step()
-            muon.zero_grad()
-            for name, layer in allocator.layers.items():
-                torch.testing.assert_close(layer.B, other.get_submodule(name).B, rtol=1e-3, atol=1e-4)
+        F.cross_entropy(other(x), labels).backward()
+        muon.step()
+        muon.zero_grad()
+        for name, layer in allocator.layers.items():
+            torch.testing.assert_close(layer.B, other.get_submodule(name).B, rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- base model, activations
@@ -313,26 +306,33 @@ def test_a_policy_sees_real_tokens_of_all_passes_and_the_base_model(compiled, tm
 # ---------------------------------------------------------------------------------------------- given ranks, flags
 
 
+def given_ranks(**changes):
+    return allocators.Allocator(Tiny(), settings(**changes), 10)
+
+
 def test_given_ranks(tmp_path):
     names = [name for name, _, _ in lora.sites(Tiny(), ["query", "value"])]
     first, last = dict.fromkeys(names, 9), dict(zip(names, (1, 0, 3, 4, 2, 7)))
     (tmp_path / "ranks.jsonl").write_text("".join(json.dumps({"step": 1, "ranks": r}) + "\n" for r in (first, last)))
     (tmp_path / "own.json").write_text(json.dumps({name: rank for name, rank in last.items() if rank}))
-    build = lambda **changes: allocators.Allocator(Tiny(), settings(**changes), 10)
     for source in (tmp_path, tmp_path / "own.json"):
-        allocator = build(ranks=str(source))
-        assert allocator.ranks() == last and {n: layer.rank for n, layer in allocator.layers.items()} == {
-            name: rank for name, rank in last.items() if rank}
+        allocator = given_ranks(ranks=str(source))
+        assert allocator.ranks() == last
+        assert {name: layer.rank for name, layer in allocator.layers.items()} == {n: r for n, r in last.items() if r}
         assert all(layer.scale == 8 / 4 for layer in allocator.layers.values())
-    shuffled = [build(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks() for seed in (0, 0, 1, 2)]
-    dealt = [tuple(ranks.values()) for ranks in shuffled]
+    dealt = [tuple(given_ranks(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks().values())
+             for seed in (0, 0, 1, 2)]
     assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
-    (tmp_path / "wrong.json").write_text('{"blocks.0.up": 4}')
-    (tmp_path / "zeros.json").write_text('{"blocks.0.query": 0}')
-    misfits = {"wrong.json": "blocks.0.up is no target", "zeros.json": "all ranks are 0", "none": "no ranks in it"}
-    for name, text in misfits.items():
-        with pytest.raises(UserError, match=text):
-            build(ranks=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"blocks.0.up": 4}', "blocks.0.up is no target"), ('{"blocks.0.query": 0}', "all ranks are 0"),
+    (None, "no ranks in it")])
+def test_ranks_that_do_not_fit_are_refused(text, message, tmp_path):
+    if text:
+        (tmp_path / "ranks.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        given_ranks(ranks=str(tmp_path / "ranks.json"))
 
 
 def test_a_flag_is_one_line_with_its_bounds():

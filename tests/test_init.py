@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_lora import PEFT_TARGETS, TARGETS, batch, losses, pair, peft, peft_layers, same_in_peft
-from tiny import Tiny, batches, interrupted_after, settings, train, training_of
+from tiny import Tiny, batches, settings, train, training_of, whole_and_resumed
 
 import allocators
-import eval as evaluation
 import lora
 import model as models
 import train as program
@@ -32,31 +32,66 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
 
 
-def both(family, folder, dropout=0.0, peft_options=(), **changes):
-    """The same model with PEFT's and with our adapters (rank 4, s = 3), ours from an Allocator as in train.py."""
-    theirs, ours = pair(family, folder)
-    config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=PEFT_TARGETS[family],
-                             **dict(peft_options))
-    theirs = peft.get_peft_model(theirs, config)
-    s = settings(targets=TARGETS[family], alpha=12.0, dropout=dropout, lr=5e-3, weight_decay=0.1, **changes)
-    allocator = allocators.Allocator(ours, s, 10)
-    return theirs.train(), ours.train(), allocator, peft_layers(theirs), s
+# ---------------------------------------------------------------------------------------------- beside PEFT
 
 
-def copy_start(allocator, wrapped):
-    """Give our adapters PEFT's A and a B that is not zero."""
+def same_start(allocator, wrapped):
+    """PiSSA's is PEFT's; else our adapters get PEFT's A, and both a B that is not zero."""
     generator = torch.Generator().manual_seed(1)
     for name, layer in allocator.layers.items():
-        layer.A.data.copy_(wrapped[name].lora_A.default.weight)
-        layer.B.data.copy_(0.1 * torch.randn(layer.B.shape, generator=generator))
-        wrapped[name].lora_B.default.weight.data.copy_(layer.B)
+        A, B = (getattr(wrapped[name], key).default.weight.data for key in ("lora_A", "lora_B"))
+        if layer.magnitude is not None:
+            torch.testing.assert_close(layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight)
+        if layer.start is None:
+            layer.A.data.copy_(A)
+            layer.B.data.copy_(0.1 * torch.randn(B.shape, generator=generator))
+            B.copy_(layer.B)
+            continue
+        sign = (layer.A.data * A).sum(1).sign()  # a pair of singular vectors may be turned round
+        A.mul_(sign[:, None])
+        B.mul_(sign)
+        torch.testing.assert_close(layer.A.data, A, rtol=1e-4, atol=5e-5)  # PEFT decomposes in float32
+        torch.testing.assert_close(layer.B.data, B, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(layer.weight, wrapped[name].base_layer.weight, rtol=1e-4, atol=1e-5)
+        assert all(t.device.type == "cpu" for t in layer.start)
 
 
-def same_steps(family, theirs, ours, their_optimizer, our_optimizer, allocator, wrapped, steps=10):
-    """Train both on the same batches with the same dropout; losses and weights stay the same."""
-    generator = torch.Generator().manual_seed(1)
-    starts = [p.detach().clone() for p in allocator.parameters()]
-    for step in range(steps):
+def optimizers(theirs, allocator, s):
+    """(PEFT's, train.py's): eps above rounding noise, of which a full step of random sign would be taken in either."""
+    trained = [p for name, p in theirs.named_parameters() if p.requires_grad and not (s.freeze_a and "lora_A" in name)]
+    other = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, eps=1e-4)
+    if s.lora_plus_ratio != 1:
+        other = loraplus.create_loraplus_optimizer(
+            theirs, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=s.lora_plus_ratio,
+            loraplus_weight_decay=s.weight_decay, eps=1e-4)
+    (own,) = training_of(allocator).optimizers
+    for group in own.param_groups:
+        group.update(eps=1e-4, lr=s.lr * group["lr_ratio"])  # as Training.step does
+    return other, own
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("roberta", dict(init="pissa")), ("llama", dict(init="pissa")), ("llama", dict(init="pissa", dora=True)),
+    ("roberta", dict(dora=True)), ("llama", dict(dora=True)), ("llama", dict(dora=True, dropout=0.3)),
+    ("llama", dict(lora_plus_ratio=3.0)), ("llama", dict(lora_plus_ratio=3.0, dora=True)),
+    ("llama", dict(freeze_a=True))], ids=str)
+def test_training_is_pefts(family, changes, tmp_path):
+    """Same start, losses and weights on the same batches with the same dropout; PEFT reads the adapter (rank 4, s = 3)."""
+    theirs, ours = pair(family, tmp_path / "base")
+    _, plain = pair(family, tmp_path / "base")
+    decay = 0.0 if "init" in changes else 0.1  # train.py does not decay what is W's own
+    s = settings(targets=TARGETS[family], alpha=12.0, lr=5e-3, weight_decay=decay, **changes)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=12, lora_dropout=s.dropout, target_modules=PEFT_TARGETS[family], use_dora=s.dora,
+        init_lora_weights="pissa" if s.init == "pissa" else True)).train()
+    allocator, wrapped = allocators.Allocator(ours.train(), s, 10), peft_layers(theirs)
+    _, inputs, _ = batch(family, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(ours.eval()(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
+    same_start(allocator, wrapped)
+    both, generator = optimizers(theirs, allocator, s), torch.Generator().manual_seed(1)
+    starts = {p: p.detach().clone() for layer in allocator.layers.values() for p in (layer.A, layer.B)}
+    ours.train()
+    for step in range(10):
         their_inputs, inputs, labels = batch(family, generator)
         torch.manual_seed(step)
         their_loss = losses(family, theirs(**their_inputs).logits, inputs, labels)
@@ -65,7 +100,7 @@ def same_steps(family, theirs, ours, their_optimizer, our_optimizer, allocator, 
         assert loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
         (their_loss + loss).backward()
         lora.gather_gradients(allocator.parameters())
-        for optimizer in (their_optimizer, our_optimizer):
+        for optimizer in both:
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in allocator.layers.items():
@@ -74,53 +109,19 @@ def same_steps(family, theirs, ours, their_optimizer, our_optimizer, allocator, 
             pairs.append((layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight))
         for mine, other in pairs:
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=2e-4)
-    assert all((p - start).abs().max() > 1e-3 for p, start in zip(allocator.parameters(), starts))
-
-
-def adamw(params):
-    # eps above rounding noise: a gradient that is only noise would take full steps of random sign in either
-    return torch.optim.AdamW(params, lr=5e-3, weight_decay=0.1, eps=1e-4)
-
-
-def own_optimizer(allocator):
-    """train.py's, with the same eps."""
-    (optimizer,) = training_of(allocator).optimizers
-    for group in optimizer.param_groups:
-        group["eps"] = 1e-4
-    return optimizer
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
+        assert ((layer.A - starts[layer.A]).abs().max() > 1e-3) != s.freeze_a
+        assert (layer.B - starts[layer.B]).abs().max() > 1e-3
+    if s.freeze_a:
+        assert set(both[1].state) == {stack.B for stack in allocator.stacks}
+        assert all(torch.equal(layer.A, starts[layer.A]) for layer in allocator.layers.values())
+    same_in_peft(ours, tmp_path / "base", tmp_path / "adapter", family, tolerance=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- PiSSA, MiLoRA
 
 
-@pytest.mark.parametrize("family, dora", [("roberta", False), ("llama", False), ("llama", True)])
-def test_pissa_is_pefts(family, dora, tmp_path):
-    """Same A, B, residual weight and training steps, unchanged logits; the file is a plain adapter on the base."""
-    options = dict(init_lora_weights="pissa", use_dora=dora)
-    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", init="pissa", dora=dora, peft_options=options)
-    _, plain = pair(family, tmp_path / "base")
-    for name, layer in allocator.layers.items():
-        A, B = (getattr(wrapped[name], key).default.weight.data for key in ("lora_A", "lora_B"))
-        sign = (layer.A.data * A).sum(1).sign()  # a pair of singular vectors may be turned round
-        A.mul_(sign[:, None])
-        B.mul_(sign)
-        torch.testing.assert_close(layer.A.data, A, rtol=1e-4, atol=5e-5)  # PEFT decomposes in float32
-        torch.testing.assert_close(layer.B.data, B, rtol=1e-4, atol=5e-5)
-        torch.testing.assert_close(layer.weight, wrapped[name].base_layer.weight, rtol=1e-4, atol=1e-5)
-        assert all(t.device.type == "cpu" for t in layer.start)
-    _, inputs, _ = batch(family, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(ours(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
-    same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
-    same_in_peft(ours, tmp_path / "base", tmp_path / "adapter", family, tolerance=1e-3)
-
-
-@pytest.mark.parametrize("rank", [1, 5, 12])
-@pytest.mark.parametrize("scaling", ["nominal", "rslora"])
-def test_milora_starts_at_the_smallest_components(scaling, rank):
+@pytest.mark.parametrize("rank, scaling", [(1, "nominal"), (5, "nominal"), (5, "rslora"), (12, "rslora")])
+def test_milora_starts_at_the_smallest_components(rank, scaling):
     plain = Tiny()
     model = copy.deepcopy(plain)
     allocator = allocators.Allocator(model, settings(init="milora", rank=rank, scaling=scaling, targets=["query", "up"],
@@ -174,16 +175,6 @@ def test_weightloras_survivors_start_at_w_again():
 # ---------------------------------------------------------------------------------------------- DoRA
 
 
-@pytest.mark.parametrize("family, dropout", [("roberta", 0.0), ("llama", 0.0), ("llama", 0.3)])
-def test_dora_is_pefts(family, dropout, tmp_path):
-    theirs, ours, allocator, wrapped, s = both(family, tmp_path / "base", dropout, dict(use_dora=True), dora=True)
-    for name, layer in allocator.layers.items():
-        torch.testing.assert_close(layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight)
-    copy_start(allocator, wrapped)
-    same_steps(family, theirs, ours, adamw(trained(theirs)), adamw(allocator.parameters()), allocator, wrapped)
-    same_in_peft(ours, tmp_path / "base", tmp_path / "adapter", family, tolerance=1e-3)
-
-
 def test_doras_dropout_is_pefts_where_there_is_a_bias():
     linear = torch.nn.Linear(24, 16).requires_grad_(False)
     theirs = peft.get_peft_model(copy.deepcopy(torch.nn.Sequential(linear)), peft.LoraConfig(
@@ -223,8 +214,7 @@ def test_dora_adapters_made_by_peft_load_here(tmp_path):
             lora.load_adapter(pair("llama", tmp_path / "base")[1], tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_doras_matrix_and_its_merge(bias, dtype):
     """The layer is m V / |V| in float64 NumPy, g included; merging only rounds."""
     torch.manual_seed(0)
@@ -271,20 +261,6 @@ def test_a_row_of_zeros_stays_finite_under_dora():
 # ---------------------------------------------------------------------------------------------- LoRA+, LoRA-FA
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_lora_plus_is_pefts(dora, tmp_path):
-    """Two learning rates under a schedule, weight decay included; DoRA's lengths go with B."""
-    options = dict(peft_options=dict(use_dora=dora), dora=dora, lora_plus_ratio=3.0)
-    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, **options)
-    copy_start(allocator, wrapped)
-    optimizer = own_optimizer(allocator)
-    for group in optimizer.param_groups:  # as Training.step does
-        group["lr"] = s.lr * group["lr_ratio"]
-    other = loraplus.create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=3.0,
-                                                      loraplus_weight_decay=s.weight_decay, eps=1e-4)
-    same_steps("llama", theirs, ours, other, optimizer, allocator, wrapped)
-
-
 def test_each_group_has_its_learning_rate_before_and_after_a_rebuild():
     """Rate and ratio for B, the rate alone for A, with WeightLoRA."""
     s = settings(method="weightlora", lora_plus_ratio=16.0, weightlora_steps=5)
@@ -299,18 +275,6 @@ def test_each_group_has_its_learning_rate_before_and_after_a_rebuild():
         assert a["lr"] == pytest.approx(1e-2 * (1 - step / 20)) and b["lr"] == pytest.approx(16 * a["lr"])
         assert a["params"] == [stack.A for stack in allocator.stacks] and n == (6 if step < 5 else 3)
         assert b["params"] == [stack.B for stack in allocator.stacks] and len(a["params"][0].parts) == n
-
-
-def test_lora_fa_is_adamw_on_b_alone(tmp_path):
-    theirs, ours, allocator, wrapped, s = both("llama", tmp_path, freeze_a=True)
-    copy_start(allocator, wrapped)
-    before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
-    for name, p in theirs.named_parameters():
-        p.requires_grad_("lora_B" in name)
-    optimizer = own_optimizer(allocator)
-    same_steps("llama", theirs, ours, adamw(trained(theirs)), optimizer, allocator, wrapped)
-    assert set(optimizer.state) == {stack.B for stack in allocator.stacks}
-    assert all(torch.equal(layer.A, before[name]) and layer.A.grad is None for name, layer in allocator.layers.items())
 
 
 # ---------------------------------------------------------------------------------------------- combinations
@@ -334,16 +298,13 @@ MEANINGLESS |= {"milora": MEANINGLESS["pissa"], "pissa, dora": MEANINGLESS["piss
 
 
 @pytest.mark.parametrize("method, option", PAIRS)
-def test_every_combination_trains_or_is_refused(method, option, tmp_path, capsys):
+def test_every_combination_trains_or_is_refused(method, option, tmp_path):
     changes = OPTIONS[option]
     if method in MEANINGLESS[option] | {"full", "bitfit"}:
-        flags = [part for name, value in changes.items() for part in
-                 [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]]
-        with pytest.raises(SystemExit) as stop:
-            evaluation.command(lambda: program.main(["--method", method, *flags, "--out", str(tmp_path / "run")]))
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stop.value.code == 2 and last.startswith(f"error: {flags[0]}") and f"--method {method}" in last
-        assert not (tmp_path / "run").exists()
+        first = "--" + next(iter(changes)).replace("_", "-")
+        s = settings(method=method, out=str(tmp_path / "run"), **changes)
+        with pytest.raises(UserError, match=f"^{first}.*--method {re.escape(method)}"):
+            program.check(s, allocators.policy(method))
         return
     s = settings(**POLICIES, method=method, **changes, alpha=4.0, targets=["query", "value", "up"])
     torch.manual_seed(0)
@@ -386,27 +347,17 @@ def test_a_step_that_is_not_finite_moves_nothing_and_teaches_nothing(method):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--lora-plus-ratio", "4"], "--lora-plus-ratio"), (["--init", "pizza"], "pizza"),
-    (["--method", "lalora", "--lalora-score", "fisher"], "--lalora-score fisher")])
-def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluation.command(lambda: program.main(["--freeze-a", *flags, "--out", str(tmp_path / "run")]))
-    assert stop.value.code == 2 and expected in capsys.readouterr().err.strip().splitlines()[-1]
+    ("--lora-plus-ratio 4", "--lora-plus-ratio"), ("--method lalora --lalora-score fisher", "--lalora-score fisher")])
+def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path):
+    with pytest.raises(UserError, match=expected):
+        program.main(["--freeze-a", *flags.split(), "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("flags", ["--init pissa", "--init milora --method weightlora", "--dora --method lalora",
                                    "--lora-plus-ratio 4 --method weightlora+", "--freeze-a --method weightlora",
                                    "--optimizer muon --method lalora", "--optimizer sgd --method weightlora"])
 def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path):
-    flags = [*flags.split(), "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6",
-             "--rank", "4", "--dropout", "0.1", "--save-every", "3", "--log-every", "4", "--eval-every", "20"]
-    program.main([*flags, "--out", str(tmp_path / "whole")])
-    with interrupted_after(8):
-        program.main([*flags, "--out", str(tmp_path / "parts")])
-    program.main(["--resume", str(tmp_path / "parts")])
-    files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "parts")]
-    expected, found = map(load_file, files)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
-    logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts")]
+    runs = whole_and_resumed([*flags.split(), "--dropout", "0.1", "--eval-every", "20"], tmp_path)
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     whole, parts = ([json.loads(line).get("loss") for line in log] for log in logs)
     assert whole == parts

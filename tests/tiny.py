@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora
@@ -131,3 +131,17 @@ def interrupted_after(step):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(program.Budget, "add", interrupted)
         yield
+
+
+def whole_and_resumed(flags, folder):
+    """Folders of two runs of 12 steps, the second one interrupted in step 8 and resumed: their adapters are the same."""
+    whole, parts = folder / "whole", folder / "parts"
+    flags = [*flags, "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6", "--rank", "4",
+             "--save-every", "3", "--log-every", "4"]
+    program.main([*flags, "--out", str(whole)])
+    with interrupted_after(8):
+        program.main([*flags, "--out", str(parts)])
+    program.main(["--resume", str(parts)])
+    expected, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    return whole, parts
