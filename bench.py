@@ -124,8 +124,7 @@ def batches_for(b, base, kind, count=4):
     """`count` random batches (inputs, labels) on the device, the same for every contender."""
     split, made = random_split(b, base, kind, count * b.batch_size), []
     for i in range(count):
-        inputs, labels = data.collate(split, list(range(i * b.batch_size, (i + 1) * b.batch_size)))
-        made.append(({name: value.to(b.device) for name, value in inputs.items()}, labels.to(b.device)))
+        made.append(data.collate(split, list(range(i * b.batch_size, (i + 1) * b.batch_size)), device=b.device))
     return made
 
 

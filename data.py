@@ -1520,7 +1520,7 @@ def pad(sequences, value, left=False, pad_to=None):
 
 
 def collate(split, indices, pad_to=None, device="cpu"):
-    """Return (inputs on the device, labels) for model(**inputs); images stay uint8 until they are there.
+    """Return (inputs, labels) on the device for model(**inputs); images stay uint8 until they are there.
 
     pad_to: widths to round up to, for compiled code to see few shapes.
     classify, regress, span: tokens, mask, [types] (B, T); labels (B,) long or float, span: (B, 2) long.
@@ -1528,21 +1528,23 @@ def collate(split, indices, pad_to=None, device="cpu"):
     lm: tokens, mask and positions (N,), the flat indices into B * T whose next token is part of an answer; labels (N,)
     those next tokens: the loss is on answers only.
     """
-    def send(tensor):
+    def send(tensor):   # from pinned memory, so that the host does not wait for a GPU and collates the next batch
         tensor = tensor.pin_memory() if str(device).startswith("cuda") else tensor
         return tensor.to(device, non_blocking=True)
 
     if split.kind == "image":
-        return {"pixels": normalise_pixels(send(split.pixels[indices]), split.image)}, split.labels[indices]
+        return {"pixels": normalise_pixels(send(split.pixels[indices]), split.image)}, send(split.labels[indices])
     tokens, mask = pad([split.tokens[i] for i in indices], split.pad_id, pad_to=pad_to)
-    inputs, labels = {"tokens": tokens, "mask": mask}, None
+    inputs = {"tokens": tokens, "mask": mask}
     if split.kind == "lm":
         answers = torch.cat([torch.arange(max(split.starts[i], 1), split.lengths[i]) + row * tokens.shape[1]
                              for row, i in enumerate(indices)])
         inputs["positions"], labels = answers - 1, tokens.view(-1)[answers]
-    elif split.types is not None:
+    else:
+        labels = split.labels[indices]
+    if split.types is not None:
         inputs["types"] = pad([split.types[i] for i in indices], 0, pad_to=pad_to)[0]
-    return {name: send(tensor) for name, tensor in inputs.items()}, split.labels[indices] if labels is None else labels
+    return {name: send(tensor) for name, tensor in inputs.items()}, send(labels)
 
 
 def count_labels(split, indices):

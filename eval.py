@@ -136,7 +136,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
             inputs, label = data.collate(split, indices, device=next(model.parameters()).device)
             outputs.append(logits(model, inputs).float())  # (B, C)
             labels.append(label)
-        outputs, labels = torch.cat(outputs), torch.cat(labels).numpy()
+        outputs, labels = torch.cat(outputs), torch.cat(labels).cpu().numpy()
         models.require_finite(outputs, model)
         outputs = outputs.squeeze(-1) if task.kind == "regress" else outputs.argmax(-1)
         result = {name: METRICS[name](outputs.cpu().numpy(), labels) for name in task.metrics}

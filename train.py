@@ -463,8 +463,6 @@ class Training:
         """Leave the gradients of the loss at the layers; returns it, a 0-d tensor."""
         loss = torch.zeros((), device=self.device)
         for inputs, labels, weight in passes:
-            inputs = {name: sent(t, self.device) for name, t in inputs.items()}
-            labels = sent(labels, self.device)
             self.allocator.real = inputs.get("mask")
             if self.kind == "lm" and not self.allocator.reads_outputs():
                 outputs, part = None, evaluation.token_loss(self.model, inputs, labels) * weight
@@ -511,12 +509,6 @@ class Training:
             getattr(allocator, name).zero_()
         self.running += torch.where(ok, torch.stack((loss, torch.ones_like(loss))), 0)
         return loss, norm
-
-
-def sent(tensor, device):
-    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait and collates the next."""
-    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-    return pinned.to(device, non_blocking=True)
 
 
 def fit_memory(training, batches):
@@ -725,7 +717,6 @@ def start_at_mean(model, split):
 def validation(model, kind, split, device):
     """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
     inputs, labels = data.collate(split, list(range(len(split))), device=device)
-    labels = labels.to(device)
 
     @torch.no_grad()
     def loss():
