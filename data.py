@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import UserError, cache_folder
@@ -96,11 +95,14 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
     rows = ((reader.line_num, cells) for cells in reader if cells)
-    if tabs:
+    try:
+        if tabs:
+            rows = list(rows) if quoted and '"' in text else []
+    except csv.Error:
+        rows = []
+    if tabs and len({len(cells) for _, cells in rows}) != 1:
         lines = text.split("\n")    # not splitlines: Unicode's other separators are text
-        plain = enumerate((line.removesuffix("\r").split("\t") for line in lines), 1)
-        rows = whole_table(rows) if quoted and '"' in text else None
-        rows = rows or plain
+        rows = enumerate((line.removesuffix("\r").split("\t") for line in lines), 1)
     try:
         for number, cells in rows:
             if header is None:
@@ -115,15 +117,6 @@ def read_table(path, header=None, skip_short=False, quoted=False):
         raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
     if skipped:
         note(f"{path}: skipped {skipped} short row{'s' * (skipped > 1)}")
-
-
-def whole_table(rows):
-    """Return the rows [(line, cells)] of a table, None where quotes or columns do not fit."""
-    try:
-        rows = list(rows)
-    except csv.Error:
-        return None
-    return rows if len({len(cells) for _, cells in rows}) == 1 else None
 
 
 def read_json(path):
@@ -186,10 +179,14 @@ def find_files(task, data, split):
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
     for folder in (data / task.folder, data):
-        for name in names:
-            found = sorted(folder.glob(name)) or sorted(folder.glob(name + ".gz"))
-            if found:
-                return found
+        there = {name: sorted(folder.glob(name)) or sorted(folder.glob(name + ".gz")) for name in names}
+        there = {name: paths for name, paths in there.items() if paths}
+        if there:
+            first, *others = there
+            others = [name for name in others if name.partition(".")[0] == first.partition(".")[0]]
+            if others:
+                note(f"{folder}: {first} is read, not {', '.join(others)}")
+            return there[first]
     return []
 
 
@@ -199,11 +196,11 @@ def locate(task, data, split):
         raise UserError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
     if data is None:
         fetch(task, split)
-    paths = find_files(task, data or cache_folder(), split)
+    folder = Path(data or cache_folder())
+    paths = find_files(task, folder, split)
     if not paths:
         known = any(wanted in ("", split) for wanted, _, _ in task.sources)
         remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
-        folder = Path(data or cache_folder())
         path = folder / task.folder / task.files[split][0]
         raise UserError(f"{path}: no such file{listing(folder)}: correct --data{remedy}")
     return paths
@@ -220,13 +217,16 @@ def held_out(task, data, split, rows):
 
     These are the last rows of instructions, otherwise evenly spread ones: files are often sorted by label.
     """
-    if find_files(task, data or cache_folder(), "train") != find_files(task, data or cache_folder(), "dev"):
+    folder, other = data or cache_folder(), "dev" if split == "train" else split
+    if find_files(task, folder, "train") != find_files(task, folder, other):
         return rows
-    rows, last = list(rows), task.kind == "lm"
+    rows = list(rows)
     count = min(math.ceil(len(rows) / 10), 1000)
-    dev = {len(rows) - 1 - i if last else (2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
-    note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev "
-         f"({'the last' if last else 'evenly spread'})")
+    if task.kind == "lm":
+        how, dev = "the last", set(range(len(rows) - count, len(rows)))
+    else:
+        how, dev = "evenly spread", {(2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
+    note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev ({how})")
     return [row for i, row in enumerate(rows) if (i in dev) == (split != "train")]
 
 
@@ -267,9 +267,8 @@ def download(address, path, sha256=None):
                     digest.update(block)
         if size and part.stat().st_size != size:
             raise UserError(f"{url}: the connection ended at {part.stat().st_size} of {size} bytes: run this again")
-        if sha256 and digest.hexdigest() != sha256:
-            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: the file is damaged or has "
-                            "changed: fetch it again")
+        if sha256 not in (None, digest.hexdigest()):
+            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: the file is damaged: fetch it again")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -282,24 +281,23 @@ def unpack(archive, folder, limit=16 << 30):
     special files, more than `limit` bytes.
     """
     part, size = archive.with_name(f"{archive.name}.{os.getpid()}.part"), 0
-
-    def safe(member, path):
-        nonlocal size
-        size += member.size
-        if size > limit:
-            raise tarfile.TarError(f"it unpacks to more than {limit} bytes")
-        return tarfile.data_filter(member, path)
-
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
-                if sum(member.file_size for member in file.infolist()) > limit:
-                    raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
-                file.extractall(part)   # drops leading / and .., writes no links
+                size = sum(member.file_size for member in file.infolist())
+                if size <= limit:
+                    file.extractall(part)   # drops leading / and .., writes no links
         else:
             with tarfile.open(archive) as file:
-                file.extractall(part, filter=safe)
-        for path in sorted((part / folder.name if (part / folder.name).is_dir() else part).iterdir()):
+                for member in file:
+                    size += member.size
+                    if size > limit:
+                        break
+                    file.extract(member, part, filter="data")
+        if size > limit:
+            raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
+        inner = part / folder.name
+        for path in sorted((inner if inner.is_dir() else part).iterdir()):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
             os.replace(path, folder / path.name)
@@ -327,16 +325,17 @@ def read_texts(task, data, split):
     MRPC also comes as Microsoft's original file with GLUE's list of the pairs that are dev.
     """
     path, columns, unlabelled = locate(task, data, split)[0], task.columns, 0
-    original = path.name == "msr_paraphrase_train.txt"
-    if original:
-        dev_ids = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
     if suffix(path).startswith(".json"):
         rows = read_json(path)
     else:
         rows = read_table(path, task.header, skip_short=task.name == "qqp", quoted=not task.sources)
-    for where, row in rows if original else held_out(task, data, split, rows):
-        if original and ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev_ids) != (split == "dev"):
-            continue
+    if path.name == "msr_paraphrase_train.txt":
+        dev = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
+        rows = ((where, row) for where, row in rows
+                if ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev) == (split == "dev"))
+    else:
+        rows = held_out(task, data, split, rows)
+    for where, row in rows:
         if not columns:
             texts = next((names for names in TEXTS if {*names} <= {*row, None}), ("text", None))
             label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
@@ -347,8 +346,8 @@ def read_texts(task, data, split):
         if label == "gold_label" and value.strip() == "-":  # SNLI's and MNLI's pairs without a majority
             unlabelled += 1
             continue
-        yield where, {"text": get(row, text, where), **({"pair": get(row, pair, where)} if pair else {}),
-                      "label": value}
+        texts = {"text": text, "pair": pair} if pair else {"text": text}
+        yield where, {name: get(row, column, where) for name, column in texts.items()} | {"label": value}
     if unlabelled:
         note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
@@ -392,17 +391,17 @@ def read_commonsense(task, data, split):
 
 def read_arrays(task, data, split):
     """CIFAR-100's binary files; .npz with x_train y_train x_test y_test, or images labels [split: 0 train, 1 test]."""
-    embedded = Path(__file__).parent / "assets" / "digits.npz"
-    path = locate(task, embedded if data is None and task.name.startswith("digits") else data, split)[0]
-    keys = ("images", "labels")
+    if data is None and task.name.startswith("digits"):
+        data = Path(__file__).parent / "assets" / "digits.npz"
+    path, keys = locate(task, data, split)[0], ("images", "labels")
+    if path.name in ("train", "test"):
+        raise UserError(f"{path}: CIFAR's python version is pickled, which can run code: fetch the binary version")
     if suffix(path) == ".bin":
         raw = np.frombuffer(read_bytes(path), np.uint8)
         if raw.size == 0 or raw.size % 3074:
             raise UserError(f"{path}: {raw.size} bytes, no multiple of 3074: fetch the binary version again")
         raw = raw.reshape(-1, 3074)  # coarse label, fine label (which we use), 3 x 32 x 32 pixels
         arrays = {"images": raw[:, 2:].reshape(-1, 3, 32, 32), "labels": raw[:, 1]}
-    elif path.name in ("train", "test"):
-        raise UserError(f"{path}: CIFAR's python version is pickled, which can run code: fetch the binary version")
     else:
         try:
             with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
@@ -414,14 +413,13 @@ def read_arrays(task, data, split):
         if "x_train" in arrays:
             keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
     images, labels = (get(arrays, key, path, np.ndarray) for key in keys)
-    if images.ndim not in (3, 4) or len(images) != labels.size or labels.dtype.kind not in "iuU":
-        raise UserError(f"{path}: {keys[0]} {images.shape} and {keys[1]} {labels.shape} {labels.dtype}: expected "
-                        "(N, H, W) or (N, H, W, C), and N whole numbers or names: write the file again")
+    part = arrays.get("split", labels)
+    if images.ndim not in (3, 4) or not len(images) == labels.size == part.size or labels.dtype.kind not in "iuU":
+        raise UserError(f"{path}: {keys[0]} {images.shape}, {keys[1]} {labels.shape} {labels.dtype} and split "
+                        f"{part.shape}: expected (N, H, W) or (N, H, W, C), N whole numbers or names: write it again")
     chosen = range(len(images))
     if keys[0] == "images" and "split" in arrays:
-        if arrays["split"].shape != labels.shape:
-            raise UserError(f"{path}: split has shape {arrays['split'].shape}, expected {labels.shape}: write it again")
-        chosen = np.flatnonzero((arrays["split"] != 0) == (split != "train"))
+        chosen = np.flatnonzero((part != 0) == (split != "train"))
     elif keys[0] == "images":
         chosen = held_out(task, data, split, chosen)
     for i in chosen:
@@ -450,10 +448,9 @@ def read_listed(task, data, split):
     """
     path = locate(task, data, split)[0]
     for number, line in enumerate(read_text(path).split(), 1):
-        if task.name == "food101":
-            label, photo = line.partition("/")[0], path.parents[1] / "images" / f"{line}.jpg"
-        else:
-            label = line.rpartition("_")[0]
+        label = line.rpartition("/" if task.name == "food101" else "_")[0]
+        photo = path.parents[1] / "images" / f"{line}.jpg"
+        if task.name == "resisc45":
             photo = path.parent / "NWPU-RESISC45" / label / line
         yield f"{path} line {number}", {"pixels": Photo(photo), "label": label}
 
@@ -484,6 +481,15 @@ def read_mat(path):
 
 # -------------------------------------------------------------------------------------------------------------- images
 
+def pillow(path):
+    """Return the modules Image and ImageOps of Pillow, which only what is not stored as arrays of the right size needs."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UserError(f"{path}: reading or resizing images needs Pillow: pip install pillow") from None
+    return Image, ImageOps
+
+
 class Photo:
     """An image file, decoded when its pixels are asked for: the rows of a large folder stay small."""
 
@@ -499,7 +505,7 @@ class Photo:
         try:
             if self.path.suffix == ".npy":
                 return channels_first(np.load(self.path, allow_pickle=False), self.path)
-            from PIL import Image, ImageOps     # the only need for Pillow
+            Image, ImageOps = pillow(self.path)
             with Image.open(self.path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
@@ -507,8 +513,6 @@ class Photo:
                 return channels_first(np.asarray(image), self.path)
         except UserError:
             raise
-        except ImportError:
-            raise UserError(f"{self.path}: reading images needs Pillow: pip install pillow, or store .npy") from None
         except Exception as error:  # Pillow raises nearly anything for broken files
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.path}: not an image ({reason}): remove or convert it") from None
@@ -539,12 +543,7 @@ def channels_first(pixels, where):
 # image_processor_type -> what its processor does by default
 VIT = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
        "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224}
-PROCESSORS = {
-    "ViT": VIT,
-    "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True},
-    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
-             "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}     # Pillow's numbers
+PROCESSORS = {"ViT": VIT, "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True}}
 NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
             "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
 
@@ -552,20 +551,21 @@ NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor
 def plain_image(channels, height, width):
     """Return the settings of images that are resized to the model's size, with mean and std 0.5."""
     return {"size": (height, width), "channels": channels, "resize": (height, width), "resample": 2,
-            "crop": None, "scale": 1 / 255, "mean": (0.5,), "std": (0.5,)}
+            "crop": False, "scale": 1 / 255, "mean": (0.5,), "std": (0.5,)}
 
 
 def image_settings(folder):
-    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
+    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT and DeiT.
 
-    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop: (height, width)
-    or None, scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
+    {size (height, width), channels, resize: (height, width) or None, resample, crop: whether the middle is cut out,
+    scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
     """
     path = Path(folder) / "preprocessor_config.json"
     config, given = read_settings(path.with_name("config.json")), read_settings(path)
-    kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ViT"
-    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
-    steps = {**PROCESSORS.get(kind, VIT), **given}
+    channels, target = config.get("num_channels", 3), config.get("image_size", 224)
+    named = "image_processor_type" if "image_processor_type" in given else "feature_extractor_type"
+    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
+    steps = {"size": target, **PROCESSORS.get(kind, VIT), **given}
 
     def check(fits, key):
         if not fits:
@@ -583,40 +583,22 @@ def image_settings(folder):
         check(len(value) in (1, channels) and all(type(n) in (int, float) and low < n < 1e6 for n in value), key)
         return tuple(map(float, value))
 
-    channels, target = config.get("num_channels", 3), config.get("image_size", 224)
     target = pair(target, "image_size")
-    check(kind in PROCESSORS, "image_processor_type" if "image_processor_type" in given else "feature_extractor_type")
+    check(kind in PROCESSORS, named)
     for key, value in given.items():
         check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
-    check(type(steps["resample"]) is int and steps["resample"] in FILTERS, "resample")
+    check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
     image = plain_image(channels, *target)
-    image |= {"resample": steps["resample"], "resize": None, "mean": (0.0,), "std": (1.0,)}
-    size = steps.get("size") or [*target]
-    if steps["do_resize"] and isinstance(size, dict) and [*size] == ["shortest_edge"]:
-        image["resize"] = pair(size["shortest_edge"], "size")[0]
-    elif steps["do_resize"]:
-        image["resize"] = pair(size, "size")[0] if kind == "CLIP" and type(size) is int else pair(size, "size")
-    if steps["do_center_crop"]:
-        image["crop"] = pair(steps["crop_size"], "crop_size")
-        check(image["crop"] == target, "crop_size")
+    image |= {"resample": steps["resample"], "crop": bool(steps["do_center_crop"])}
+    image["resize"] = pair(steps["size"] or [*target], "size") if steps["do_resize"] else None
+    if image["crop"]:
+        check(pair(steps["crop_size"], "crop_size") == target, "crop_size")
     else:
         check(image["resize"] in (target, None), "size")
     image["scale"] = numbers(steps["rescale_factor"], 0, "rescale_factor")[0] if steps["do_rescale"] else 1.0
-    if steps["do_normalize"]:
-        image["mean"] = numbers(steps["image_mean"], -1e6, "image_mean")
-        image["std"] = numbers(steps["image_std"], 0, "image_std")
+    image["mean"] = numbers(steps["image_mean"], -1e6, "image_mean") if steps["do_normalize"] else (0.0,)
+    image["std"] = numbers(steps["image_std"], 0, "image_std") if steps["do_normalize"] else (1.0,)
     return image
-
-
-def resize(pixels, size, resample):
-    """Return uint8 pixels (C, H, W) resized by Pillow, as transformers does: torch's filters differ a little."""
-    try:
-        from PIL import Image
-    except ImportError:     # within a few of 255
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels))[None]
-        return F.interpolate(pixels, size, mode=FILTERS[resample], antialias=resample != 0)[0].numpy()
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return channels_first(np.asarray(image.resize(size[::-1], resample)), "")
 
 
 def fit(pixels, image, where):
@@ -624,25 +606,18 @@ def fit(pixels, image, where):
     if len(pixels) == 3 and image["channels"] == 1:     # grey as Pillow makes it (ITU-R 601-2)
         red, green, blue = pixels.astype(np.int64)
         pixels = ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)[None]
-    height, width = pixels.shape[1:]
-    size = image["resize"]
-    if type(size) is int:   # the shortest edge
-        size = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    if size and size != (height, width):
-        pixels = resize(pixels, size, image["resample"])
+    size, (height, width) = image["resize"], image["size"]
+    if size and size != pixels.shape[1:]:
+        Image, _ = pillow(where)    # torch's filters differ a little
+        pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        pixels = channels_first(np.asarray(Image.fromarray(pixels).resize(size[::-1], image["resample"])), where)
     if image["crop"]:
-        for axis, wanted in zip((1, 2), image["crop"]):
-            extra = pixels.shape[axis] - wanted
-            if extra < 0:   # put amid zeros
-                around = [(0, 0)] * 3
-                around[axis] = (-(extra // 2), extra // 2 - extra)
-                pixels = np.pad(pixels, around)
-            else:
-                pixels = pixels.take(range(extra // 2, extra // 2 + wanted), axis)
-    if pixels.shape[1:] != image["size"]:
+        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+        pixels = pixels[:, max(top, 0):, max(left, 0):][:, :height, :width]
+    if pixels.shape[1:] != (height, width):
         raise UserError(f"{where}: {pixels.shape[1]} x {pixels.shape[2]} pixels, the model takes {image['size']} and "
-                        "preprocessor_config.json does not resize: resize the image")
-    return np.broadcast_to(pixels, (image["channels"], *image["size"]))
+                        "preprocessor_config.json does not enlarge it: resize the image")
+    return np.broadcast_to(pixels, (image["channels"], height, width))
 
 
 @functools.cache
@@ -766,47 +741,44 @@ def instruction(task, where, row):
     """Return {prompt, answer} of a row with instructions; also {target, answers} where generated answers are scored.
 
     {sample} where another program scores them: the columns that it wants beside the completion. A context is the
-    template's input; a system prompt stands before it, earlier turns (history) before that, in the same template.
+    template's input; a system prompt stands before it.
     """
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
     if asks is None:
         expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
         raise UserError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
-    extra, system = (next((name for name in names if row.get(name)), None)
-                     for names in (("input", "context"), ("system", "system_prompt")))
-    name_unread(where, row, (asks, says, extra, system, "answer", "history"))
-    extra, system = (name and get(row, name, where) for name in (extra, system))
+    extra = next((name for name in ("input", "context") if row.get(name)), None)
+    system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
+    name_unread(where, row, (asks, says, extra, system, "answer"))
+    extra = get(row, extra, where) if extra else ""
     if "test_list" in row:
         extra = get(dict(enumerate(get(row, "test_list", where, list))), 0, where)
     answer = best(row, says, where) if isinstance(row[says], list) else get(row, says, where)
     text = task.template(get(row, asks, where), extra)
-    for turn in reversed(row.get("history") or ()):
-        turn = dict(zip(("question", "answer"), turn if isinstance(turn, list) else ()))
-        question, said = (get(turn, key, f"{where} history") for key in ("question", "answer"))
-        text = f"{task.template(question)}{said}\n\n{text}"
-    result = {"prompt": f"{system}\n\n{text}" if system else text, "answer": answer}
+    result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
     if task.sample:
         result["sample"] = {name: get(row, name, where, (str, int)) for name in task.sample}
     if task.answers is None:
         return result
-    words = task.answers
-    target = words(answer, True) if callable(words) else get(row, "answer", where)
-    if not target or not callable(words) and target not in words:
-        expected = ("a number after ####" if words is last_number else "one in \\boxed{}" if words is final_answer else
-                    " or ".join(words))
+    if callable(task.answers):
+        target = task.answers(answer, True)
+        expected = "a number after ####" if task.answers is last_number else "one in \\boxed{}"
+    else:
+        target, expected = get(row, "answer", where), " or ".join(task.answers)
+    if not target or not callable(task.answers) and target not in task.answers:
         raise UserError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
-    return {**result, "target": target, "answers": words}
+    return {**result, "target": target, "answers": task.answers}
 
 
 def best(row, says, where):
     """Return the best rated of UltraFeedback's completions ("" of none), or what a conversation's last message says."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
-    if says != "completions" and len(parts) > 2:
+    if says == "completions":
+        top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})
+        return str(top.get("response", "")).encode(errors="replace").decode()  # a few have half a surrogate pair
+    if len(parts) > 2:
         note(f"{file_of(where)}: conversations of more than two messages: only prompt and last message are read")
-    if says != "completions":
-        return get(parts[-1], "content", where) if parts else ""
-    top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})
-    return str(top.get("response", "")).encode(errors="replace").decode()  # a few have half a surrogate pair
+    return get(parts[-1], "content", where) if parts else ""
 
 
 def extract_answer(text, answers):
@@ -1169,13 +1141,13 @@ class Tokenizer:
         What tokenizer_config.json says rules. UserError: missing or broken files.
         """
         self, path = cls(), Path(folder) / "tokenizer.json"
+        about = path.with_name("tokenizer_config.json")
         names, config, generation = (read_settings(path.with_name(name)) for name in (
-            "tokenizer_config.json", "config.json", "generation_config.json"))
+            about.name, "config.json", "generation_config.json"))
         if not names.get("added_tokens_decoder"):   # written by earlier releases
             added = read_settings(path.with_name("added_tokens.json"))
             names |= read_settings(path.with_name("special_tokens_map.json"))
-            added = {str(number): {"content": token} for token, number in added.items()}
-            names["added_tokens_decoder"] = added
+            names["added_tokens_decoder"] = {str(number): {"content": token} for token, number in added.items()}
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
@@ -1188,11 +1160,10 @@ class Tokenizer:
             raise
         except Exception as error:  # tokenizers raises nothing more specific
             raise UserError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
-        unread = [key for key, value in names.items() if value and not key.startswith("_")]
-        unread = [key for key in unread if key not in TOKENIZER_SETTINGS]
+        unread = [key for key, value in names.items() if value and key not in TOKENIZER_SETTINGS and key[:1] != "_"]
         if unread:
-            note(f"{path.with_name('tokenizer_config.json')}: not used: {', '.join(map(ascii, unread))[:200]}")
-        self.side = names.get("truncation_side") if names.get("truncation_side") in ("left", "right") else "right"
+            note(f"{about}: not used: {', '.join(map(ascii, unread))[:200]}")
+        self.side = "left" if names.get("truncation_side") == "left" else "right"
         longest = names.get("model_max_length")
         self.longest = longest if type(longest) is int else math.inf
 
@@ -1200,15 +1171,15 @@ class Tokenizer:
             value = settings.get(key)
             return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and 0 <= n < 2**31]
 
-        ids = {}
-        for kind in ("pad", "bos", "eos", "unk"):
-            found = [self.backend.token_to_id(tokens[kind])] if kind in tokens else []
-            ids[kind] = next((n for n in found + listed(config, f"{kind}_token_id") if n is not None), None)
-        self.bos_id, self.eos_id = ids["bos"], ids["eos"]
+        def first(name):    # the tokenizer's own id, or else config.json's
+            own = self.backend.token_to_id(tokens[name]) if name in tokens else None
+            return own if own is not None else next(iter(listed(config, f"{name}_token_id")), None)
+
+        self.bos_id, self.eos_id = first("bos"), first("eos")
+        self.pad_id = next((n for n in map(first, ("pad", "eos", "unk")) if n is not None), 0)
+        self.eos_ids = sorted({*listed(config, "eos_token_id"), *listed(generation, "eos_token_id"),
+                               *([] if self.eos_id is None else [self.eos_id])})
         self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
-        self.pad_id = next((ids[kind] for kind in ("pad", "eos", "unk") if ids[kind] is not None), 0)
-        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
-        self.eos_ids = sorted(ends - {None})
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         start = next((i for i in range(len(whole)) if plain and whole[i:i + len(plain)] == plain), 0)
@@ -1216,8 +1187,7 @@ class Tokenizer:
         begins, ends = self.prefix[:1] == [self.bos_id], whole[start + len(plain):][-1:] == [self.eos_id]
         for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
             if bool(names.get(key, there)) != there:
-                note(f"{path.with_name('tokenizer_config.json')}: {key} is {names[key]}, tokenizer.json does otherwise "
-                     "and rules, as in transformers 5")
+                note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
         return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
@@ -1279,16 +1249,10 @@ def build(path, kind):
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
         return backend
-    names = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "spm.model",
-             "sentencepiece.bpe.model")
-    sources = [name for name in names if path.with_name(name).is_file()]
-    if not sources:
-        raise UserError(f"{path}: no such file, nor a vocabulary that it can be made from: fetch the model's tokenizer "
-                        "files into that folder, or copy them from the model that it was made of")
-    needs = " sentencepiece protobuf" if any(name.endswith(".model") for name in sources) else ""
-    raise UserError(f"{path}: no such file: make it of {', '.join(sources)}: pip install transformers{needs}, then "
-                    f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained({str(path.parent)!r})"
-                    f".save_pretrained({str(path.parent)!r})\"")
+    folder = str(path.parent)
+    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer files, "
+                    "or make it: pip install transformers sentencepiece protobuf, then python -c \"from transformers "
+                    f"import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})\"")
 
 
 def special_tokens(backend, names, kind):
@@ -1297,20 +1261,16 @@ def special_tokens(backend, names, kind):
         token = token.get("content") if isinstance(token, dict) else token
         return token.encode("utf-8", "replace").decode() if isinstance(token, str) else None
 
-    added = names.get("added_tokens_decoder")
-    for number, token in sorted(added.items(), key=lambda item: int(item[0])) if isinstance(added, dict) else []:
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        flags = {flag: bool(token[flag]) for flag in flags if flag in token}
-        backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
+    added, flags = names["added_tokens_decoder"], ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for number, token in sorted(added.items(), key=lambda item: int(item[0])):
+        given = {flag: bool(token[flag]) for flag in flags if flag in token}
+        backend.add_tokens([tokenizers.AddedToken(content(token), **given)])
         if backend.token_to_id(content(token)) != int(number):
             note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
                  f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
-    tokens = dict(CLASSES.get(kind, {}))
-    for key in KINDS:
-        if f"{key}_token" in names:
-            tokens[key] = content(names[f"{key}_token"])
+    tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
     tokens = {key: token for key, token in tokens.items() if token}
-    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
+    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
     extra = [content(token) for token in extra] if isinstance(extra, list) else []
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     new = [token for token in [*tokens.values(), *extra] if token and token not in known]

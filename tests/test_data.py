@@ -110,12 +110,8 @@ def test_glue_layouts(tmp_path, caplog, name, parent):
 
 
 def test_mnli_has_two_dev_sets(tmp_path):
-    text = mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"])
-    write(tmp_path / "dev_matched.tsv", text)
-    write(tmp_path / "dev_mismatched.tsv", text.replace("one", "other"))
-    task = data.find_task("mnli", tmp_path)
-    assert task.eval_splits == ("dev", "dev_mismatched")
-    assert [data.read(task, tmp_path, split)[1]["text"] for split in task.eval_splits] == ["one 1", "other 1"]
+    write(tmp_path / "dev_mismatched.tsv", mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"]))
+    assert [row["label"] for row in data.read(TASKS["mnli"], tmp_path, "dev_mismatched")] == [0, 1]
 
 
 def test_mrpc_original_files(tmp_path):
@@ -215,18 +211,17 @@ def test_own_instructions(tmp_path, caplog, lines):
     assert [len(data.read(TASKS["instructions"], tmp_path / "two", split)) for split in ("train", "dev")] == [7, 3]
 
 
-def test_context_system_prompt_and_history_are_read_and_the_rest_is_named(tmp_path, caplog):
+def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, caplog):
     rows = [{"instruction": "Q", "context": "C", "response": "R", "category": "qa", "hint": "think of it"},
             {"question": "Q", "response": "R", "system_prompt": "Be kind.", "id": "flan.1"},
-            {"instruction": "Q", "output": "R", "system": "", "history": [["q1", "a1"], ["q2", "a2"]]},
+            {"instruction": "Q", "output": "R", "history": [["q1", "a1"], ["q2", "a2"]]},
             {"prompt": "Q", "completion": "R", "turns": [{"text": "more"}], "scores": [1, 2], "n": "17"}]
     path = write(tmp_path / "rows.jsonl", jsonl(rows * 5))
     read = data.read(TASKS["instructions"], path)
-    turns = data.prompt("q1") + "a1\n\n" + data.prompt("q2") + "a2\n\n" + data.prompt("Q")
-    expected = [data.prompt("Q", "C"), "Be kind.\n\n" + data.prompt("Q"), turns, data.prompt("Q")]
+    expected = [data.prompt("Q", "C"), "Be kind.\n\n" + data.prompt("Q"), data.prompt("Q"), data.prompt("Q")]
     assert [row["prompt"] for row in read[:4]] == expected and {row["answer"] for row in read} == {"R"}
     notes = [record.message for record in caplog.records if "not read" in record.message]
-    assert notes == [f"{path}: not read: column 'hint'", f"{path}: not read: column 'turns'"]
+    assert notes == [f"{path}: not read: column '{name}'" for name in ("hint", "history", "turns")]
 
 
 def test_longer_conversations_are_named_once(tmp_path, caplog):
@@ -505,6 +500,15 @@ def test_held_out_rows_of_a_sorted_file(tmp_path, rows):
     assert rows < 25 or {row["label"] for row in dev} == {0, 1, 2}
 
 
+def test_a_second_file_of_the_same_name_is_named(tmp_path, caplog):
+    write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path / "train.tsv", "text\tlabel\nc\tx\nd\ty\n")
+    write(tmp_path / "dev.tsv", "text\tlabel\nc\tx\n")
+    assert [row["text"] for row in classify(tmp_path)] == ["c", "d"]
+    notes = [record.message for record in caplog.records if "is read, not" in record.message]
+    assert notes == [f"{tmp_path}: train.tsv is read, not train.csv"]
+
+
 def test_own_regression(tmp_path):
     write(tmp_path / "train.csv", "sentence1,sentence2,score\na,b,-1.5\nc,d,1e3\n")
     write(tmp_path / "test.csv", "sentence1,sentence2,score\na,b,7\n")
@@ -698,12 +702,6 @@ PROCESSORS = {
                "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 27, "width": 29}, **CROP},
     "deit square": {"image_processor_type": "DeiTImageProcessor", "size": 28, "do_center_crop": True, "crop_size": 24},
-    "small": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 13, "width": 31}, **CROP},
-    "clip crop alone": {"image_processor_type": "CLIPImageProcessor", "do_resize": False, **CROP},
-    "crop alone": {"image_processor_type": "DeiTImageProcessor", "do_resize": False, **CROP},
-    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, **CROP},
-    "clip old": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 26, "crop_size": 24, "do_convert_rgb": True},
-    "clip square": {"image_processor_type": "CLIPImageProcessor", "size": {"height": 24, "width": 24}, **CROP},
 }
 
 
@@ -728,7 +726,7 @@ REFUSED = {
     "resample": {"resample": 1}, "size": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
     "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "offset": {"offset": True},
     "crop_pct": {"crop_pct": 0.9}, "do_flip_channel_order": {"do_flip_channel_order": True},
-    "image_processor_type": {"image_processor_type": "ConvNextImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
+    "image_processor_type": {"image_processor_type": "CLIPImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
     "image_std": {"image_std": [0, 1, 1]}, "rescale_factor": {"rescale_factor": "1/255"},
 }
 
@@ -744,6 +742,9 @@ def test_an_image_that_is_not_resized_must_fit(tmp_path):
     rows = [{"pixels": some_images((3, 24, 24)), "label": 0}, {"pixels": some_images((3, 24, 25)), "label": 0}]
     with pytest.raises(UserError, match="digits image 1: 24 x 25 pixels, the model takes"):
         data.encode(TASKS["digits"], rows, image=vit(tmp_path, 24, do_resize=False))
+    rows = [{"pixels": some_images((3, 23, 40)), "label": 0}]
+    with pytest.raises(UserError, match="digits image 0: 23 x 24 pixels, .* does not enlarge it"):
+        data.encode(TASKS["digits"], rows, image=vit(tmp_path, 24, do_resize=False, **CROP))
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizing
@@ -923,15 +924,11 @@ def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
 def test_the_remedy_for_other_vocabularies_works(tmp_path):
     """What the message says to run makes a tokenizer.json, with which the ids are transformers'."""
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="make it of vocab.json, merges.txt: pip install transformers, then") as caught:
+    with pytest.raises(UserError, match="fetch the model's tokenizer files, or make it: pip install") as caught:
         data.Tokenizer.from_folder(split_files(tmp_path, "bpe", "qwen2"))
     command = str(caught.value).partition(", then python ")[2]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
     compare_with_transformers(tmp_path)
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        (tmp_path / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match="nor a vocabulary that it can be made from: fetch the model's tokenizer files"):
-        data.Tokenizer.from_folder(tmp_path)
 
 
 def test_fallback_ids(tmp_path, caplog):
@@ -1231,95 +1228,59 @@ BAD = {
                     r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file"),
     "a file as folder": (files("cola", {"x.tsv": COLA}, named="x.tsv"), "x.tsv/CoLA/.*: no such file"),
     "no data": (lambda folder: data.read(TASKS["text-classification"]), "--task text-classification needs --data"),
-    "no npz": (lambda folder: data.find_task("npz"), "--task npz needs --data"),
     "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}), "_dev_ids.tsv: no such file"),
     "empty file": (glue("cola", ""), "train.tsv: the file is empty"),
-    "blank file": (glue("cola", " \n\n"), "train.tsv: the file is empty"),
     "header only": (glue("sst2", "sentence\tlabel\n"), "no train rows"),
     "not UTF-8": (glue("cola", COLA.encode() + b"x\t1\t\tna\xefve\n"), r"train.tsv line 3: byte \d+ is not UTF-8"),
-    "UTF-16": (glue("cola", COLA.encode("utf-16")), "train.tsv line 1: byte 0 is not UTF-8"),
     "short row": (glue("cola", COLA + "gj04\t1\tx\n"), "train.tsv line 3: 3 columns, expected 4"),
-    "long row": (glue("cola", COLA + "gj04\t1\t\ta\tb\n"), "train.tsv line 3: 5 columns, expected 4"),
-    "blank line": (glue("cola", COLA + "\n" + COLA), "train.tsv line 3: 1 columns, expected 4"),
     "missing column": (glue("sst2", "text\tlabel\na\t1\n"), "line 2: no column 'sentence' .there are .*rename"),
-    "unknown label": (glue("cola", COLA + "gj04\t2\t\tx\n"), "train.tsv line 3: label '2' is none of .'0', '1'.:"),
     "one class": (glue("cola", "a\t1\t\tx\nb\t1\t\ty\n"), "all labels are '1' in the 2 rows: add another class"),
-    "score no number": (score("four"), "line 2: score 'four' is no number in .0, 5."),
     "score too high": (score("5.5"), "line 2: score '5.5' is no number in .0, 5."),
-    "score nan": (score("nan"), "line 2: score 'nan'"),
     "own score infinite": (own("text,score\na,inf\nb,1\n", name="text-regression"), "line 2: score 'inf'"),
     "label unseen in training": (
         files("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"}, "dev"),
         "dev.csv line 2: label 'z' is none of .'x', 'y'"),
     "own file without text": (own("words,label\na,1\n"), "line 2: no column 'text' .there are .'words', 'label'"),
-    "own file without label": (rows({"text": "a"}, name="text-classification"), "line 1: no column 'label'"),
     "broken CSV": (own('text,label\n"a"b,1\n'), "train.csv line 2: .*mend the CSV quoting"),
-    "own short CSV row": (own("text,label\na\n"), "train.csv line 2: 1 columns, expected 2"),
     "text is a number": (rows({"text": 3, "label": 1}, name="text-classification"), "line 1: 'text' is int"),
     "half a surrogate pair": (own('{"question": "\\ud800", "answer": "b"}', "train.jsonl", "instructions"),
                               "line 1: 'question' is"),
     "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
-    "broken JSON line": (own(jsonl([GOOD, GOOD]) + "{oops}\n", "train.jsonl", "instructions"), "l line 3: not JSON"),
-    "deeply nested JSON": (own("[" * 200_000, "train.json", "instructions"), "train.json line 1: not JSON"),
     "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
-    "JSON number": (own("3", "train.json", "instructions"), "train.json line 1: int, expected an object"),
-    "JSON line with a list": (own(jsonl([GOOD]) + "[3]\n", "train.jsonl", "instructions"), "row 1: int, expected an"),
     "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: .'instruction'.: expected"),
-    "no keys": (own("{}\n", "train.jsonl", "instructions"), "line 1: ..: expected instruction"),
-    "conversation": (rows({"messages": [{"role": "user", "content": "a"}]}), "line 1: .'messages'.: expected"),
-    "broken history": (rows({**GOOD, "history": ["a"]}), "line 1 history: no column 'question'"),
     "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
-    "answer is a number": (rows({"question": "a", "answer": 4}), "line 1: 'answer' is int"),
     "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
                 "train.jsonl line 1: answer '', expected a number after ####"),
     "no box": (published("math", {"problem": "a", "solution": "4"}), r"line 1: answer '', expected one in .boxed"),
     "completions are text": (published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
                              "'completions' is str 'b'"),
-    "no rating": (published("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}] * 2}),
-                  "line 1: no column 'overall_score'"),
     "rating is text": (published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}),
                        "line 1: 'overall_score' is str 'N/A'"),
-    "message without content": (published("ultrafeedback", {"prompt": "a", "chosen": [{"role": "b"}]}),
-                                "no column 'content'"),
-    "no task_id": (published("humaneval", {"prompt": "a", "canonical_solution": "b"}), "line 1: no column 'task_id'"),
     "no tests": (published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}), "line 1: no column 0"),
-    "task_id is text": (published("mbpp", {"text": "a", "code": "b", "task_id": "11", "test_list": ["c"]}),
-                        "'task_id' is str '11'"),
-    "layout of nothing": (published("alpaca", {"input": "a", "output": "b"}), ": .'input', 'output'.: expected"),
     "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
                             "row 2: answer 'maybe', expected true or false"),
     "object arrays": (arrays(images=np.array([{}, {}, {}], object)), "a.npz: no .npz of plain arrays"),
     "not an npz": (files("npz", {"a.npz": b"nonsense"}, named="a.npz"), "a.npz: no .npz of plain arrays"),
-    "truncated npz": (files("npz", {"a.npz": b"PK\3\4 cut"}, named="a.npz"), "a.npz: no .npz of plain arrays"),
     "missing array": (arrays(x_train=some_images((2, 4, 4))), "a.npz: no column 'y_train'"),
-    "fewer labels": (arrays(images=some_images((4, 4, 4))), r"images \(4, 4, 4\) and labels \(3,\)"),
-    "labels are floats": (arrays(labels=(0.5, 1.0, 2.0)), "float64: expected"),
-    "label -1": (arrays(labels=(0, 1, -1)), r"images\[2\]: label '-1' stands for a missing one"),
-    "flat images": (arrays(images=some_images((3, 16))), r"images \(3, 16\) and labels"),
+    "fewer labels": (arrays(images=some_images((4, 4, 4))), r"images \(4, 4, 4\), labels \(3,\)"),
+    "labels are floats": (arrays(labels=(0.5, 1.0, 2.0)), "float64 and split .*: expected"),
+    "flat images": (arrays(images=some_images((3, 16))), r"images \(3, 16\), labels"),
     "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
-    "images that are nan": (arrays(images=np.full((3, 4, 4), np.nan)), r"images\[.\]: float64 from nan to nan"),
-    "complex images": (arrays(images=np.ones((3, 4, 4), complex)), r"images\[.\]: complex128 from nan to nan"),
     "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
-    "split of another length": (arrays(split=np.zeros(4)), r"split has shape \(4,\), expected \(3,\)"),
+    "split of another length": (arrays(split=np.zeros(4)), r"and split \(4,\): expected"),
     "cut cifar file": (files("cifar100", {"train.bin": bytes(5000)}), "train.bin: 5000 bytes, no multiple of 3074"),
-    "cifar label": (files("cifar100", {"train.bin": bytes([0, 100]) + bytes(3072)}), r"s\[0\]: label '100' is none"),
     "pickled cifar": (files("cifar100", {"train": b"\x80\x02}"}), "train: CIFAR's python version is pickled"),
     "listed photo missing": (files("food101", {"meta/train.txt": "a/1\nb/2"}), "a/1.jpg: not an image .*No such"),
-    "no .mat": (files("flowers102", {"jpg/image_00001.jpg": "x"}), "imagelabels.mat: no such file"),
     "broken .mat": (files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99}),
                     "imagelabels.mat: no MATLAB file"),
     "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must"),
     "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
                   "no train rows"),
-    "an npy of objects": (photos(b"\x93NUMPY\1\0junk"), "1.npy: not an image"),
-    "an npy that lies": (photos(buffered(np.save, np.zeros((4, 4), np.uint8)).replace(b"(4, 4)", b"(9**9, 4)"[:6])),
-                         "1.npy: not an image"),
     "not an image": (photos("junk", "1.png"), "1.png: not an image"),
     "cut image": (lambda folder: photos(jpg(60)[:-300], "1.jpg")(folder), "1.jpg: not an image .*truncated"),
     "decompression bomb": (lambda folder: photos(bomb(), "1.png")(folder), "1.png: not an image .*2147483648 pixels"),
     "no tokenizer": (model({"tokenizer.json": None}), "tokenizer.json: no such file, nor a vocabulary"),
     "broken tokenizer": (model({"tokenizer.json": "{}"}), "tokenizer.json: not a tokenizer"),
-    "broken tokenizer config": (model({"tokenizer_config.json": "{,}"}), "tokenizer_config.json line 1: not JSON"),
     "tokenizer config is a list": (model({"tokenizer_config.json": "[3]"}), "_config.json row 1: int, expected"),
     "tokenizer setting of a wrong type": (
         model({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": []}}), "not a tokenizer"),
@@ -1340,12 +1301,14 @@ def test_bad_input_is_one_line(tmp_path, name):
 
 
 def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
-    """Arrays need neither Pillow nor SciPy, of any size."""
+    """Arrays of the model's size need neither Pillow nor SciPy."""
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(UserError, match="1.png: reading images needs Pillow: pip install pillow"):
+    with pytest.raises(UserError, match="1.png: reading or resizing images needs Pillow: pip install pillow"):
         photos("junk", "1.png")(tmp_path)
-    (tmp_path / "train" / "a" / "1.png").unlink()
-    photos(buffered(np.save, some_images((9, 7, 3))))(tmp_path)
+    rows = [{"pixels": some_images((3, 4, 4)), "label": 0}]
+    assert len(data.encode(TASKS["digits"], rows, image=data.plain_image(1, 4, 4))) == 1
+    with pytest.raises(UserError, match="digits image 0: reading or resizing images needs Pillow"):
+        data.encode(TASKS["digits"], rows, image=data.plain_image(3, 5, 4))
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(UserError, match="imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
         files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "x"})(tmp_path)
