@@ -76,15 +76,10 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_bfloat16_model():
     for seed in range(6):
         original, x = Tiny(dim=64, hidden=96, blocks=4, seed=seed), torch.randn(64, 64)
         truth, plain = original(x), copy.deepcopy(original).bfloat16()(x.bfloat16()).float()
-        decomposed = copy.deepcopy(original).bfloat16()
-        for name, layer in allocators.LeLora(decomposed, settings(**FLAGS), 10).layers.items():
-            A, B = (t.data for t in (layer.A, layer.B))
-            assert torch.equal(A, A.bfloat16().float()) and torch.equal(B, B.bfloat16().float())
-            off = layer.weight.float() + layer.delta() - original.get_submodule(name).weight.bfloat16().float()
-            assert layer.weight.dtype == torch.bfloat16 and (off.abs() <= layer.weight.float().abs() / 256 + 1e-6).all()
+        decomposed = original.bfloat16()
+        allocators.LeLora(decomposed, settings(**FLAGS), 10)
         ratios.append(((decomposed(x.bfloat16()).float() - truth).norm() / (plain - truth).norm()).item())
-        assert ratios[-1] < 1.3
-    assert np.mean(ratios) < 1.1  # errors of this size scatter by 5 % or so
+    assert np.mean(ratios) < 1.1 and max(ratios) < 1.3  # errors of this size scatter by 5 % or so
 
 
 def test_singular_values_are_computed_once_and_kept(cache, monkeypatch):
@@ -284,35 +279,24 @@ def test_network_is_the_papers():
     assert not torch.equal(other.hidden[0].weight, policy.hidden[0].weight)
 
 
-def test_actions_are_drawn_with_the_policys_probabilities():
-    allocator = build()
-    heads = [head.exp().detach() for head in allocator.policy(allocator.place, allocator.features)]
-    for i, head in enumerate(heads):
-        entropy = torch.distributions.Categorical(head).entropy().mean() / math.log(head.shape[1])
-        logged = allocator.log()[("entropy_rank", "entropy_location")[i]]
-        assert logged.item() == pytest.approx(entropy.item(), rel=1e-5)
-    counts = [torch.zeros_like(head) for head in heads]
-    for _ in range(2000):
-        allocator.act(1)
-        for i, count in enumerate(counts):
-            count.scatter_add_(1, allocator.choice[:, i:i + 1], torch.ones(4, 1))
-    for count, head in zip(counts, heads):
-        assert ((count / 2000 - head).abs() < 5 * (head * (1 - head) / 2000).sqrt() + 1e-3).all()
-
-
-@pytest.mark.parametrize("changes", [dict(lelora_start="uniform"), dict(lelora_ablate="random")], ids=str)
-def test_every_action_is_equally_likely(changes):
+@pytest.mark.parametrize("changes", [dict(), dict(lelora_start="uniform"), dict(lelora_ablate="random")], ids=str)
+def test_actions_are_drawn_with_the_policys_probabilities(changes):
+    """The entropy that is logged is theirs; a constant loss, or none, leaves all equally likely that are so."""
     allocator = build(loss=lambda _: torch.ones(()), **changes)
     if "lelora_ablate" in changes:
         allocator.validation_loss = None  # the control takes no validation pass
-    counts = [torch.zeros(4), torch.zeros(3)]
-    for _ in range(1500):
-        allocator.after_step(1)
-        for count, choice in zip(counts, allocator.choice.T):
-            count += torch.bincount(choice, minlength=len(count))
-    assert allocator.entropy.tolist() == pytest.approx([1, 1])
-    for count in counts:  # 6000 draws
-        assert ((count / 6000 - 1 / len(count)).abs() < 4 * (1 / len(count) / 6000) ** 0.5).all()
+    heads = [head.exp().detach() for head in allocator.policy(allocator.place, allocator.features)]
+    if changes:
+        heads = [torch.full_like(head, 1 / head.shape[1]) for head in heads]
+    counts = [torch.zeros_like(head) for head in heads]
+    for _ in range(2000):
+        (allocator.after_step if changes else allocator.act)(1)
+        for i, count in enumerate(counts):
+            count.scatter_add_(1, allocator.choice[:, i:i + 1], torch.ones(4, 1))
+    for name, count, head in zip(("entropy_rank", "entropy_location"), counts, heads):
+        entropy = torch.distributions.Categorical(head).entropy().mean() / math.log(head.shape[1])
+        assert allocator.log()[name].item() == pytest.approx(entropy.item(), rel=1e-5)
+        assert ((count / 2000 - head).abs() < 5 * (head * (1 - head) / 2000).sqrt() + 1e-3).all()
 
 
 def test_a_falling_loss_teaches_nothing_with_the_baseline_that_follows_it():
@@ -376,31 +360,30 @@ def test_policy_finds_a_planted_action(changes):
         assert head.gather(1, planted[:, i:i + 1]).min() > 0.8
 
 
-def test_one_validation_forward_per_action_and_the_papers_reward():
-    losses, given, rewards = iter(np.linspace(2, 1, 50)), [], []
+@pytest.mark.parametrize("every", [1, 4])
+def test_one_validation_forward_per_action_and_the_papers_reward(every):
+    losses, given, rewards, changed = iter(np.linspace(2, 1, 50)), [], [], []
 
     def loss(allocator):
         given.append(next(losses))
         return torch.tensor(given[-1], dtype=torch.float32)
 
-    allocator = build(loss=loss)
-    assert not given
-    train(training_of(allocator), batches(10, dim=DIM), watch=lambda *_: rewards.append(allocator.reward.item()))
-    assert len(given) == 10 == allocator.allocations
+    allocator = build(loss=loss, lelora_every=every)
+    training = training_of(allocator)
+    for step, rows in enumerate(batches(11, dim=DIM), start=1):
+        before, count = allocator.choice.clone(), len(given)
+        train(training, [rows], first=step)
+        assert len(given) - count == (step % every == 0)
+        if step % every == 0:
+            rewards.append(allocator.reward.item())
+        changed += [step] if not torch.equal(before, allocator.choice) else []
+    assert changed == list(range(every, 12, every)) and allocator.allocations == len(given)
     expected = [after + 0.8 * (after - before) for before, after in zip(given, given[1:])]  # Eqs. 2-4
     np.testing.assert_allclose(rewards, [given[0]] + expected, rtol=1e-5)
     mean = rewards[0]
     for reward in rewards:
         mean = 0.9 * mean + 0.1 * reward
     assert allocator.mean.item() == pytest.approx(mean, rel=1e-5)
-
-    given.clear()
-    allocator = build(loss=loss, lelora_every=4)
-    choices = [allocator.choice.clone()]
-    train(training_of(allocator), batches(11, dim=DIM), watch=lambda *_: choices.append(allocator.choice.clone()))
-    assert len(given) == 2 == allocator.allocations
-    changed = [not torch.equal(a, b) for a, b in zip(choices, choices[1:])]
-    assert [step for step, c in enumerate(changed, start=1) if c] == [4, 8]
 
 
 def test_only_a_second_finite_reward_moves_the_policy():
