@@ -88,7 +88,7 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
     header: column names of a file without such a line. skip_short: skip rows with too few columns, note their number.
-    quoted: a tab-separated file whose quotes are all CSV's is read so; otherwise its quotes are text, as GLUE's are.
+    quoted: a tab-separated file whose quotes are all CSV's is read so; otherwise quotes are text, as GLUE's are.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
     tabs = suffix(path) != ".csv"
@@ -150,22 +150,15 @@ def get(row, key, where, kinds=str):
     return row[key]
 
 
-def has_text(value):
-    """Whether a cell, or something in a list, has a letter in it."""
-    if isinstance(value, (list, dict)):
-        return any(map(has_text, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and bool(re.search(r"[^\W\d_]", value))
-
-
 def file_of(where):
     """Return the path in a row's place."""
     return re.sub(r" (line|row) \d+$", "", where)
 
 
 def name_unread(where, row, read):
-    """Note the columns of a row that hold text, are not among those read and not IRRELEVANT."""
-    names = [name for name, value in row.items() if name not in read and name.lower() not in IRRELEVANT]
-    names = [name for name in names if has_text(row[name])]
+    """Note the columns of a row that hold a letter, are not among those read and not IRRELEVANT."""
+    names = [name for name, value in row.items() if isinstance(value, (str, list, dict))
+             and name not in read and name.lower() not in IRRELEVANT and re.search(r"[^\W\d_]", str(value))]
     if names:
         note(f"{file_of(where)}: not read: column{'s' * (len(names) > 1)} {', '.join(map(ascii, names))[:200]}")
 
@@ -215,7 +208,7 @@ def listing(folder):
 def held_out(task, data, split, rows):
     """Return a split's rows; where one file is both training and dev file, 10 % (at most 1,000 rows) are dev.
 
-    These are the last rows of instructions, otherwise evenly spread ones: files are often sorted by label.
+    Evenly spread ones (files are often sorted by label); the last ones of instructions.
     """
     folder, other = data or cache_folder(), "dev" if split == "train" else split
     if find_files(task, folder, "train") != find_files(task, folder, other):
@@ -242,14 +235,15 @@ def fetch(task, split):
         try:
             download(address, path, sha256)
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
-                            f"{'unpack' if archive else 'put'} it into {folder}, or name a folder with its files by "
-                            "--data") from None
+            verb = "unpack" if archive else "put"
+            reason = error or type(error).__name__
+            raise UserError(f"cannot fetch {address} ({reason}): download it elsewhere and {verb} it into {folder}, or "
+                            "name a folder with its files by --data") from None
         if archive:
             unpack(path, folder)
 
 
-def download(address, path, sha256=None):
+def download(address, path, sha256):
     """Fetch one file beside `path` and rename it there once its size and known SHA-256 are right.
 
     $RANKS_MIRROR, if set, replaces "https://" in every address: http://localhost:8000 keeps files under /<host>/<path>.
@@ -257,18 +251,18 @@ def download(address, path, sha256=None):
     mirror = os.environ.get("RANKS_MIRROR")
     url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()
+    part, digest, got = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
                 while block := source.read(1 << 20):
-                    file.write(block)
+                    got += file.write(block)
                     digest.update(block)
-        if size and part.stat().st_size != size:
-            raise UserError(f"{url}: the connection ended at {part.stat().st_size} of {size} bytes: run this again")
+        if size and got != size:
+            raise UserError(f"{url}: the connection ended at {got} of {size} bytes: run this again")
         if sha256 not in (None, digest.hexdigest()):
-            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: the file is damaged: fetch it again")
+            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: it is damaged: fetch it again")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -277,8 +271,7 @@ def download(address, path, sha256=None):
 def unpack(archive, folder, limit=16 << 30):
     """Unpack a .zip or .tar.gz into `folder`, whose own name its members may begin with; then remove the archive.
 
-    Nothing appears before all is unpacked. Refused: members that would leave the folder, links that lead out of it,
-    special files, more than `limit` bytes.
+    Nothing appears before all is there. Refused: what leads out of the folder, special files, more than `limit` bytes.
     """
     part, size = archive.with_name(f"{archive.name}.{os.getpid()}.part"), 0
     try:
@@ -320,10 +313,7 @@ TEXTS = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a"
 
 
 def read_texts(task, data, split):
-    """GLUE's files, and the user's own: one or two texts under the names in TEXTS, and label, gold_label or score.
-
-    MRPC also comes as Microsoft's original file with GLUE's list of the pairs that are dev.
-    """
+    """GLUE's files (MRPC's are Microsoft's with GLUE's list of dev pairs), and the user's own with names in TEXTS."""
     path, columns, unlabelled = locate(task, data, split)[0], task.columns, 0
     if suffix(path).startswith(".json"):
         rows = read_json(path)
@@ -354,25 +344,21 @@ def read_texts(task, data, split):
 
 def read_instructions(task, data, split):
     """Rows of a question and its answer, in one of the layouts that COLUMNS lists."""
-    def rows(paths, skipped=0):
-        for where, row in (pair for path in paths for pair in read_json(path)):
+    rows, skipped = [], 0
+    for path in locate(task, data, split):
+        for where, row in read_json(path):
+            if task.name == "mbpp" and not 11 <= get(row, "task_id", where, int) <= 510:
+                continue    # those are the test set, says google-research/mbpp's README
             row = instruction(task, where, row)
             if row["answer"].strip():
-                yield where, row
-            elif not task.sources:
-                raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
-            else:
+                rows.append((where, row))
+            elif task.sources:
                 skipped += 1    # Alpaca and UltraFeedback were published with some
-        if skipped:
-            note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
-
-    return held_out(task, data, split, rows(locate(task, data, split)))
-
-
-def read_mbpp(task, data, split):
-    """Task ids 11 to 510 are the test set, says google-research/mbpp's README."""
-    rows = read_instructions(task, data, split)
-    return ((where, row) for where, row in rows if 11 <= get(row["sample"], "task_id", where, int) <= 510)
+            else:
+                raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
+    if skipped:
+        note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
+    return held_out(task, data, split, rows)
 
 
 def read_commonsense(task, data, split):
@@ -442,10 +428,7 @@ def read_image_folder(task, data, split):
 
 
 def read_listed(task, data, split):
-    """Food-101: meta/train.txt lists <class>/<number>; RESISC45: resisc45-train.txt lists <class>_<number>.jpg.
-
-    RESISC45 has no split of its own: the lists are those of Neumann et al. (18,900, 6,300 and 6,300 images).
-    """
+    """Food-101: meta/train.txt lists <class>/<n>; RESISC45: resisc45-train.txt (Neumann et al.'s) <class>_<n>.jpg."""
     path = locate(task, data, split)[0]
     for number, line in enumerate(read_text(path).split(), 1):
         label = line.rpartition("/" if task.name == "food101" else "_")[0]
@@ -482,7 +465,7 @@ def read_mat(path):
 # -------------------------------------------------------------------------------------------------------------- images
 
 def pillow(path):
-    """Return the modules Image and ImageOps of Pillow, which only what is not stored as arrays of the right size needs."""
+    """Return Pillow's Image and ImageOps; arrays of the model's size do without. UserError: not installed."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -527,12 +510,13 @@ def channels_first(pixels, where):
         pixels = pixels[None]
     elif pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
         pixels = pixels.transpose(2, 0, 1)
-    elif pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
-        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected (H, W) or (H, W, C) with 1, 3 or 4 channels")
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or pixels.dtype.kind not in "biuf":
+        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected numbers, (H, W) or (H, W, C) with 1, 3 or 4 "
+                        "channels")
     pixels = pixels[:3]
     if pixels.dtype == np.uint8:
         return pixels
-    low, high = (pixels.min(initial=0), pixels.max(initial=0)) if pixels.dtype.kind in "biuf" else (np.nan, np.nan)
+    low, high = pixels.min(initial=0), pixels.max(initial=0)
     top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype == np.uint16 or high > 255 else 255
     if not (low >= 0 and high <= top):
         raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected uint8, uint16 or floats in [0, 1]: "
@@ -643,33 +627,33 @@ def read_squad(task, data, split):
         return [get({key: item}, key, where, dict) for item in get(row, key, where, list)]
 
     path, ids = locate(task, data, split)[0], set()
-    for where, file in read_json(path):
-        articles = objects(file, "data", where)
-        paragraphs = [part for article in articles for part in objects(article, "paragraphs", where)]
-        for paragraph, asked in ((part, asked) for part in paragraphs for asked in objects(part, "qas", where)):
-            context, name, span = get(paragraph, "context", where), get(asked, "id", where), None
-            where = f"{path} question {name}"
-            answers = objects(asked, "answers", where)
-            texts = [get(answer, "text", where) for answer in answers]
-            if name in ids or not answers and task.name == "squad":
-                problem = "is there twice" if name in ids else "has no answer, as only --task squad2 allows"
-                raise UserError(f"{where} {problem}: remove it")
-            if answers:
-                start = get(answers[0], "answer_start", where, int)
-                span = (start, start + len(texts[0]))
-                if context[start:span[1]] != texts[0]:
-                    note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
-            ids.add(name)
-            yield where, {"id": name, "text": get(asked, "question", where), "pair": context, "answers": texts,
-                          "span": span}
+    articles = [article for where, file in read_json(path) for article in objects(file, "data", where)]
+    paragraphs = [part for article in articles for part in objects(article, "paragraphs", path)]
+    for paragraph, asked in ((part, asked) for part in paragraphs for asked in objects(part, "qas", path)):
+        context, name, span = get(paragraph, "context", path), get(asked, "id", path), None
+        where = f"{path} question {name}"
+        answers = objects(asked, "answers", where)
+        texts = [get(answer, "text", where) for answer in answers]
+        if name in ids:
+            raise UserError(f"{where} is there twice: remove it")
+        if not answers and task.name == "squad":
+            raise UserError(f"{where} has no answer, as only --task squad2 allows: remove it")
+        if answers:
+            start = get(answers[0], "answer_start", where, int)
+            span = (start, start + len(texts[0]))
+            if context[start:span[1]] != texts[0]:
+                note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
+        ids.add(name)
+        yield where, {"id": name, "text": get(asked, "question", where), "pair": context, "answers": texts,
+                      "span": span}
 
 
 def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
     """Return the Split of windows over the rows' contexts, each after its question's first `longest` tokens.
 
-    A context that does not fit goes on in another window, from the last `overlap` tokens of the one before on.
-    labels (N, 2): first and last token of the answer; 0, 0 ([CLS]) if not all of it is in the window, or there is none.
-    Source: transformers' run_qa.py. UserError: too small a length.
+    Each window after a context's first begins with the last `overlap` tokens of the one before. labels (N, 2): first
+    and last token of the answer; 0, 0 ([CLS]) if there is none, or not all of it is in the window. Source:
+    transformers' run_qa.py.
     """
     backend = tokenizer.backend
     least = longest + backend.num_special_tokens_to_add(True) + overlap + 1
@@ -702,8 +686,8 @@ def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
 def best_span(logits, offsets, candidates=20, longest=30):
     """Return (score, start, end) of a window's best answer, characters of the context; score -inf where there is none.
 
-    The score is the sum of the logits (T, 2) of its first and its last token, each among the likeliest `candidates`;
-    it has `longest` tokens at most. Source: postprocess_qa_predictions in transformers' utils_qa.py.
+    Score: the sum of the logits (T, 2) of first and last token, each among the likeliest `candidates`, of `longest`
+    tokens at most. Source: postprocess_qa_predictions in transformers' utils_qa.py.
     """
     first, last = np.argsort(-logits, axis=0, kind="stable")[:candidates].T
     first = first[:, None]
@@ -725,7 +709,7 @@ def prompt(text, extra=""):
 
 
 def docstring(text, test):
-    """Return MBPP's prompt as bigcode-evaluation-harness and InCoder write it: a docstring with the first test."""
+    """Return MBPP's prompt as in InCoder: a docstring with the first test."""
     return f'"""\n{text}\n{test}\n"""\n'
 
 
@@ -782,10 +766,7 @@ def best(row, says, where):
 
 
 def extract_answer(text, answers):
-    """Return the answer in a generated text, "" where there is none.
-
-    answers: words, of which the first that occurs is it, as in LLM-Adapters' evaluation; or a function of the text.
-    """
+    """Return the answer in a text, "" where there is none: the first of the words (LLM-Adapters), or by a function."""
     if callable(answers):
         return answers(text)
     found = re.search("|".join(map(re.escape, answers)), text)
@@ -816,9 +797,8 @@ def last_number(text, reference=False):
 def final_answer(text, reference=False):
     """Return the final answer of a solution to a MATH problem, normalised, "" where there is none.
 
-    It follows the last "The answer is: ", up to a full stop that ends a line, as in MetaMath's eval_math.py; without
-    that phrase, and in MATH's own solutions (reference), it is in the last \\boxed{} or else \\fbox{}, as in the data
-    set's own evaluation, github.com/hendrycks/math.
+    It follows the last "The answer is: ", up to a full stop that ends a line (MetaMath's eval_math.py); without that
+    phrase, and in MATH's own solutions (reference), it is in the last \\boxed{} or else \\fbox{} (hendrycks/math).
     """
     _, phrase, found = text.rpartition("The answer is: ")
     if phrase and not reference:
@@ -924,9 +904,9 @@ def tune(name, file, *sources):
                 tuple(("", *source) for source in sources))
 
 
-def complete(name, file, address, sample, reader=read_instructions, **more):
+def complete(name, file, address, sample, **more):
     """Return the row of a set to generate completions for (eval.py --samples), which another program scores."""
-    return Task(name, "lm", ("perplexity",), reader, (), {"dev": (file,)}, name, (("dev", address, None),),
+    return Task(name, "lm", ("perplexity",), read_instructions, (), {"dev": (file,)}, name, (("dev", address, None),),
                 sample=sample, **more)
 
 
@@ -986,8 +966,7 @@ TASKS = {task.name: task for task in (
     complete("humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
              template=lambda text, more: text.rstrip(), new_tokens=512, stop=CODE),  # "\n    " is one token
     complete("mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",),
-             reader=read_mbpp, template=docstring, new_tokens=512,
-             stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),
+             template=docstring, new_tokens=512, stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),
     complete("alpacaeval", "alpaca_eval.json", HUB + "tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json",
              ("dataset", "instruction", "generator"), output="output", new_tokens=2048, stop=NEXT),
     tune("metamathqa", "MetaMathQA-395K.json", (
@@ -1028,10 +1007,10 @@ TASKS = {task.name: task for task in (
 
 
 def find_task(name, data=None, labels=None):
-    """Return the task with what depends on its files filled in.
+    """Return the task with what depends on its files filled in: labels, and eval_splits of `commonsense`.
 
     labels: an earlier run's Task.labels; without them a task of the user's own gets its training rows' labels, sorted.
-    `commonsense` gets the tests that are there as eval_splits. UserError: unknown name, unreadable training file.
+    UserError: unknown name, unreadable training file.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
@@ -1062,8 +1041,8 @@ def labelled(task, data, split):
 def read(task, data=None, split="train", limit=0):
     """Return the rows of a split ("train" or one of task.eval_splits), the first `limit` of them unless that is 0.
 
-    classify: {text, [pair], label: int}; regress: the same with a float; lm: {prompt, answer} and, where generated
-    answers are scored, {target, answers} for extract_answer; image: {pixels: uint8 (C, H, W) or a Photo, label: int}.
+    classify: {text, [pair], label: int}; regress: the same with a float; lm: {prompt, answer, [target, answers,
+    sample]}; image: {pixels: uint8 (C, H, W) or a Photo, label: int}.
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     if limit < 0:
@@ -1130,16 +1109,12 @@ TOKENIZER_SETTINGS = set("""
 class Tokenizer:
     """A checkpoint's tokenizer (backend: the tokenizers.Tokenizer) and the ids of its special tokens.
 
-    pad_id falls back to eos, unk, 0; eos_ids: all tokens that end a generation; types: the model
-    tells a pair's texts apart.
+    pad_id falls back to eos, unk, 0; eos_ids: all that end a generation; types: the model tells a pair's texts apart.
     """
 
     @classmethod
     def from_folder(cls, folder):
-        """Read tokenizer.json, or vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa, GPT-2), like AutoTokenizer.
-
-        What tokenizer_config.json says rules. UserError: missing or broken files.
-        """
+        """Read tokenizer.json, else vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), like AutoTokenizer."""
         self, path = cls(), Path(folder) / "tokenizer.json"
         about = path.with_name("tokenizer_config.json")
         names, config, generation = (read_settings(path.with_name(name)) for name in (
@@ -1191,7 +1166,7 @@ class Tokenizer:
         return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
-        """Return (ids, types): an int32 array for each text (or pair), truncated to max_length longest first.
+        """Return (ids, types), int32 arrays of each text (or pair), cut to max_length longest first.
 
         special: add the post-processor's tokens, as transformers' tokenizers do by default.
         """
@@ -1212,8 +1187,8 @@ class Tokenizer:
     def encode_answers(self, prompts, answers):
         """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
 
-        Prompt and answer are encoded joined and split where the prompt's own ids end, from which a generation starts.
-        Where these do not begin the joined ids, a merge crosses the boundary, and the answer is encoded apart.
+        Prompt and answer are encoded joined and split where the prompt's own ids end, from which a generation starts;
+        where a merge crosses that boundary, the answer is encoded apart.
         """
         asked = self.encode(prompts, special=False)[0]
         joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
@@ -1224,10 +1199,8 @@ class Tokenizer:
         return asked, said, len(apart)
 
     def decode(self, ids, prompt=()):
-        """Return the text of ids generated after a prompt's ids, without special tokens.
-
-        Decoded together: SentencePiece's decoder drops a space at the start, which indents Python.
-        """
+        """Return the text of ids generated after a prompt's ids, without special tokens."""
+        # decoded together: SentencePiece's decoder drops a space at the start, which indents Python
         before, whole = (self.backend.decode([int(i) for i in part]) for part in (prompt, [*prompt, *ids]))
         return whole[len(before):]
 
@@ -1250,8 +1223,8 @@ def build(path, kind):
         backend.decoder = tokenizers.decoders.ByteLevel()
         return backend
     folder = str(path.parent)
-    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer files, "
-                    "or make it: pip install transformers sentencepiece protobuf, then python -c \"from transformers "
+    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer "
+                    "files, or make it: pip install transformers sentencepiece protobuf, then python -c \"from transformers "
                     f"import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})\"")
 
 
@@ -1343,8 +1316,7 @@ class Split:
 class Processor:
     """Turns rows into Splits with a model's own preprocessing: its tokenizer, or its image settings.
 
-    `folder` holds the model's files; None, for images only, is a model without any. config: the model's, whose tables
-    the tokens must fit.
+    folder: the model's files, None for a model of images without any. config: the model's, whose tables ids must fit.
     """
 
     def __init__(self, task, folder, config):
@@ -1353,19 +1325,15 @@ class Processor:
             self.image = image_settings(folder) if folder else plain_image(*config.image_size)
             return
         self.tokenizer = Tokenizer.from_folder(folder)
-        size, rows = self.tokenizer.backend.get_vocab_size(), config.vocab_size
+        size, rows, pad = self.tokenizer.backend.get_vocab_size(), config.vocab_size, self.tokenizer.pad_id
         if size < rows / 2:
             raise UserError(f"{folder}: the tokenizer has {size} tokens, the model {rows}: it is not this model's, or "
                             "part of it is missing: fetch the tokenizer's files again")
-        pad = self.tokenizer.pad_id
         if pad >= rows:
-            self.tokenizer.pad_id = next((n for n in (self.tokenizer.eos_id,) if n is not None and n < rows), 0)
+            eos = self.tokenizer.eos_id
+            self.tokenizer.pad_id = 0 if eos is None or eos >= rows else eos
             note(f"{folder}: pad token {self.tokenizer.backend.id_to_token(pad)!a} has id {pad}, the model only {rows} "
                  f"embeddings: padding with id {self.tokenizer.pad_id} instead, which is masked anyway")
-
-    def training(self, rows, max_length):
-        """Split of training rows, cut to `max_length`."""
-        return self.encode(rows, max_length)
 
     def evaluation(self, s):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
@@ -1373,11 +1341,11 @@ class Processor:
         splits = {}
         for name in self.task.eval_splits:
             rows = half(read(self.task, s.data, name, s.limit_eval), getattr(s, "eval_half", "all"))
-            splits[name] = self.encode(rows, length)
+            splits[name] = self.training(rows, length)
         return splits
 
-    def encode(self, rows, max_length):
-        """Split of rows. UserError: a row without tokens, an id or a type that the model has no embedding for."""
+    def training(self, rows, max_length):
+        """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
         split = encode(self.task, rows, self.tokenizer, max_length, self.image)
         if self.tokenizer and max_length and max_length > self.tokenizer.longest:
             note(f"{self.folder}: --max-length {max_length} is above the tokenizer's model_max_length, "
@@ -1415,9 +1383,8 @@ def half(rows, which):
 def encode(task, rows, tokenizer=None, max_length=None, image=None):
     """Return the Split of rows; images need image_settings(model folder) instead of a tokenizer.
 
-    Images are read, brought to the model's size and held as uint8 of that size. lm: prompt and answer (see
-    encode_answers), ended with eos. Sequences over max_length lose their tail, as in LLM-Adapters; rows that lose the
-    whole answer are dropped and noted. To generate answers, encode with max_length=None: no row is dropped.
+    lm: prompt and answer (see encode_answers), ended with eos. Sequences over max_length lose their tail, as in
+    LLM-Adapters; rows that lose the whole answer are dropped and noted, none with max_length=None, for generation.
     """
     if task.kind == "image":
         pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
@@ -1455,8 +1422,8 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
 def batches(split, batch_size, seed=0, epoch=0, shuffle=True):
     """Return lists of indices, each index once; lengths within a batch are close. Depends on (seed, epoch) only.
 
-    shuffle: sort by length within random groups of 50 batches, then shuffle the batches; the smaller last batch stays
-    last. Otherwise longest first, so that running out of memory happens at once.
+    shuffle: sort by length within random groups of 50 batches, then shuffle these; the smaller last one stays last.
+    Otherwise longest first, so that running out of memory happens at once.
     """
     lengths, random = np.asarray(split.lengths), np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
@@ -1484,9 +1451,8 @@ def collate(split, indices, pad_to=None, device="cpu"):
 
     pad_to: widths to round up to, for compiled code to see few shapes.
     classify, regress, span: tokens, mask, [types] (B, T); labels (B,) long or float, span: (B, 2) long.
-    image: pixels (B, C, H, W) float.
-    lm: tokens, mask and positions (N,), the flat indices into B * T whose next token is part of an answer; labels (N,)
-    those next tokens: the loss is on answers only.
+    image: pixels (B, C, H, W) float. lm: tokens, mask and positions (N,), the flat indices into B * T whose next token
+    is part of an answer; labels (N,) those next tokens.
     """
     def send(tensor):   # from pinned memory, so that the host does not wait for a GPU and collates the next batch
         tensor = tensor.pin_memory() if str(device).startswith("cuda") else tensor
@@ -1520,10 +1486,7 @@ def prompts(split, indices):
 
 
 class Batches:
-    """The training rows, epoch after epoch in an order that seed and epoch decide, as the forward passes of a step.
-
-    Of several processes each takes its share of every batch.
-    """
+    """The training rows, epoch after epoch, as the passes of a step; of several processes each takes its share."""
 
     saved = ("drawn",)  # batches so far
 
@@ -1569,13 +1532,10 @@ ADALORA_RATES = {"mnli": 5e-4, "qnli": 5e-4, "cola": 8e-4, "qqp": 8e-4, "sst2": 
 def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_ratio=1.5):
     """Return the papers' settings for flags that are not set, and {name: reason} for those that the method decides.
 
-    size is the model's hidden size, rank the one that is set, or None.
-
     Encoders on GLUE: lelora Tables 5 and 6, with rank, alpha, dropout and length, which they leave open, of weightlora
     Table 9. Decoders on GLUE: weightlora Table 10, learning rate and warmup from the middle of its grids. Instructions:
-    lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. SQuAD: its Table 12.
-    Ours: images, the user's own tables, full fine-tuning's and bitfit's learning rates. warmup: a share of all steps,
-    or a number of steps from 1 on.
+    lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. SQuAD: its Table 12. Ours: images,
+    own tables, the rates of full and bitfit. warmup: a share of all steps, or a number of steps from 1 on.
     """
     lr, batch_size, epochs = task.base if size < 1024 else task.large
     chosen = dict(lr=lr, batch_size=batch_size, epochs=epochs, steps=None, warmup=0.06, weight_decay=0.1, rank=8,

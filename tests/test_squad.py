@@ -150,7 +150,7 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
     theirs = loaded["model"].base_model  # without PEFT's class for question answering, which drops token types
     rows, scores = data.read(TASKS[name], tmp_path / "data", "dev"), []
     for row in rows:
-        split, windows = processor.encode([row], 256), []
+        split, windows = processor.training([row], 256), []
         for i in range(len(split)):
             inputs, _ = data.collate(split, [i])
             types = {"token_type_ids": inputs["types"]} if "types" in inputs else {}
