@@ -1,6 +1,7 @@
 """A tiny stand-in for a model, settings and the training loop, so that tests of the policies take no time."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def interrupted_after(step):
 
 
 def whole_and_resumed(flags, folder):
-    """Folders of two runs of 12 steps, the second one interrupted in step 8 and resumed: their adapters are the same."""
+    """Folders of two runs of 12 steps, the second one interrupted in step 8 and resumed: same losses, same adapters."""
     whole, parts = folder / "whole", folder / "parts"
     flags = [*flags, "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6", "--rank", "4",
              "--save-every", "3", "--log-every", "4"]
@@ -142,6 +143,9 @@ def whole_and_resumed(flags, folder):
     with interrupted_after(8):
         program.main([*flags, "--out", str(parts)])
     program.main(["--resume", str(parts)])
+    expected, found = ([json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+                       for run in (whole, parts))
+    assert expected == found
     expected, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     return whole, parts
