@@ -1114,7 +1114,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder):
-        """Read tokenizer.json, else vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), like AutoTokenizer."""
+        """Read tokenizer.json, vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), as AutoTokenizer."""
         self, path = cls(), Path(folder) / "tokenizer.json"
         about = path.with_name("tokenizer_config.json")
         names, config, generation = (read_settings(path.with_name(name)) for name in (
@@ -1223,9 +1223,9 @@ def build(path, kind):
         backend.decoder = tokenizers.decoders.ByteLevel()
         return backend
     folder = str(path.parent)
-    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer "
-                    "files, or make it: pip install transformers sentencepiece protobuf, then python -c \"from transformers "
-                    f"import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})\"")
+    program = f"from transformers import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})"
+    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer files, "
+                    f"or make it: pip install transformers sentencepiece protobuf, then python -c \"{program}\"")
 
 
 def special_tokens(backend, names, kind):

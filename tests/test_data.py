@@ -179,16 +179,13 @@ def test_gsm8k(tmp_path):
 
 
 EXTRACTED = [
-    ("the correct answer is true", ("true", "false"), "true"), ("false, not true", ("true", "false"), "false"),
-    ("True", ("true", "false"), ""), ("", ("true", "false"), ""),
-    ("answer: solution2 because solution1 is", ("solution1", "solution2"), "solution2"),
-    ("answer6 or answer5", TASKS["siqa"].answers, "answer5"), ("ending4", TASKS["hellaswag"].answers, "ending4"),
-    ("option3", TASKS["winogrande"].answers, ""), ("axb a.b", ("a+b", "a.b"), "a.b"),
-    ("#### 18", data.last_number, "18"), ("so $1,234,567.", data.last_number, "1234567"),
-    ("it is $80,000.50.", data.last_number, "80000.5"), ("16 - 3 = 13 left", data.last_number, "13"),
-    ("minus: -$5", data.last_number, "-5"), ("10-4", data.last_number, "4"), ("72.00", data.last_number, "72"),
-    ("0.0", data.last_number, "0"), ("of 1,2,3 the last", data.last_number, "3"), ("about .5", data.last_number, ".5"),
-    ("100", data.last_number, "100"), ("1,000 and 12,34", data.last_number, "34"), ("no number", data.last_number, "")]
+    ("false, not true", ("true", "false"), "false"), ("True", ("true", "false"), ""), ("", ("true", "false"), ""),
+    ("answer6 or answer5", TASKS["siqa"].answers, "answer5"), ("axb a.b", ("a+b", "a.b"), "a.b"),
+    ("so $1,234,567.", data.last_number, "1234567"), ("it is $80,000.50.", data.last_number, "80000.5"),
+    ("16 - 3 = 13 left", data.last_number, "13"), ("minus: -$5", data.last_number, "-5"),
+    ("10-4", data.last_number, "4"), ("72.00", data.last_number, "72"), ("0.0", data.last_number, "0"), ("of 1,2,3 the last", data.last_number, "3"),
+    ("about .5", data.last_number, ".5"), ("100", data.last_number, "100"), ("1,000 and 12,34", data.last_number, "34"),
+    ("no number", data.last_number, "")]
 
 
 @pytest.mark.parametrize("text, answers, expected", EXTRACTED)
@@ -230,12 +227,6 @@ def test_longer_conversations_are_named_once(tmp_path, caplog):
     assert {row["answer"] for row in data.read(TASKS["ultrafeedback"], tmp_path)} == {"R"}
     note = f"{path}: conversations of more than two messages: only prompt and last message are read"
     assert [record.message for record in caplog.records].count(note) == 1
-
-
-def test_at_most_1000_rows_are_held_out(tmp_path):
-    path = write(tmp_path / "big.jsonl", jsonl([{"question": str(i), "answer": str(i)} for i in range(10_050)]))
-    assert len(data.read(TASKS["instructions"], path, "dev")) == 1000
-    assert data.read(TASKS["instructions"], path, "train")[-1]["answer"] == "9049"
 
 
 # ------------------------------------------------------------------- published sets: training, and completions to score
@@ -378,10 +369,9 @@ def test_final_answer(text, expected):
     assert data.final_answer(text) == data.extract_answer(text, data.final_answer) == expected
 
 
-def test_a_reference_solution_has_its_answer_in_a_box():
+def test_a_reference_solution_has_its_answer_in_its_own_place():
     assert data.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
-    assert data.last_number("5 of 7 #### 1,000", reference=True) == "1000"
-    assert data.last_number("5 of 7", reference=True) == ""
+    assert [data.last_number(f"5 of 7{end}", reference=True) for end in (" #### 1,000", "")] == ["1000", ""]
 
 
 def test_allowed_answers_are_those_that_the_prompt_lists():
@@ -757,14 +747,13 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
     """Train a small tokenizer of a kind and write a model folder with it as transformers would find one."""
     models, before, decoders, processors = (
         tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders, tokenizers.processors)
+    train, options = tokenizers.trainers.BpeTrainer, {"vocab_size": 200}
     if kind == "bert":
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer = tokenizers.normalizers.BertNormalizer()
         backend.pre_tokenizer, backend.decoder = before.BertPreTokenizer(), decoders.WordPiece()
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-                   "mask_token": "[MASK]"}
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
         train, config = tokenizers.trainers.WordPieceTrainer, {"model_type": "bert", "type_vocab_size": 2}
-        options = {"vocab_size": 200}
         template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1",
                     "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
     elif kind == "sentencepiece":
@@ -774,8 +763,7 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
         backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                              decoders.Strip(" ", 1, 0)])
         special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        train, config = tokenizers.trainers.BpeTrainer, {"model_type": "llama"}
-        options = {"vocab_size": 200}
+        config = {"model_type": "llama"}
         template = {"single": "<s> $A", "pair": "<s> $A <s>:1 $B:1", "special_tokens": [("<s>", 1)]}
     else:
         backend = tokenizers.Tokenizer(models.BPE())
@@ -784,7 +772,7 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
                    "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
         if kind == "bpe":
             special = {name: special[name] for name in ("bos_token", "eos_token")}
-        train, config = tokenizers.trainers.BpeTrainer, {"model_type": "llama", "eos_token_id": [1, 7]}
+        config = {"model_type": "llama", "eos_token_id": [1, 7]}
         options = {"vocab_size": 400, "initial_alphabet": before.ByteLevel.alphabet()}
         template = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
     names = [token if isinstance(token, str) else token["content"] for token in special.values()]
@@ -1097,10 +1085,6 @@ def test_batches_properties(seed, count, size, shuffle):
         assert [lengths[i] for batch in order for i in batch] == sorted(lengths, reverse=True)
 
 
-def test_batches_of_equal_lengths_are_in_order_without_shuffle():
-    assert data.batches(data.Split("image", [], [64] * 99), 50, shuffle=False) == [[*range(50)], [*range(50, 99)]]
-
-
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
 PAPERS = [
@@ -1358,13 +1342,10 @@ def make_zip(members):
 
 
 def make_tar(members):
-    """A .tar.gz; text is the target of a symbolic link."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as file:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type, info.linkname, content = tarfile.SYMTYPE, content, b""
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -1409,7 +1390,7 @@ def test_every_published_archive_has_a_checksum():
 
 def test_fetch_refuses_another_checksum(tmp_path, mirror):
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
-    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: the file is damaged"):
+    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: it is damaged"):
         data.read(TASKS["cola"])
     assert not leftovers(tmp_path) and not (tmp_path / "cache" / "CoLA" / "train.tsv").exists()
 
@@ -1440,22 +1421,15 @@ def test_unpack_has_a_size_limit(tmp_path, make):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fetch_broken_archive(tmp_path, mirror, monkeypatch):
-    for name in ("cola", "cifar100"):
-        with pytest.raises(UserError, match="a broken or unsafe archive"):
-            data.read(serve(mirror, monkeypatch, name, [b"not an archive"]))
+def test_fetch_cifar(tmp_path, mirror, monkeypatch):
+    with pytest.raises(UserError, match="a broken or unsafe archive"):
+        data.read(serve(mirror, monkeypatch, "cifar100", [b"not an archive"]))
     assert not leftovers(tmp_path)
-
-
-def test_fetch_cifar(mirror, monkeypatch):
-    for bad in ({"cifar-100-binary/train.bin": "/etc/passwd"}, {"../x": b"1"}):
-        with pytest.raises(UserError, match="a broken or unsafe archive"):
-            data.read(serve(mirror, monkeypatch, "cifar100", [make_tar(bad)]))
     raw = cifar([0, 1, 2])[1]
     body = make_tar({"cifar-100-binary/train.bin": raw, "cifar-100-binary/test.bin": raw[:3074]})
     task = serve(mirror, monkeypatch, "cifar100", [body])
     assert [len(data.read(task, None, split)) for split in ("train", "dev")] == [3, 1]
-    assert len(mirror.asked) == 3
+    assert len(mirror.asked) == 2
 
 
 @pytest.mark.parametrize("name", PHOTO_SETS)
@@ -1479,18 +1453,6 @@ def test_fetch_photo_sets(tmp_path, mirror, monkeypatch, name):
     assert mirror.asked.count(last) == 2 and not leftovers(tmp_path)
 
 
-def test_fetch_mrpc_and_gsm8k(mirror, monkeypatch):
-    lines = jsonl([{"question": "a", "answer": "#### 5"}] * 11).encode()
-    task = serve(mirror, monkeypatch, "gsm8k", [lines, lines])
-    assert [row["target"] for row in data.read(task, None, "dev")] == ["5"] * 11
-    text = b"\xef\xbb\xbfQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
-    text += b"1\t2\t3\ta\tb\r\n0\t4\t5\tc\td\r\n1\t6\t7\te\tf\r\n"
-    task = serve(mirror, monkeypatch, "mrpc", [b"4\t5\n", text])
-    assert [row["text"] for row in data.read(task, None, "dev")] == ["c"]
-    with pytest.raises(UserError, match="all labels are '1'"):
-        data.read(task)
-
-
 def test_fetch_a_set_in_several_files(mirror):
     """UltraFeedback: what was fetched before an interruption is not taken for the whole."""
     _, rows, prompts, _ = PUBLISHED["ultrafeedback"]
@@ -1504,14 +1466,6 @@ def test_fetch_a_set_in_several_files(mirror):
     found = [len(data.read(TASKS["ultrafeedback"], None, split)) for split in ("train", "dev")]
     assert sum(found) == 6 * len(prompts)
     assert [mirror.asked.count(address) for address in addresses] == [1, 1, 1, 1, 3, 1]
-
-
-def test_fetch_gzipped_lines(mirror):
-    _, rows, prompts, _ = PUBLISHED["humaneval"]
-    mirror.files[place(TASKS["humaneval"].sources[0][1])] = gzip.compress(jsonl(rows).encode())
-    for _ in range(2):
-        assert [row["prompt"] for row in data.read(TASKS["humaneval"], None, "dev")] == prompts
-    assert len(mirror.asked) == 1
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
@@ -1537,33 +1491,34 @@ REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb",
         ("winogrande", "commonsense"): (0, 1267), ("gsm8k", "."): (7473, 1319)}
 
 
-@pytest.mark.parametrize("name, folder", REAL)
-def test_real_files(name, folder, caplog):
-    """Every row and column of the real files is read; expected outputs contain their own answers."""
+@pytest.fixture
+def shared():
     if not SHARED.is_dir():
         pytest.skip("no ../shared with the real data")
-    task = data.find_task(name, SHARED / folder)
+    return SHARED
+
+
+@pytest.mark.parametrize("name, folder", REAL)
+def test_real_files(name, folder, shared, caplog):
+    """Every row and column of the real files is read; expected outputs contain their own answers."""
+    task = data.find_task(name, shared / folder)
     for split, count in zip(("train", "dev"), REAL[name, folder]):
-        rows = data.read(task, SHARED / folder, split) if count else []
+        rows = data.read(task, shared / folder, split) if count else []
         assert len(rows) == count and "not read" not in caplog.text
         scored = [row for row in rows if "target" in row]
         assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in scored)
 
 
-def test_real_commonsense_together():
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared with the real data")
-    task = data.find_task("commonsense", SHARED / "commonsense")
+def test_real_commonsense_together(shared):
+    task = data.find_task("commonsense", shared / "commonsense")
     assert task.eval_splits == ("boolq", "piqa", "siqa", "winogrande", "arc-e", "arc-c", "obqa")
-    assert len(data.read(task, SHARED / "commonsense")) == 9427 + 4957 + 2251 + 1119
+    assert len(data.read(task, shared / "commonsense")) == 9427 + 4957 + 2251 + 1119
 
 
-def test_real_text_through_a_real_tokenizer():
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared with the real data")
+def test_real_text_through_a_real_tokenizer(shared):
     transformers = pytest.importorskip("transformers")
     folder = checkpoint("minilm")
-    rows = data.read(TASKS["stsb"], SHARED / "glue", "dev", limit=300)
+    rows = data.read(TASKS["stsb"], shared / "glue", "dev", limit=300)
     split = data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder), 32)
     texts = [[row[name] for row in rows] for name in ("text", "pair")]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)(*texts, truncation=True, max_length=32)["input_ids"]
