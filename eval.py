@@ -232,26 +232,33 @@ def log_likelihoods(model, split, batch_size, tokenizer):
 
     That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
-    order, device = sorted(range(len(split)), key=lambda i: -split.starts[i]), next(model.parameters()).device
+    device = next(model.parameters()).device
+    order = sorted(range(len(split)), key=lambda i: -split.starts[i])
     for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, disable=None):
         chosen = order[start:start + batch_size]
-        words, texts = zip(*(data.allowed(split.rows[i]) for i in chosen))
-        answers = [[ids.tolist() for ids in tokenizer.encode_answers([split.rows[i]["prompt"]] * len(row), row)[1]]
-                   for i, row in zip(chosen, texts)]
-        shared = [os.path.commonprefix([ids[:-1] for ids in row]) for row in answers]
-        rest = [[ids[len(begin):] for ids in row] for row, begin in zip(answers, shared)]
-        begun = [[*split.tokens[i][:split.starts[i]], *begin] for i, begin in zip(chosen, shared)]
+        words, begun, rest = [], [], []  # of each row: its answers; the ids that all begin with; those of each answer
+        for i in chosen:
+            allowed, texts = data.allowed(split.rows[i])
+            encoded = tokenizer.encode_answers([split.rows[i]["prompt"]] * len(texts), texts)
+            answers = [ids.tolist() for ids in encoded[1]]
+            shared = os.path.commonprefix([ids[:-1] for ids in answers])
+            words.append(allowed)
+            begun.append([*split.tokens[i][:split.starts[i]], *shared])
+            rest.append([ids[len(shared):] for ids in answers])
         tokens, mask = (t.to(device) for t in data.pad(begun, 0, left=True))
-        (B, T), longest = tokens.shape, max(len(ids) for row in rest for ids in row)
-        cache, mask = models.Cache(model, B, T + longest), F.pad(mask, (0, longest), value=True)
+        B, T = tokens.shape
+        longest = max(len(ids) for row in rest for ids in row)
+        cache = models.Cache(model, B, T + longest)
+        mask = F.pad(mask, (0, longest), value=True)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         ends = torch.arange(1, B + 1, device=device) * T - 1
         first = model(tokens, mask[:, :T], ends, cache, places[:, :T])[:, None]  # (B, 1, V)
         scores = []
         for k in range(max(map(len, rest))):  # a row with fewer answers repeats its last
             ids, real = (t.to(device) for t in data.pad([row[min(k, len(row) - 1)] for row in rest], 0))  # (B, n)
-            cache.length, n, logits = T, ids.shape[1], first
+            n, logits = ids.shape[1], first
             if n > 1:
+                cache.length = T
                 others = model(ids[:, :-1], mask[:, :T + n - 1], None, cache, places[:, T:T + n - 1])
                 logits = torch.cat((first, others), 1)
             each = torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]  # (B, n)

@@ -141,7 +141,8 @@ def plot_steps(plt, runs):
         for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
             for run in group:
                 shown[label] = draw(axis, title, run, number, color=colour)
-        axes[tasks.index(task), 2].set_ylim(bottom=0)
+    for axis in axes[:, 2]:  # after the last curve, since it ends autoscaling
+        axis.set_ylim(bottom=0)
     for key in own:
         draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
         axes[0, 3].legend(fontsize="small")

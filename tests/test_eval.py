@@ -294,6 +294,8 @@ def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     assert curves()["digits-rot90: training loss"] == [[2, 4, 6]] * 6
     assert [steps[-1] for steps in curves()["digits-rot90: accuracy"]] == [6] * 6
     assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
+    budget = drawn["curves.png"].axes[2]
+    assert budget.get_ylim()[0] == 0 and budget.get_ylim()[1] > max(line.get_ydata().max() for line in budget.lines)
     figures.plot(runs / "lora-0")  # which has no numbers of its own
     assert len(curves()) == 3 and "ranks.png" in drawn
     figures.plot(runs / "lelora-0")
