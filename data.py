@@ -424,7 +424,7 @@ def read_image_folder(task, data, split):
                         "with train/<class>/<images>, dev/<class>/<images>")
     for path in sorted(root.glob("*/**/*")):
         if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
-            yield str(path), {"pixels": Photo(path), "label": path.relative_to(root).parts[0]}
+            yield str(path), {"pixels": path, "label": path.relative_to(root).parts[0]}
 
 
 def read_listed(task, data, split):
@@ -435,7 +435,7 @@ def read_listed(task, data, split):
         photo = path.parents[1] / "images" / f"{line}.jpg"
         if task.name == "resisc45":
             photo = path.parent / "NWPU-RESISC45" / label / line
-        yield f"{path} line {number}", {"pixels": Photo(photo), "label": label}
+        yield f"{path} line {number}", {"pixels": photo, "label": label}
 
 
 def read_flowers102(task, data, split):
@@ -447,7 +447,7 @@ def read_flowers102(task, data, split):
         raise UserError(f"{root / 'setid.mat'}: not numbers from 1 to {len(labels)}: fetch the .mat files again")
     for number in chosen.ravel().tolist():
         path = root / "jpg" / f"image_{number:05}.jpg"
-        yield str(path), {"pixels": Photo(path), "label": str(labels[number - 1])}
+        yield str(path), {"pixels": path, "label": str(labels[number - 1])}
 
 
 def read_mat(path):
@@ -473,32 +473,22 @@ def pillow(path):
     return Image, ImageOps
 
 
-class Photo:
-    """An image file, decoded when its pixels are asked for: the rows of a large folder stay small."""
-
-    def __init__(self, path):
-        self.path = path
-
-    @property
-    def shape(self):
-        return np.asarray(self).shape
-
-    def __array__(self, dtype=None, copy=None):
-        """Return uint8 (C, H, W), C 1 or 3, upright. UserError: no image, broken, too large to be one."""
-        try:
-            if self.path.suffix == ".npy":
-                return channels_first(np.load(self.path, allow_pickle=False), self.path)
-            Image, ImageOps = pillow(self.path)
-            with Image.open(self.path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
-                    image = image.convert("RGB")
-                return channels_first(np.asarray(image), self.path)
-        except UserError:
-            raise
-        except Exception as error:  # Pillow raises nearly anything for broken files
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.path}: not an image ({reason}): remove or convert it") from None
+def read_image(path):
+    """Return an image file as uint8 (C, H, W), C 1 or 3, upright. UserError: no image, broken, too large to be one."""
+    try:
+        if path.suffix == ".npy":
+            return channels_first(np.load(path, allow_pickle=False), path)
+        Image, ImageOps = pillow(path)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
+                image = image.convert("RGB")
+            return channels_first(np.asarray(image), path)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything for broken files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not an image ({reason}): remove or convert it") from None
 
 
 def channels_first(pixels, where):
@@ -1042,7 +1032,7 @@ def read(task, data=None, split="train", limit=0):
     """Return the rows of a split ("train" or one of task.eval_splits), the first `limit` of them unless that is 0.
 
     classify: {text, [pair], label: int}; regress: the same with a float; lm: {prompt, answer, [target, answers,
-    sample]}; image: {pixels: uint8 (C, H, W) or a Photo, label: int}.
+    sample]}; image: {pixels: uint8 (C, H, W) or a file's path, label: int}.
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     if limit < 0:
@@ -1224,8 +1214,8 @@ def build(path, kind):
         return backend
     folder = str(path.parent)
     program = f"from transformers import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})"
-    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer files, "
-                    f"or make it: pip install transformers sentencepiece protobuf, then python -c \"{program}\"")
+    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer "
+                    f"files, or make it: pip install transformers sentencepiece protobuf, then python -c \"{program}\"")
 
 
 def special_tokens(backend, names, kind):
@@ -1389,8 +1379,10 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
     if task.kind == "image":
         pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
         for i, row in enumerate(tqdm(rows, "reading images", unit="image", leave=False, delay=1)):
-            where = getattr(row["pixels"], "path", f"{task.name} image {i}")
-            pixels[i] = fit(np.asarray(row["pixels"]), image, where)
+            if isinstance(row["pixels"], Path):     # decoded here: the rows of a large folder stay small
+                pixels[i] = fit(read_image(row["pixels"]), image, row["pixels"])
+            else:
+                pixels[i] = fit(row["pixels"], image, f"{task.name} image {i}")
         labels = torch.tensor([row["label"] for row in rows])
         return Split(task.kind, [], [pixels[0].size] * len(rows), labels, pixels=torch.from_numpy(pixels), image=image)
     if task.kind == "span":
