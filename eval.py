@@ -526,13 +526,17 @@ def card(folder, path, train_rows=None):
 
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
     """
-    folder, (s, labels) = Path(folder), read_run(folder)
+    folder = Path(folder)
+    s, labels = read_run(folder)
     log, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")[-1]
     kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
-    lines = ["---"] + [f"base_model: {json.dumps(base)}"] * bool(on_hub)  # the Hub refuses names that are not its own
+    lines = ["---"]
+    if on_hub:  # the Hub refuses names that are not its own
+        lines.append(f"base_model: {json.dumps(base)}")
+    tags = ["lora", s.method, s.task] if adapter else [s.method, s.task]
     lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[kind][1]}", "tags:"]
-    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(["lora"] * adapter + [s.method, s.task])] + ["---", ""]
+    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)] + ["---", ""]
     name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
     lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
@@ -541,15 +545,14 @@ def card(folder, path, train_rows=None):
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))]
             for key in after if key != "eval_rows"]
     lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
-    trained = "" if train_rows is None else f"Trained on {train_rows:,} rows; evaluated on "
-    lines += [(trained or "Evaluated on ") + f"{after['eval_rows']:,} rows.", ""]
+    trained = "Evaluated" if train_rows is None else f"Trained on {train_rows:,} rows; evaluated"
+    lines += [f"{trained} on {after['eval_rows']:,} rows.", ""]
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
     lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
     shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
              "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
              "limit_train", "limit_eval", "dtype")
-    values = {key: getattr(s, key, None) for key in shown}
-    values["targets"] = ", ".join(s.targets or [])
+    values = {key: getattr(s, key, None) for key in shown} | {"targets": ", ".join(s.targets or [])}
     rows = [[key, value] for key, value in values.items() if value not in (None, "") and value is not False]
     lines += markdown(["setting", "value"], rows)
     if ranks["ranks"]:
@@ -557,8 +560,10 @@ def card(folder, path, train_rows=None):
         rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(image)]
         lines += markdown([f"rank at step {ranks['step']:,}: block", *kinds], rows)
     if adapter and s.init_weights == "random":
-        return "\n".join([*lines, "The base model is no checkpoint: its weights were drawn at random.", ""])
-    return "\n".join([*lines, "```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""])
+        lines += ["The base model is no checkpoint: its weights were drawn at random.", ""]
+    else:
+        lines += ["```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""]
+    return "\n".join(lines)
 
 
 def _loading_code(s, labels, kind, base, adapter, path):
