@@ -325,14 +325,6 @@ def test_published_sets(tmp_path, caplog, name):
             data.read(task, tmp_path, "train")
 
 
-def test_broken_gzip_files(tmp_path):
-    whole = gzip.compress(jsonl(PUBLISHED["humaneval"][1]).encode())
-    for bad in (b"no gzip", whole[:40], whole[:-9] + b"123456789"):
-        write(tmp_path / "HumanEval.jsonl.gz", bad)
-        with pytest.raises(UserError, match="HumanEval.jsonl.gz: a broken archive .*: fetch it again"):
-            data.read(TASKS["humaneval"], tmp_path, "dev")
-
-
 def test_math_as_it_is_in_the_official_archive(tmp_path):
     for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
         row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}
@@ -670,27 +662,26 @@ def test_photos_of_every_mode_and_size(tmp_path):
     assert labels.tolist() == [0, 0]
 
 
-def test_grey_and_colour_become_each_other_as_in_pillow(tmp_path):
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+def test_grey_and_colour_become_each_other_as_in_pillow(tmp_path, channels, mode):
     image = pytest.importorskip("PIL.Image")
-    colour = some_images((16, 16, 3))
-    rows = [{"pixels": colour.transpose(2, 0, 1), "label": 0}]
-    split = data.encode(TASKS["digits"], rows, image=vit(tmp_path, 16, 1))
-    assert np.array_equal(split.pixels[0, 0], image.fromarray(colour).convert("L"))
-    split = data.encode(TASKS["digits"], [{"pixels": colour[None, ..., 0], "label": 0}], image=vit(tmp_path, 16, 3))
-    assert np.array_equal(split.pixels[0], np.stack([colour[..., 0]] * 3))
+    for shape in ((16, 16, 3), (16, 16)):
+        pixels = some_images(shape)
+        rows = [{"pixels": data.channels_first(pixels, "here"), "label": 0}]
+        ours = data.encode(TASKS["digits"], rows, image=vit(tmp_path, 16, channels)).pixels[0]
+        theirs = np.asarray(image.fromarray(pixels).convert(mode))
+        assert np.array_equal(ours, theirs[None] if channels == 1 else theirs.transpose(2, 0, 1))
 
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CROP = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
+SQUARE = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
 PROCESSORS = {
-    "plain": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}},
+    "plain": SQUARE, "fast": {**SQUARE, "image_processor_type": "ViTImageProcessorFast", "resample": 3},
     "old": {"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "resample": 2, **HALF},
-    "fast": {"image_processor_type": "ViTImageProcessorFast", "size": {"height": 24, "width": 24}, "resample": 3},
-    "nearest": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "resample": 0},
-    "raw": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "do_normalize": False},
-    "bytes": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "do_rescale": False},
-    "factor": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24},
-               "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "nearest": {**SQUARE, "resample": 0}, "raw": {**SQUARE, "do_normalize": False},
+    "bytes": {**SQUARE, "do_rescale": False},
+    "factor": {**SQUARE, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 27, "width": 29}, **CROP},
     "deit square": {"image_processor_type": "DeiTImageProcessor", "size": 28, "do_center_crop": True, "crop_size": 24},
 }
@@ -1236,6 +1227,8 @@ BAD = {
     "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
     "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
                 "train.jsonl line 1: answer '', expected a number after ####"),
+    "no gzip": (files("humaneval", {"HumanEval.jsonl.gz": b"no gzip"}, "dev"), "a broken archive .*: fetch it again"),
+    "cut gzip": (files("humaneval", {"HumanEval.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "dev"), "a broken archive"),
     "no box": (published("math", {"problem": "a", "solution": "4"}), r"line 1: answer '', expected one in .boxed"),
     "completions are text": (published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
                              "'completions' is str 'b'"),
