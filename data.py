@@ -517,7 +517,11 @@ def channels_first(pixels, where):
 # image_processor_type -> what its processor does by default
 VIT = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
        "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224}
-PROCESSORS = {"ViT": VIT, "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True}}
+PROCESSORS = {
+    "ViT": VIT,
+    "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True},
+    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
+             "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
 NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
             "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
 
@@ -529,10 +533,10 @@ def plain_image(channels, height, width):
 
 
 def image_settings(folder):
-    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT and DeiT.
+    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
 
-    {size (height, width), channels, resize: (height, width) or None, resample, crop: whether the middle is cut out,
-    scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
+    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop: whether the
+    middle is cut out, scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
     """
     path = Path(folder) / "preprocessor_config.json"
     config, given = read_settings(path.with_name("config.json")), read_settings(path)
@@ -564,7 +568,15 @@ def image_settings(folder):
     check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
     image = plain_image(channels, *target)
     image |= {"resample": steps["resample"], "crop": bool(steps["do_center_crop"])}
-    image["resize"] = pair(steps["size"] or [*target], "size") if steps["do_resize"] else None
+    size = steps["size"] or [*target]
+    if kind == "CLIP" and type(size) is int:
+        size = {"shortest_edge": size}
+    if not steps["do_resize"]:
+        image["resize"] = None
+    elif isinstance(size, dict) and [*size] == ["shortest_edge"]:
+        image["resize"] = pair(size["shortest_edge"], "size")[0]
+    else:
+        image["resize"] = pair(size, "size")
     if image["crop"]:
         check(pair(steps["crop_size"], "crop_size") == target, "crop_size")
     else:
@@ -581,6 +593,9 @@ def fit(pixels, image, where):
         red, green, blue = pixels.astype(np.int64)
         pixels = ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)[None]
     size, (height, width) = image["resize"], image["size"]
+    if type(size) is int:   # the shortest edge
+        tall, wide = pixels.shape[1:]
+        size = (size, int(size * wide / tall)) if tall <= wide else (int(size * tall / wide), size)
     if size and size != pixels.shape[1:]:
         Image, _ = pillow(where)    # torch's filters differ a little
         pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))

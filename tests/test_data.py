@@ -684,6 +684,9 @@ PROCESSORS = {
     "factor": {**SQUARE, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 27, "width": 29}, **CROP},
     "deit square": {"image_processor_type": "DeiTImageProcessor", "size": 28, "do_center_crop": True, "crop_size": 24},
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, **CROP},
+    "clip old": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 26, "crop_size": 24, "do_convert_rgb": True},
+    "clip square": {"image_processor_type": "CLIPImageProcessor", "size": {"height": 24, "width": 24}, **CROP},
 }
 
 
@@ -708,7 +711,7 @@ REFUSED = {
     "resample": {"resample": 1}, "size": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
     "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "offset": {"offset": True},
     "crop_pct": {"crop_pct": 0.9}, "do_flip_channel_order": {"do_flip_channel_order": True},
-    "image_processor_type": {"image_processor_type": "CLIPImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
+    "image_processor_type": {"image_processor_type": "SiglipImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
     "image_std": {"image_std": [0, 1, 1]}, "rescale_factor": {"rescale_factor": "1/255"},
 }
 
