@@ -172,7 +172,7 @@ def find_files(task, data, split):
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
     for folder in (data / task.folder, data):
-        there = {name: sorted(folder.glob(name)) or sorted(folder.glob(name + ".gz")) for name in names}
+        there = {name + end: sorted(folder.glob(name + end)) for name in names for end in ("", ".gz")}
         there = {name: paths for name, paths in there.items() if paths}
         if there:
             first, *others = there
@@ -441,25 +441,26 @@ def read_listed(task, data, split):
 def read_flowers102(task, data, split):
     """Oxford's jpg/image_<number>.jpg, imagelabels.mat and setid.mat; train is trnid, dev the test images, tstid."""
     root = locate(task, data, split)[0].parents[1]
-    labels = get(read_mat(root / "imagelabels.mat"), "labels", root / "imagelabels.mat", np.ndarray).ravel()
-    chosen = get(read_mat(root / "setid.mat"), "trnid" if split == "train" else "tstid", root / "setid.mat", np.ndarray)
+    labels = read_mat(root / "imagelabels.mat", "labels")
+    chosen = read_mat(root / "setid.mat", "trnid" if split == "train" else "tstid")
     if chosen.dtype.kind not in "iu" or chosen.min(initial=1) < 1 or chosen.max(initial=1) > len(labels):
         raise UserError(f"{root / 'setid.mat'}: not numbers from 1 to {len(labels)}: fetch the .mat files again")
-    for number in chosen.ravel().tolist():
+    for number in chosen.tolist():
         path = root / "jpg" / f"image_{number:05}.jpg"
         yield str(path), {"pixels": path, "label": str(labels[number - 1])}
 
 
-def read_mat(path):
-    """Return {name: array} of a MATLAB file."""
+def read_mat(path, name):
+    """Return an array of a MATLAB file, flat."""
     try:
         from scipy.io import loadmat    # the only need for SciPy
     except ImportError:
         raise UserError(f"{path}: reading MATLAB files needs SciPy: pip install scipy") from None
     try:
-        return loadmat(io.BytesIO(read_bytes(path)))
+        arrays = loadmat(io.BytesIO(read_bytes(path)))
     except Exception as error:  # SciPy raises nearly anything for broken files
         raise UserError(f"{path}: no MATLAB file ({' '.join(str(error).split())[:200]}): fetch it again") from None
+    return get(arrays, name, path, np.ndarray).ravel()
 
 
 # -------------------------------------------------------------------------------------------------------------- images

@@ -486,10 +486,11 @@ def test_held_out_rows_of_a_sorted_file(tmp_path, rows):
 def test_a_second_file_of_the_same_name_is_named(tmp_path, caplog):
     write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
     write(tmp_path / "train.tsv", "text\tlabel\nc\tx\nd\ty\n")
+    write(tmp_path / "train.tsv.gz", b"an older one")
     write(tmp_path / "dev.tsv", "text\tlabel\nc\tx\n")
     assert [row["text"] for row in classify(tmp_path)] == ["c", "d"]
     notes = [record.message for record in caplog.records if "is read, not" in record.message]
-    assert notes == [f"{tmp_path}: train.tsv is read, not train.csv"]
+    assert notes == [f"{tmp_path}: train.tsv is read, not train.tsv.gz, train.csv"]
 
 
 def test_own_regression(tmp_path):

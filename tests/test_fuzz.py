@@ -217,7 +217,7 @@ def test_damaged_images(form, place, junk, cut, tmp_path):
     at = int(place * len(whole))
     path = tmp_path / f"1.{form}"
     path.write_bytes(whole[:at] + junk + (b"" if cut else whole[at + len(junk):]))
-    loads_or_says_why(lambda: data.read_mat(path) if form == "mat" else data.read_image(path), UserError)
+    loads_or_says_why(lambda: data.read_mat(path, "labels") if form == "mat" else data.read_image(path), UserError)
 
 
 # ---------------------------------------------------------------------------------------------- adapters, runs
