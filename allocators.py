@@ -89,7 +89,7 @@ class Allocator:
         return 0
 
     def reads_outputs(self):
-        """Whether `penalty` may want the outputs: not the ones below. Without, a language model's are never all kept."""
+        """Whether `penalty` may want the outputs: not the ones below. Else a language model's are never all kept."""
         return type(self).penalty not in (Allocator.penalty, AdaLora.penalty)
 
     def after_backward(self, step):

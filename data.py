@@ -537,7 +537,7 @@ def image_settings(folder):
     """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
 
     {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop: whether the
-    middle is cut out, scale, mean, std}; size and channels are config.json's. UserError names the setting that is not supported.
+    middle is cut out, scale, mean, std}; size and channels are config.json's. UserError names an unsupported setting.
     """
     path = Path(folder) / "preprocessor_config.json"
     config, given = read_settings(path.with_name("config.json")), read_settings(path)

@@ -701,6 +701,7 @@ def main(argv=None):
         help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
     add("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
     add("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
+    add("--random-head", action="store_true", help="evaluate although the head was drawn at random: what chance gives")
     add("--score", choices=("generation", "likelihood"), metavar="X",
         help="score the answers that the model generates, or the likeliest of the allowed ones")
     add("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
@@ -713,8 +714,8 @@ def main(argv=None):
     add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
         help="the model's; default: the run's, else float32")
     args = parser.parse_args(argv)
-    changes = {name: value for name, value in vars(args).items()
-               if value is not None and name not in ("what", "places", "plot", "task", "adapter", "samples")}
+    own = ("what", "places", "plot", "task", "adapter", "samples", "random_head")
+    changes = {name: value for name, value in vars(args).items() if value is not None and name not in own}
     for name, least in (("limit_eval", 0), ("eval_batch_size", 1), ("max_length", 1)):
         if changes.get(name, least) < least:
             flag = name.removeprefix("eval_").replace("_", "-")
@@ -767,9 +768,9 @@ def load_named_model(args, changes):
     model, processor = load(s, task, adapted=args.adapter is not None)
     if args.adapter is not None:
         lora.load_adapter(model, args.adapter)
-    elif model.fresh:
+    elif model.fresh and not args.random_head:
         raise UserError(f"{args.what} has no head trained for {args.task}, its answers would be random: name a model "
-                        "that has one, or train one")
+                        "that has one, train one, or say --random-head")
     return s, task, processor, model
 
 

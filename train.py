@@ -103,7 +103,8 @@ class Settings:
     max_length: int = setting(None, "data", "longest input in tokens; the rest is cut", low=1)
     limit_train: int = setting(0, "data", "use only the first N training rows; 0 = all")
     limit_eval: int = setting(0, "data", "use only the first N evaluation rows; 0 = all")
-    eval_batch_size: int = setting(0, "data", "examples at a time in evaluation; 0 = as in training, on a GPU what fits")
+    eval_batch_size: int = setting(0, "data", "examples at a time in evaluation; 0 = as in training, or what a GPU "
+                                              "holds")
     sample_train: bool = setting(False, "data", "draw the rows of --limit-train by the seed")
     eval_half: str = setting("all", "data", "evaluate on all rows, or on one of two halves drawn once for all: one to "
                                             "tune on, one to report", ("all", "tune", "report"))
@@ -304,7 +305,7 @@ def check(s, policy):
     if s.optimizer == "muon" and s.method in ("full", "bitfit"):
         raise UserError(f"--optimizer muon: is for adapters' A and B, which --method {s.method} has not")
     if s.weights == "int8" and (s.shard or s.method in ("full", "bitfit", "lelora") or s.init != "lora"):
-        raise UserError("--weights int8: is for adapters beside W, on one device: not for --shard, --init or the methods "
+        raise UserError("--weights int8: is for adapters beside W, on one device: not for --shard, --init or methods "
                         "full, bitfit and lelora, which train W or its components")
     evaluation.check_device(s.device)
     if s.shard and not dist.is_initialized():
@@ -837,7 +838,8 @@ class Survival:
         if process_and_count()[0]:
             return
         s, folder = self.s, Path(self.s.out) / "checkpoints" / f"step-{step}"
-        state = lora.state_of(training.allocator, "policy") | lora.state_of(training) | lora.state_of(batches, "batches")
+        state = lora.state_of(training.allocator, "policy") | lora.state_of(training)
+        state |= lora.state_of(batches, "batches")
         state["random.cpu"] = torch.get_rng_state()
         if s.device.startswith("cuda"):
             state["random.cuda"] = torch.cuda.get_rng_state(s.device)
@@ -954,8 +956,8 @@ def run(s):
                 raise
             newest = next(iter(checkpoints(out)), "none yet")
             raise RunError(f"step {training.budget.steps + 1}: out of memory ({str(error).splitlines()[0]}); try "
-                           f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}, --checkpointing or a lower "
-                           f"--max-length; last checkpoint: {newest}") from None
+                           f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}, --checkpointing or a "
+                           f"lower --max-length; last checkpoint: {newest}") from None
         if process and not s.shard:
             return None
         if allocator.layers:

@@ -215,6 +215,8 @@ def test_a_head_of_other_labels_is_named_and_not_evaluated(labels, tmp_path, cap
     with pytest.raises(UserError, match="no head trained for text-classification"):
         evaluation.main([str(tmp_path / "bert"), "--task", "text-classification", "--data", file, "--device", "cpu"])
     assert f"its {len(labels)} outputs ({', '.join(labels)}) are not this task's (bad, good)" in caplog.text
+    evaluation.main([str(tmp_path / "bert"), "--task", "text-classification", "--data", file, "--device", "cpu",
+                     "--random-head"])  # asked for
 
 
 # ---------------------------------------------------------------------------------------------- pictures
