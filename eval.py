@@ -367,7 +367,8 @@ def check_device(device):
 
 def scoring(s, task):
     """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
-    score, samples = getattr(s, "score", "generation"), getattr(s, "samples", None)
+    score = getattr(s, "score", "generation")  # an older run's settings have none, nor those of a plain model
+    samples = getattr(s, "samples", None)
     if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
         raise UserError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
     if task.sample and samples is None:
