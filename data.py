@@ -616,12 +616,6 @@ def per_channel(values, device):
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-def normalise_pixels(pixels, image):
-    """Return uint8 pixels (B, C, H, W) as the floats that the model takes; on a GPU if they are there."""
-    mean, std = (per_channel(image[key], pixels.device) for key in ("mean", "std"))
-    return (pixels * image["scale"] - mean) / std
-
-
 # -------------------------------------------------------------------- SQuAD: questions whose answer is part of a text
 
 def read_squad(task, data, split):
@@ -1467,7 +1461,9 @@ def collate(split, indices, pad_to=None, device="cpu"):
         return tensor.to(device, non_blocking=True)
 
     if split.kind == "image":
-        return {"pixels": normalise_pixels(send(split.pixels[indices]), split.image)}, send(split.labels[indices])
+        mean, std = (per_channel(split.image[key], device) for key in ("mean", "std"))
+        pixels = send(split.pixels[indices]) * split.image["scale"]
+        return {"pixels": (pixels - mean) / std}, send(split.labels[indices])
     tokens, mask = pad([split.tokens[i] for i in indices], split.pad_id, pad_to=pad_to)
     inputs = {"tokens": tokens, "mask": mask}
     if split.kind == "lm":
