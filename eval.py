@@ -747,8 +747,8 @@ def main(argv=None):
 def load_named_run(args, changes):
     """What `load_run` returns for the run that the command line names, here perhaps on another task."""
     s, _ = read_run(args.what)
-    if args.adapter:
-        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter")
+    if args.adapter or args.random_head:
+        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter and --random-head")
     if args.task not in (None, s.task):
         if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
             raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
