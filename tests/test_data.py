@@ -1368,10 +1368,20 @@ COLA_ZIP = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/ori
 
 
 def test_fetch_archive(tmp_path, mirror, monkeypatch):
-    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP)])
+    """Another checksum, then a connection that ends early, then all of it, once."""
+    mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
+    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: it is damaged"):
+        data.read(TASKS["cola"])
+    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)})])
+    mirror.cut.update(mirror.files)
+    with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
+        data.read(task)
+    folder = tmp_path / "cache" / "CoLA"
+    assert not leftovers(tmp_path) and not (folder / "train.tsv").exists()
+    mirror.cut.clear()
     assert len(data.read(task)) == 2 and len(data.read(task, None, "dev")) == 2
-    assert len(mirror.asked) == 1  # the second read finds the files
-    assert sorted(path.name for path in (tmp_path / "cache" / "CoLA").iterdir()) == ["dev.tsv", "original", "train.tsv"]
+    assert len(mirror.asked) == 3 and {path.name for path in folder.iterdir()} == {
+        "dev.tsv", "original", "test.tsv", "train.tsv"}
 
 
 def test_every_published_archive_has_a_checksum():
@@ -1384,23 +1394,6 @@ def test_every_published_archive_has_a_checksum():
     for name in LAYOUTS:
         for _, address, sha256 in TASKS[name].sources:
             assert f"`{address.removeprefix(data.FACEBOOK)}`" in listed and sha256 in listed
-
-
-def test_fetch_refuses_another_checksum(tmp_path, mirror):
-    mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
-    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: it is damaged"):
-        data.read(TASKS["cola"])
-    assert not leftovers(tmp_path) and not (tmp_path / "cache" / "CoLA" / "train.tsv").exists()
-
-
-def test_fetch_interrupted_then_complete(tmp_path, mirror, monkeypatch):
-    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)})])
-    mirror.cut.update(mirror.files)
-    with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
-        data.read(task)
-    assert not leftovers(tmp_path)
-    mirror.cut.clear()
-    assert len(data.read(task)) == 2
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil"])
