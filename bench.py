@@ -61,6 +61,7 @@ class Bench:
     model: str = setting("roberta-base", "what", "short name, Hub id or folder")
     init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
                                 ("random", "checkpoint"))
+    weights: str = setting("float", "what", "int8 = the frozen matrices of the blocks in 8 bits", ("float", "int8"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
     batch_size: int = setting(8, "what", "examples per step", low=1)
     length: int = setting(128, "what", "tokens per example", low=4)
@@ -95,7 +96,7 @@ def base_model(b):
         for file in folder.glob("*.safetensors*") if b.init_weights == "checkpoint" else ():
             (Path(made) / file.name).symlink_to(file.resolve())
         base = models.load(made, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
-                           b.device, b.init_weights, b.seed)
+                           b.device, b.init_weights, b.seed, int8=b.weights == "int8")
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
@@ -965,6 +966,10 @@ def settle(b):
     for method in b.methods or ():
         if method != "dora":
             allocators.policy(method)  # complains about one that is not known
+        if b.weights == "int8" and method in ("lelora", "full", "bitfit"):
+            raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
+    if b.weights == "int8":
+        b.peft = False  # whose 8 bits are another library's
     if not {*b.modes} <= {"eager", "compiled"}:
         raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")
 
