@@ -346,6 +346,23 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(size, expected, w
     assert_same(outcome(out), whole("lora"))
 
 
+def run_out_of_memory(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_running_out_of_memory_is_one_line_with_the_remedy(error, whole, tmp_path):
+    out, err = tmp_path / "run", tmp_path / "err"
+    patch = At("Training.forward_backward", 14, functools.partial(run_out_of_memory, error))
+    assert end(start("--method", "lora", *SHORT, "--out", out, stderr=err, patch=patch)) == 1
+    line = last_line(err.read_text())
+    assert line.startswith("error: step 14: out of memory (") and str(error)[:40] in line
+    assert all(part in line for part in ("--forward-rows 4", "--checkpointing", "step-12", "--resume"))
+    assert end(start("--resume", out, stderr=err)) == 0
+    assert_same(outcome(out), whole("lora"))
+
+
 def test_data_that_vanished_are_named_and_a_resumed_run_waits_for_them(tmp_path, capsys):
     file, out = tmp_path / "mine.npz", tmp_path / "run"
     shutil.copy(ROOT / "assets" / "digits.npz", file)
