@@ -440,7 +440,8 @@ def full_size(watch, method, model, rows, length, rank=32, **flags):
                        weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, compile="off", **flags)
     lm = models.find_config(model, "random")[0].kind == "decoder"
     kind, s.targets = "lm" if lm else "classify", train.default_targets(lm)
-    built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0)
+    built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0,
+                        int8=s.weights == "int8")
     allocator = allocators.policy(method)(built, s, 1000)
 
     def batch(B, T, answers=8):
