@@ -344,7 +344,7 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
     (["speed", "--methods", "nothing"], "choose from"), (["speed", "--batch-size", "0"], "--batch-size 0"),
     (["quick"], "invalid choice"), (["speed", "--modes", "fast"], "eager, compiled"),
     (["inference", "--model", "vit-digits"], "choose a decoder"), (["table", "nothing"], "lalora-table5"),
-    (["table", "lalora-table6", "--small"], "no small version")])
+    (["table", "weightlora-table3", "--small"], "no small version")])
 def test_what_is_refused(flags, message, capsys):
     program = {"inference": inference, "table": tables}.get(flags[0])
     with pytest.raises(SystemExit) as stopped:
