@@ -295,12 +295,13 @@ class Direct(Allocator):
                         and (method == "full" or name.endswith("bias"))]
         if not self.trained:
             raise UserError(f"--method {method}: a {self.model.family} model has no biases to train")
+        self.size = torch.tensor(sum(p.numel() for p in self.trained), dtype=torch.float64, device=self.device)
 
     def parameters(self):
         return self.trained
 
     def budget(self):
-        return torch.tensor(float(sum(p.numel() for p in self.trained)), dtype=torch.float64, device=self.device)
+        return self.size
 
 
 class AdaLora(Allocator):

@@ -239,13 +239,13 @@ def values(t):
 
 
 def tolist(t):
-    """Of a fake tensor: one wait; values as far as they are known, else 0, 1, 2, 0, ... for whole numbers."""
+    """Of a fake tensor: one wait; values as far as they are known, else 0, or what a rebuild tells apart."""
     if t.device.type == "cuda":
         Watch.now_watching.wait("item, tolist or bool")
     with unset_fake_temporarily():
         if getattr(t, "constant", None) is not None:
             return t.constant.tolist()
-        n = torch.arange(t.numel()) % 3 * (Watch.now_watching.phase != "log")
+        n = torch.arange(t.numel()) % 3 * (Watch.now_watching.phase == "rebuild")
         n = n.bool() if t.dtype == torch.bool else n.double() + 1 if t.is_floating_point() else n
         return n.reshape(t.shape).tolist()
 
@@ -311,14 +311,16 @@ def fake_gpu(capacity=math.inf):
                 return wrapped(*args, **kwargs)
         return call
 
-    rebuild = allocators.WeightLora.after_step
+    def rebuilding(policy):  # its one wait is at the end of the warm-up, by design
+        own = policy.after_step
 
-    def after_step(self, step):  # its one wait is at the end of the warm-up, by design
-        return (phase("rebuild", rebuild) if self.own and step >= self.warmup else rebuild)(self, step)
+        def after_step(self, step):
+            return (phase("rebuild", own) if self.own and step >= self.warmup else own)(self, step)
+        return (policy, "after_step", after_step)
 
     patches = [(FakeTensor, "tolist", tolist), (allocators, "singular_windows", plain_windows), (allocators.Policy, "to", move),
                (lora, "state_of", state), (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
-               (torch.Tensor, "pin_memory", lambda t: t), (allocators.WeightLora, "after_step", after_step),
+               (torch.Tensor, "pin_memory", lambda t: t), rebuilding(allocators.WeightLora), rebuilding(allocators.Credit),
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
                (train.Training, "step", phase("step", train.Training.step)), (models, "safe_open", Opened),
                (train.Survival, "save", phase("save", train.Survival.save)), (train, "safe_open", Opened),
@@ -437,7 +439,7 @@ def full_size(watch, method, model, rows, length, rank=32, **flags):
     F.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
                        device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
-                       weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, compile="off", **flags)
+                       weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, lalora_gamma=1.1, compile="off", **flags)
     lm = models.find_config(model, "random")[0].kind == "decoder"
     kind, s.targets = "lm" if lm else "classify", train.default_targets(lm)
     built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0,
