@@ -13,7 +13,6 @@ import copy
 import csv
 import ctypes
 import dataclasses
-import functools
 import gc
 import hashlib
 import importlib.util

@@ -396,8 +396,7 @@ def compare(step, training):
     """Raise RunError unless all processes hold the same parameters, vectors and policy state, by their sums."""
     if process_and_count()[1] == 1:
         return
-    state = lora.state_of(training) | lora.state_of(training.allocator, "policy")
-    state = {name: t for name, t in state.items() if not name.endswith("generator")}
+    state = {name: t for name, t in training.state().items() if not name.endswith("generator")}
     sums = torch.stack([t.detach().sum(dtype=torch.float64).to(training.device) for t in state.values()])
     extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -459,6 +458,18 @@ class Training:
         self.params = self.allocator.parameters() + self.head
         for optimizer, groups in zip(self.optimizers, lora.groups_for(self.s, self.params)):
             lora.follow(optimizer, groups)
+
+    def state(self):
+        """The policy's state and this one's, {name: live tensor}."""
+        return lora.state_of(self.allocator, "policy") | lora.state_of(self)
+
+    def restore(self, state):
+        """Put back what `state` gave: the policy first, which says what adapters there are."""
+        lora.restore(self.allocator, state, "policy")
+        self.allocator.match_adapters()
+        self.allocator.restored()
+        self.follow()
+        lora.restore(self, state)
 
     def forward_backward(self, passes):
         """Leave the gradients of the loss at the layers; returns it, a 0-d tensor."""
@@ -838,8 +849,7 @@ class Survival:
         if process_and_count()[0]:
             return
         s, folder = self.s, Path(self.s.out) / "checkpoints" / f"step-{step}"
-        state = lora.state_of(training.allocator, "policy") | lora.state_of(training)
-        state |= lora.state_of(batches, "batches")
+        state = training.state() | lora.state_of(batches, "batches")
         state["random.cpu"] = torch.get_rng_state()
         if s.device.startswith("cuda"):
             state["random.cuda"] = torch.cuda.get_rng_state(s.device)
@@ -881,12 +891,7 @@ class Survival:
                 say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
         else:
             raise UserError(f"{s.out}: no whole checkpoint in checkpoints/; start the run again without --resume")
-        allocator = training.allocator
-        lora.restore(allocator, state, "policy")
-        allocator.match_adapters()
-        allocator.restored()
-        training.follow()
-        lora.restore(training, state)
+        training.restore(state)
         lora.restore(batches, state, "batches")
         torch.set_rng_state(state["random.cpu"])
         if s.device.startswith("cuda"):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import load, load_file, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lora
 import train as program
 
 
@@ -83,19 +82,15 @@ def train(training, data, first=1, watch=None):
 
 def checkpoint(training):
     """What train.py writes into a checkpoint and finds there again."""
-    state = lora.state_of(training.allocator, "policy") | lora.state_of(training)
+    state = training.state()
     state["random.cpu"] = torch.get_rng_state()
     return load(save({name: t.clone().contiguous() for name, t in state.items()}))
 
 
 def resumed(allocator, state):
-    """The Training of a newly built policy that goes on from `state`, in the order of train.py's resume."""
+    """The Training of a newly built policy that goes on from `state`."""
     training = training_of(allocator)
-    lora.restore(allocator, state, "policy")
-    allocator.match_adapters()
-    allocator.restored()
-    training.follow()
-    lora.restore(training, state)
+    training.restore(state)
     torch.set_rng_state(state["random.cpu"])
     return training
 
