@@ -582,8 +582,9 @@ class Credit(WeightLora):
         share_i = max(credit_i, 0)^power / cost_i
 
     cost_i is what a unit of rank costs: in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". What
-    uniform LoRA of rank r costs is dealt out unit by unit, each to the largest share_i / (units_i + 1) that may have
-    one: at most `credit_cap` r, its own rank, and what is left. Then all start afresh as plain LoRA, at one scale.
+    uniform LoRA of rank r costs, times `credit_share`, is dealt out unit by unit, each to the largest
+    share_i / (units_i + 1) that may have one: at most `credit_cap` r, its own rank, and what is left. Then all start
+    afresh as plain LoRA, at one scale.
     """
 
     saved = ("credit",)
@@ -604,7 +605,8 @@ class Credit(WeightLora):
         costs = self.cost.tolist() if s.credit_budget == "parameters" else [1.0] * len(self.names)
         shares = [max(credit, 0.0) ** s.credit_power / cost for credit, cost in zip(self.credit.tolist(), costs)]
         most = [min(*size, int(s.credit_cap * s.rank)) for size in self.sizes]
-        self.rebuild(dict(zip(self.names, dealt_units(shares, costs, most, s.rank * sum(costs)))))
+        budget = s.credit_share * s.rank * sum(costs)
+        self.rebuild(dict(zip(self.names, dealt_units(shares, costs, most, budget))))
         return True
 
     def log(self):

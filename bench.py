@@ -447,7 +447,8 @@ class Comparison:
     steps: list = setting(None, "rows", "numbers of optimizer steps, as in 250,1000,4000: each row once for each")
     tasks: list = setting(None, "columns", "default: the model's own")
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
-    seeds: int = setting(5, "fairness", "runs of each, with seeds 0, 1, ...", low=1)
+    seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1)
+    first_seed: int = setting(0, "fairness", "the first seed that is reported")
     match_budget: bool = setting(False, "fairness", "choose the other methods' ranks, and alphas in proportion, for "
                                                     "mean trainable parameters within 5 %% of uniform LoRA's")
     tune: str = setting(None, "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it "
@@ -646,7 +647,7 @@ def quality(argv):
         cells, chosen, failed = tune(cells, q)
         free |= {flag.removeprefix("--").replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
-    runs = [cell.again(seed, *half) for cell in cells for seed in range(q.seeds)]
+    runs = [cell.again(seed, *half) for cell in cells for seed in range(q.first_seed, q.first_seed + q.seeds)]
     failed |= make(runs, q)
     done = finished(q)
     about = summarise(runs, done, q.metric, free) | {"chosen": chosen, "failed": failed}

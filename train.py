@@ -169,6 +169,7 @@ class Settings:
     credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
     credit_budget: str = setting("parameters", "credit", "deal out uniform LoRA's parameters, or its units of rank",
                                  ("parameters", "ranks"))
+    credit_share: float = setting(1.0, "credit", "how much of that is dealt out, to go below rank 1", above=0)
     lelora_dims: list = setting(None, "lelora", "candidate dimensions; default 0, powers of 2 up to --rank")
     lelora_locations: list = setting(None, "lelora", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "lelora", "alpha of the reward, the weight of the loss's change (Eq. 4)")
