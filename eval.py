@@ -613,6 +613,9 @@ def summary(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_rows")
 
 
+# ---------------------------------------------------------------------------------------------- pictures
+
+
 def pyplot():
     """matplotlib's pyplot, drawing into files; raises UserError where matplotlib is not installed."""
     try:
@@ -622,6 +625,151 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
+
+
+def read_runs(folders):
+    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
+
+    Of several, what is no run is left out and named. Raises UserError if none is one.
+    """
+    runs = []
+    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
+        if folder.is_file():  # a picture, where runs/* was typed
+            continue
+        try:
+            s, _ = read_run(folder)
+            metrics, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")
+            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
+        except (UserError, OSError):
+            if len(folders) == 1:
+                raise
+            data.note(f"left out, not a run's folder: {folder.name}")
+    if not runs:
+        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
+    return runs
+
+
+def alike(runs, *ignored):
+    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
+    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
+               *ignored}
+    first, varied, groups = {}, set(), {}
+    for run in runs:
+        other = first.setdefault((run.s.task, run.s.method), run.s)
+        varied |= {(run.s.method, key) for key, value in vars(run.s).items() if value != getattr(other, key, value)}
+    for run in runs:
+        label = run.s.method
+        for key, value in vars(run.s).items():
+            if (run.s.method, key) in varied and key not in ignored:
+                name = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
+                value = ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+                label += f", {name} {value}"
+        groups.setdefault((run.s.task, label.replace("$", r"\$")), []).append(run)  # alone, it would start a formula
+
+    def by_size(key):  # 2 before 12
+        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
+
+    return {key: groups[key] for key in sorted(groups, key=by_size)}
+
+
+def save_figures(plt, runs, figures):
+    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
+    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+    return [folder / name for name in figures]
+
+
+def plot(*folders):
+    """Draw one run's curves.png and ranks.png into its folder, or several runs' curves.png into the one that holds all.
+
+    Returns the paths. Raises UserError without matplotlib or without a run.
+    """
+    plt, runs = pyplot(), read_runs(folders)
+    figures = {"curves.png": plot_curves(plt, runs)}
+    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
+        figures["ranks.png"] = plot_ranks(plt, runs[0].ranks)
+    return save_figures(plt, runs, figures)
+
+
+def plot_curves(plt, runs):
+    """Loss, metric, budget and, of one run, the policy's own numbers over steps: a row for each task, a colour for all
+    runs that differ in their seed alone."""
+    groups, shown, own = alike(runs), {}, []
+    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
+    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
+        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
+                 "trainable_params"}
+        own = [key for key in dict.fromkeys(key for line in runs[0].metrics for key in line) if key not in usual]
+    rows, columns = len(tasks), 3 + bool(own)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+
+    def draw(axis, title, run, number, **options):
+        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        x, y = np.reshape(points, (-1, 2)).T
+        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
+
+    for (task, label), group in groups.items():
+        metric = data.TASKS[task].metrics[0]
+        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
+            metric = "loss"  # answers are generated and scored at the end only
+        panels = {f"{task}: training loss": lambda m: m.get("loss"),
+                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
+                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
+        colour = colours[labels.index(label) % len(colours)]
+        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
+            for run in group:
+                shown[label] = draw(axis, title, run, number, color=colour)
+    for axis in axes[:, 2]:  # after the last curve, since it ends autoscaling
+        axis.set_ylim(bottom=0)
+    for key in own:
+        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
+        axes[0, 3].legend(fontsize="small")
+    if len(runs) == 1:
+        s = runs[0].s  # whose names may have dollar signs
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
+    else:
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def plot_ranks(plt, ranks):
+    """The rank of each kind of matrix over blocks and steps, and the final ranks."""
+    kinds, steps = grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
+    history = np.stack([grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
+    top = max(1, np.nanmax(history))
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
+    for axis, kind, image in zip(axes, kinds, history.T):
+        axis.set_title(kind)
+        heat(axis, image, "step", top, edges=[0, *steps])
+    axes[-1].set_title(f"final ranks (step {steps[-1]})")
+    shown = heat(axes[-1], history[-1], "matrix", top, kinds)
+    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
+    return figure
+
+
+def heat(axis, image, x, top, names=(), edges=None):
+    """A heat map of numbers (blocks, columns) from 0 to `top`, which it returns for a colour bar.
+
+    Columns have `names`, and their numbers are written in unless they are many; or else `edges`, on a scale.
+    """
+    blocks, columns = image.shape
+    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
+    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, vmin=0, vmax=top)
+    axis.set(xlabel=x, ylabel="block")
+    axis.invert_yaxis()
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    if names:
+        axis.set_xticks(range(columns), names, rotation=45 * (len("".join(map(str, names))) > 16))
+    for row, column in np.argwhere(~np.isnan(image)) if names and image.size <= 120 else ():
+        number = image[row, column]
+        axis.text(column, row, f"{number.round(2):g}", ha="center", va="center", fontsize="small",
+                  color="white" if number < 0.6 * top else "black")
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -722,8 +870,7 @@ def main(argv=None):
             flag = name.removeprefix("eval_").replace("_", "-")
             raise UserError(f"--{flag} {changes[name]}: must be at least {least}")
     if args.plot:
-        from papers import figures
-        print(to_json({"plots": [str(path) for path in figures.plot(args.what, *args.places)]}))
+        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
         return
     if args.what == "merge":
         if len(args.places) != 2 or args.task or args.adapter or changes.keys() - {"device", "dtype"}:

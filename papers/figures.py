@@ -1,4 +1,4 @@
-"""Pictures of runs (`eval.py --plot`), and the papers' figures: over methods, tasks and seeds, of which they are means.
+"""The papers' figures, over methods, tasks and seeds, of which they are means (pictures of a run: eval.py --plot).
 
     python papers/figures.py runs/quality/*      # drawn into runs/quality/
 
@@ -16,181 +16,18 @@ on stdout is one JSON object.
 
 import json
 import math
-import os
 import re
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import eval as evaluation
 import lora
+from eval import Parser, alike, command, grid, heat, pyplot, read_runs, save_figures, to_json
 from model import UserError
-
-
-# ---------------------------------------------------------------------------------------------- runs
-
-
-def read_runs(folders):
-    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
-
-    Of several, what is no run is left out and named. Raises UserError if none is one.
-    """
-    runs = []
-    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
-        if folder.is_file():  # a picture, where runs/* was typed
-            continue
-        try:
-            s, _ = evaluation.read_run(folder)
-            metrics, ranks = evaluation.read_log(folder / "metrics.jsonl"), evaluation.read_log(folder / "ranks.jsonl")
-            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
-        except (UserError, OSError):
-            if len(folders) == 1:
-                raise
-            data.note(f"left out, not a run's folder: {folder.name}")
-    if not runs:
-        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
-    return runs
-
-
-def alike(runs, *ignored):
-    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
-    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
-               *ignored}
-
-    def shown(value):
-        return ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
-
-    tried = {}  # (task, method, setting) -> the values that occur
-    for run in runs:
-        for key, value in vars(run.s).items():
-            tried.setdefault((run.s.task, run.s.method, key), set()).add(shown(value))
-    varied = {(method, key) for (_, method, key), values in tried.items() if len(values) > 1 and key not in ignored}
-    groups = {}
-    for run in runs:
-        label = [run.s.method]
-        for key, value in vars(run.s).items():
-            if (run.s.method, key) in varied:
-                key = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
-                label.append(f"{key} {shown(value)}")
-        label = ", ".join(label).replace("$", r"\$")  # a dollar sign alone would start a formula
-        groups.setdefault((run.s.task, label), []).append(run)
-
-    def by_size(key):  # 2 before 12
-        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
-
-    return {key: groups[key] for key in sorted(groups, key=by_size)}
-
-
-def save_figures(plt, runs, figures):
-    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
-    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
-    return [folder / name for name in figures]
-
-
-# ---------------------------------------------------------------------------------------------- over steps
-
-
-def plot(*folders):
-    """Draw one run's pictures into its folder, or several runs' into the folder that holds them; returns their paths.
-
-    curves.png has loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task, a
-    colour for all runs that differ in their seed alone. ranks.png, of one run, has the rank of each kind of matrix over
-    blocks and steps, and the final ranks. Raises UserError without matplotlib or without a run.
-    """
-    plt, runs = evaluation.pyplot(), read_runs(folders)
-    figures = {"curves.png": plot_steps(plt, runs)}
-    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
-        figures["ranks.png"] = plot_ranks(plt, runs[0].ranks)
-    return save_figures(plt, runs, figures)
-
-
-def plot_steps(plt, runs):
-    groups, shown, own = alike(runs), {}, []
-    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
-    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
-        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
-                 "trainable_params"}
-        own = [key for key in {key: None for line in runs[0].metrics for key in line} if key not in usual]
-    rows, columns = len(tasks), 3 + bool(own)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
-    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
-
-    def draw(axis, title, run, number, **options):
-        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        x, y = np.reshape(points, (-1, 2)).T
-        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
-
-    for (task, label), group in groups.items():
-        metric = data.TASKS[task].metrics[0]
-        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
-            metric = "loss"  # answers are generated and scored at the end only
-        panels = {f"{task}: training loss": lambda m: m.get("loss"),
-                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
-                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
-        colour = colours[labels.index(label) % len(colours)]
-        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
-            for run in group:
-                shown[label] = draw(axis, title, run, number, color=colour)
-    for axis in axes[:, 2]:  # after the last curve, since it ends autoscaling
-        axis.set_ylim(bottom=0)
-    for key in own:
-        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
-        axes[0, 3].legend(fontsize="small")
-    if len(runs) == 1:
-        s = runs[0].s  # whose names may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
-    else:
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
-    return figure
-
-
-def plot_ranks(plt, ranks):
-    kinds, steps = evaluation.grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
-    history = np.stack([evaluation.grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
-    top = max(1, np.nanmax(history))
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
-    for i, kind in enumerate(kinds):
-        axes[i].set_title(kind)
-        shown = heat(axes[i], history[:, :, i].T, "step", [0, *steps], vmin=0, vmax=top)
-    axes[-1].set_title(f"final ranks (step {steps[-1]})")
-    heat(axes[-1], history[-1], "matrix", kinds=kinds, vmin=0, vmax=top)
-    write_numbers(axes[-1], history[-1], 0.6 * top)
-    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
-    return figure
-
-
-def heat(axis, image, x, edges=None, kinds=(), **options):
-    """A heat map (blocks, columns), for a colour bar; `edges` are the columns' limits, by default around 0, 1, ..."""
-    blocks, columns = image.shape
-    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
-    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, **options)
-    axis.set(xlabel=x, ylabel="block")
-    axis.invert_yaxis()
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    if kinds:
-        axis.set_xticks(range(len(kinds)), kinds, rotation=45 * (len("".join(map(str, kinds))) > 16))
-    return shown
-
-
-def write_numbers(axis, image, bright):
-    """Write the numbers into a heat map's cells, unless they are too many; in white where they are below `bright`."""
-    for row, column in np.ndindex(image.shape) if image.size <= 120 else []:
-        if not np.isnan(image[row, column]):
-            axis.text(column, row, f"{image[row, column]:.2f}".rstrip("0").rstrip("."), ha="center", va="center",
-                      fontsize="small", color="white" if image[row, column] < bright else "black")
-
-
-# ---------------------------------------------------------------------------------------------- the papers' figures
 
 
 def finished(folders):
@@ -218,7 +55,7 @@ def finished(folders):
 
 def draw(folders):
     """Draw all figures there are data for into the innermost folder that holds all the runs; returns their paths."""
-    plt, runs = evaluation.pyplot(), finished(folders)
+    plt, runs = pyplot(), finished(folders)
 
     def of(*methods):
         return [run for run in runs if run.s.method in methods]
@@ -226,10 +63,9 @@ def draw(folders):
     def several_seeds(groups):
         return {key: group for key, group in groups.items() if len(group) > 1}
 
-    figures = {}
-    figures["quality.png"] = plot_curves(
+    figures = {"quality.png": plot_points(
         plt, alike(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
-        "trainable parameters, mean over steps", lambda run: run.quality, log=True)
+        "trainable parameters, mean over steps", lambda run: run.quality, log=True)}
     selecting = [run for run in of("weightlora", "weightlora+", "random") if run.kept]
     for name, figure, groups in (
             ("ranks.png", plot_final_ranks, alike([run for run in runs if run.final])),
@@ -240,7 +76,7 @@ def draw(folders):
         if groups:
             figures[name] = figure(plt, groups)
     if selecting:
-        figures["memory.png"] = plot_curves(
+        figures["memory.png"] = plot_points(
             plt, alike(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
             "adapters kept", lambda run: run.costs)
     figures = {name: figure for name, figure in figures.items() if figure}
@@ -270,7 +106,7 @@ def panels(plt, keys, width, height):
     return figure, axes
 
 
-def plot_curves(plt, groups, x, xlabel, values, log=False):
+def plot_points(plt, groups, x, xlabel, values, log=False):
     """The numbers values(run) over x(run): a panel per task and number, a curve per label, a point per rank and K."""
     curves = {}  # (task, name of the number) -> label -> the run's point -> [(x, value)]
     for (task, label), group in groups.items():
@@ -306,13 +142,12 @@ def mean_ranks(runs):
 
 
 def plot_final_ranks(plt, groups):
-    grids = [evaluation.grid(mean_ranks(runs)) for runs in groups.values()]
-    top = max(1, *(np.nanmax(grid) for grid, _ in grids))
-    blocks, kinds = np.max([grid.shape for grid, _ in grids], 0)
+    grids = [grid(mean_ranks(runs)) for runs in groups.values()]
+    top = max(1, *(np.nanmax(image) for image, _ in grids))
+    blocks, kinds = np.max([image.shape for image, _ in grids], 0)
     figure, axes = panels(plt, list(groups), max(2, 0.45 * kinds), max(3.2, 0.17 * blocks + 1))
-    for axis, (grid, kinds) in zip(axes, grids):
-        shown = heat(axis, grid, "", kinds=kinds, vmin=0, vmax=top)
-        write_numbers(axis, grid.round(1), 0.6 * top)
+    for axis, (image, kinds) in zip(axes, grids):
+        shown = heat(axis, image.round(1), "", top, kinds)
     figure.colorbar(shown, ax=axes, label="mean final rank", fraction=0.02)
     return figure
 
@@ -340,7 +175,7 @@ def sparsity(folder, blocks, epsilon=1e-4):
 def plot_sparsity(plt, groups):
     figure, axes = panels(plt, list(groups), 3.8, 3.4)
     for axis, runs in zip(axes, groups.values()):
-        ranks = np.nanmean(evaluation.grid(mean_ranks(runs))[0], 1)  # (blocks,)
+        ranks = np.nanmean(grid(mean_ranks(runs))[0], 1)  # (blocks,)
         axis.bar(range(len(ranks)), ranks, color="0.75")
         axis.set(xlabel="block", ylabel="final rank (bars)")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -359,8 +194,7 @@ def plot_selection(plt, groups):
     figure, axes = panels(plt, list(groups), 2.6, 3)
     for axis, runs in zip(axes, groups.values()):
         image, seeds = jaccard([run.kept for run in runs]), [run.s.seed for run in runs]
-        shown = heat(axis, image, "seed", kinds=seeds, vmin=0, vmax=1)
-        write_numbers(axis, image, 0.6)
+        shown = heat(axis, image, "seed", 1, seeds)
         axis.set(yticks=range(len(seeds)), yticklabels=seeds, ylabel="seed")
     figure.colorbar(shown, ax=axes, label="Jaccard similarity", fraction=0.02)
     return figure
@@ -387,7 +221,7 @@ def plot_choices(plt, groups):
     figure, axes = panels(plt, [(f"{label}, {task}", title) for task, label in groups for title in columns], 4, 3.2)
     for row, runs in zip(np.reshape(axes, (-1, 5)), groups.values()):
         lines = [line for run in runs for line in run.ranks]
-        blocks = len(evaluation.grid(lines[-1]["ranks"])[0])
+        blocks = len(grid(lines[-1]["ranks"])[0])
 
         def depth(name):
             return ("front", "middle", "back")[3 * int(name.split(".")[1]) // blocks]
@@ -434,12 +268,12 @@ def mean_curves(axis, points, parts):
 
 def main(argv=None):
     """Parse the command line, draw, print the paths as one line of JSON."""
-    parser = evaluation.Parser(__doc__.split("\n\n")[0], "RUN ...")
+    parser = Parser(__doc__.split("\n\n")[0], "RUN ...")
     parser.add_argument("runs", metavar="RUN", nargs="+",
                         help="folders that train.py wrote; what is no run is left out")
     args = parser.parse_args(argv)
-    print(evaluation.to_json({"figures": [str(path) for path in draw(args.runs)]}))
+    print(to_json({"figures": [str(path) for path in draw(args.runs)]}))
 
 
 if __name__ == "__main__":
-    evaluation.command(main)
+    command(main)

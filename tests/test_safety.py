@@ -392,5 +392,4 @@ def test_names_with_dollar_signs_can_be_plotted(run, tmp_path):
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     settings["settings"]["model"] = "/x/a$\\frac{$b"
     (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
-    from papers import figures
-    assert all(path.exists() for path in figures.plot(tmp_path / "run"))
+    assert all(path.exists() for path in evaluation.plot(tmp_path / "run"))
