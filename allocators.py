@@ -9,7 +9,6 @@ drives every policy in the same way and does not know which one it is:
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import lora
-from model import UserError, cache_folder
+from model import UserError, cache_folder, own_module
 
 
 class Allocator:
@@ -837,17 +836,12 @@ METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static,
 
 def policy(method):
     """The class of a method: a name in METHODS, or `file.py:Class` for one in a file of your own; raises UserError."""
-    file, colon, name = method.rpartition(":")
     if method in METHODS:
         return METHODS[method]
-    if not colon:
+    if ":" not in method:
         raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, or name my_policy.py:MyPolicy")
-    if not Path(file).is_file():
-        raise UserError(f"--method {method}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, name = own_module("--method", method)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Allocator)):
-        raise UserError(f"--method {method}: {file} has no class {name} that is an allocators.Allocator")
+        raise UserError(f"--method {method}: the file has no class {name} that is an allocators.Allocator")
     return found

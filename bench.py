@@ -481,7 +481,7 @@ class Run:
             raise UserError("--out and --resume are the comparison's own; leave them out")
         self.settings = changed(vars(self.s))
         self.key = json.dumps(self.settings, sort_keys=True)
-        self.source = evaluation.source_hash(self.s.method)
+        self.source = evaluation.source_hash(self.s.method, self.s.task)
         content = hashlib.sha256((self.key + self.source).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
 
@@ -542,7 +542,8 @@ def finished(q, old=False):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
             line.setdefault("settled", line["settings"])
-            line["old"] = line.get("source") != evaluation.source_hash(line["settings"].get("method", "lora"))
+            told = line["settings"]
+            line["old"] = line.get("source") != evaluation.source_hash(told.get("method", "lora"), told.get("task"))
             key = json.dumps(line["settings"], sort_keys=True)
             if key not in lines or not line["old"]:
                 lines[key] = line
@@ -783,7 +784,7 @@ def scores(runs, done, metric=None):
         for task, numbers in run.numbers(done[run.key]).items() if run.key in done else ():
             if metric and metric not in numbers:
                 raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
-            known = [name for name in (*data.TASKS[task].metrics, "loss") if name in numbers]
+            known = [name for name in (*data.task_row(task).metrics, "loss") if name in numbers]
             if known:  # else another program scores the task
                 metrics[task] = metrics[task] or known[0]
                 value = numbers.get(metrics[task])

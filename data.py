@@ -35,7 +35,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from model import UserError, cache_folder
+from model import UserError, cache_folder, own_module
 
 
 note = functools.cache(logging.getLogger("data").warning)  # to stderr, each distinct message once per process
@@ -1006,16 +1006,29 @@ TASKS = {task.name: task for task in (
 )}
 
 
+def task_row(name):
+    """Return the Task of that name in TASKS, or of `my_tasks.py:NAME`: a Task in a file of your own, by either name."""
+    if name in TASKS:
+        return TASKS[name]
+    if ":" not in name:
+        close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
+        raise UserError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}, or name one in a "
+                        "file: my_tasks.py:MY_TASK")
+    module, wanted = own_module("--task", name)
+    there = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
+    for key, task in there.items():
+        if wanted in (key, task.name):
+            return task
+    raise UserError(f"--task {name}: the file has no data.Task {wanted}: define it, or name one of {[*there]}")
+
+
 def find_task(name, data=None, labels=None):
-    """Return the task with what depends on its files filled in: labels, and eval_splits of `commonsense`.
+    """Return task_row(name) with what depends on its files filled in: labels, and eval_splits of `commonsense`.
 
     labels: an earlier run's Task.labels; without them a task of the user's own gets its training rows' labels, sorted.
     UserError: unknown name, unreadable training file.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
-        raise UserError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}")
-    task = TASKS[name]
+    task = task_row(name)
     if name == "commonsense":
         there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
         return replace(task, eval_splits=there or COMMONSENSE)

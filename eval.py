@@ -530,17 +530,18 @@ def card(folder, path, train_rows=None):
     folder = Path(folder)
     s, labels = read_run(folder)
     log, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")[-1]
-    kind, adapter, base = data.TASKS[s.task].kind, (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
+    task, adapter, base = data.task_row(s.task), (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
     lines = ["---"]
     if on_hub:  # the Hub refuses names that are not its own
         lines.append(f"base_model: {json.dumps(base)}")
-    tags = ["lora", s.method, s.task] if adapter else [s.method, s.task]
-    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[kind][1]}", "tags:"]
+    tags = ["lora", s.method, task.name] if adapter else [s.method, task.name]
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[task.kind][1]}",
+              "tags:"]
     lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)] + ["---", ""]
     name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
-    lines += [f"# {s.method} on {s.task}, from {fence} {name} {fence}", ""]
+    lines += [f"# {s.method} on {task.name}, from {fence} {name} {fence}", ""]
 
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))]
@@ -563,7 +564,7 @@ def card(folder, path, train_rows=None):
     if adapter and s.init_weights == "random":
         lines += ["The base model is no checkpoint: its weights were drawn at random.", ""]
     else:
-        lines += ["```python", *_loading_code(s, labels, kind, base, adapter, path), "```", ""]
+        lines += ["```python", *_loading_code(s, labels, task.kind, base, adapter, path), "```", ""]
     return "\n".join(lines)
 
 
@@ -714,11 +715,12 @@ def plot_curves(plt, runs):
         return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
 
     for (task, label), group in groups.items():
-        metric = data.TASKS[task].metrics[0]
+        row = data.task_row(task)
+        metric = row.metrics[0]
         if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
             metric = "loss"  # answers are generated and scored at the end only
-        panels = {f"{task}: training loss": lambda m: m.get("loss"),
-                  f"{task}: {metric}": lambda m: m.get("eval", {}).get(metric),
+        panels = {f"{row.name}: training loss": lambda m: m.get("loss"),
+                  f"{row.name}: {metric}": lambda m: m.get("eval", {}).get(metric),
                   "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
         colour = colours[labels.index(label) % len(colours)]
         for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
@@ -731,7 +733,7 @@ def plot_curves(plt, runs):
         axes[0, 3].legend(fontsize="small")
     if len(runs) == 1:
         s = runs[0].s  # whose names may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {s.task}, seed {s.seed}", parse_math=False)
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {row.name}, seed {s.seed}", parse_math=False)
     else:
         figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
     return figure
@@ -822,11 +824,11 @@ def to_json(value, indent=None):
 
 
 @functools.cache
-def source_hash(method):
-    """SHA-256 of the program's source, all *.py beside this file, and of the method's if that is a `file.py:Class`."""
-    own = Path(method.partition(":")[0]).expanduser()
+def source_hash(method, task=None):
+    """SHA-256 of the program's source, all *.py beside this file, and of the method's and task's own `file.py:Name`."""
+    own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
     digest = hashlib.sha256()
-    for file in [*sorted(Path(__file__).parent.glob("*.py")), *[own] * own.is_file()]:
+    for file in [*sorted(Path(__file__).parent.glob("*.py")), *filter(Path.is_file, own)]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -848,7 +850,8 @@ def main(argv=None):
         help="merge: write a run's merged model to OUT; --plot: more runs to compare")
     add("--plot", action="store_true",
         help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
-    add("--task", metavar="X", help="task of an untouched model; default: the one a run was trained on")
+    add("--task", metavar="X",
+        help="task of an untouched model, or my_tasks.py:MY_TASK; default: the one a run was trained on")
     add("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     add("--random-head", action="store_true", help="evaluate although the head was drawn at random: what chance gives")
     add("--score", choices=("generation", "likelihood"), metavar="X",
@@ -883,12 +886,15 @@ def main(argv=None):
         changes["samples"] = []
         if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
+    if ":" in (args.task or ""):
+        args.task = os.path.abspath(args.task)  # as a run's settings have it
     is_run = (Path(args.what) / "run.json").exists()
     s, task, processor, model = (load_named_run if is_run else load_named_model)(args, changes)
     metrics = evaluate_loaded(s, task, processor, model)
     if args.samples:
         write_samples(args.samples, s.samples, Path(args.what).resolve().name)
-    print(to_json({"task": s.task, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed, **metrics}))
+    print(to_json({"task": task.name, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed,
+                   **metrics}))
 
 
 def load_named_run(args, changes):
@@ -897,7 +903,7 @@ def load_named_run(args, changes):
     if args.adapter or args.random_head:
         raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter and --random-head")
     if args.task not in (None, s.task):
-        if {data.TASKS[s.task].kind, data.find_task(args.task, args.data).kind} != {"lm"}:
+        if {data.task_row(s.task).kind, data.task_row(args.task).kind} != {"lm"}:
             raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
         changes = {"task": args.task, "data": None} | changes
     return load_run(args.what, changes)

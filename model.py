@@ -5,6 +5,7 @@ In every block the projections that can be adapted are called  query key value o
 
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -32,6 +33,18 @@ note = functools.cache(logging.getLogger("model").warning)  # to stderr, each di
 def cache_folder():
     """The folder for what is fetched or computed once: $RANKS_CACHE, else ~/.cache/adaptive-lora."""
     return Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora")
+
+
+@functools.cache
+def own_module(flag, place):
+    """(module, name) of `file.py:Name`, a place in a Python file of the user's own, which runs; UserError: no file."""
+    file, _, name = place.rpartition(":")
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError(f"{flag} {place}: there is no file {file}; name it as in my_file.py:Name")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, name
 
 
 @contextlib.contextmanager

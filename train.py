@@ -4,6 +4,7 @@
     python train.py --method lelora --model llama2-7b            # any method, any model
     python train.py --method lora --model roberta-base --task cola --data glue/
     python train.py --method my_policy.py:MyPolicy               # a policy in a file of your own
+    python train.py --task my_tasks.py:MY_TASK --data mine/      # a task in one, see data.Task
     torchrun --nproc-per-node 8 train.py --model llama3-8b       # the same numbers on 8 GPUs; --shard: FSDP
 
 Progress goes to stderr; the last line on stdout is one JSON object with the result.
@@ -62,7 +63,8 @@ class Settings:
     method: str = setting("lora", "what", "who decides the ranks, or a baseline: " + ", ".join(allocators.METHODS)
                           + ", or my_policy.py:MyPolicy")
     model: str = setting("vit-digits", "what", "short name, Hub id or folder with config.json and *.safetensors")
-    task: str = setting(None, "what", "task name; default by model family (digits-rot90, cola, commonsense)")
+    task: str = setting(None, "what", "task name, or my_tasks.py:MY_TASK; default by model family (digits-rot90, "
+                        "cola, commonsense)")
     data: str = setting(None, "what", "folder or file with the task's data; default: the cache, fetched if absent")
     out: str = setting(None, "what", "run folder; default runs/METHOD-MODEL-TASK-SEED")
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
@@ -270,7 +272,7 @@ def settle(s, config):
     if s.compile == "auto":
         s.compile = "on" if cuda else "off"
     if not s.out:
-        stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{s.task}-{s.seed}"
+        stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}"
         names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
         s.out = next(name for name in names if not Path(name).exists())
     check(s, policy)
@@ -667,7 +669,7 @@ def train(training, batches, task, alive, evaluate, log):
     forget_peak_memory(s.device)
     model.train()
     with alive.until_a_signal(), tqdm(
-            total=steps, initial=done, desc=f"{s.method} {s.task}", unit="step", dynamic_ncols=True,
+            total=steps, initial=done, desc=f"{s.method} {task.name}", unit="step", dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
         for step in range(done + 1, steps + 1):
             if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
@@ -1046,7 +1048,7 @@ def set_up(s, alive):
         alive.claim()
         alive.begin({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": versions(),
                      "device": device_name(s.device), "command": shlex.join(sys.argv), "commit": commit(),
-                     "source": evaluation.source_hash(s.method)})
+                     "source": evaluation.source_hash(s.method, s.task)})
     trainable, all_of_them = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
         f"{trainable:,} trainable of {all_of_them:,} parameters, {s.dtype} on {device_name(s.device)}; "
@@ -1131,8 +1133,9 @@ def main(argv=None):
             setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     if os.path.isdir(os.path.expanduser(s.model)):
         s.model = os.path.abspath(os.path.expanduser(s.model))
-    if ":" in s.method:
-        s.method = os.path.abspath(s.method)  # with :Class at its end
+    for name in ("method", "task"):
+        if ":" in (getattr(s, name) or ""):
+            setattr(s, name, os.path.abspath(getattr(s, name)))  # with :Name at its end
     try:
         with on_signal(stop_at_once), processes():
             print(evaluation.to_json(run(s)))

@@ -36,7 +36,7 @@ def finished(folders):
     for run in read_runs(folders):
         try:
             result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
-            metric, last = data.TASKS[run.s.task].metrics[0], run.ranks[-1]
+            metric, last = data.task_row(run.s.task).metrics[0], run.ranks[-1]
             metric = metric if metric in result else "loss"
             kept = last["ranks"]
             if "omega" in last:

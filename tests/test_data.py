@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import TASKS  # noqa: E402
 from model import UserError  # noqa: E402
+from tiny import interrupted_after  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -1122,6 +1123,70 @@ def test_hyperparameters_are_complete(family, size, method):
     for task in TASKS.values():
         found, _ = data.hyperparameters(task, family, size, method)
         assert set(found) == keys and (found["epochs"] is None) != (found["steps"] is None) and 0 < found["lr"] < 0.01
+
+
+# --------------------------------------------------------------------------------------------- tasks in a user's file
+
+OWN_TASK = """
+from dataclasses import replace
+from data import TASKS, Task, own, read_texts
+from data import read_arrays as read
+LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"))
+NEAR = replace(TASKS["digits-rot90"], name="digits-near", base=(1e-3, 16, 3))
+"""
+
+
+def test_a_task_in_a_file(tmp_path):
+    file = write(tmp_path / "mine.py", OWN_TASK)
+    write(tmp_path / "train.tsv", "liked\tsaid\nyes\tgood\nno\tbad\n")
+    write(tmp_path / "dev.tsv", "liked\tsaid\nno\tbad\n")
+    for name in (f"{file}:LIKED", f"{file}:liked"):     # the variable's name or the task's
+        task = data.find_task(name, tmp_path)
+        assert (task.name, task.labels) == ("liked", ("no", "yes"))
+        assert data.read(task, tmp_path, "dev") == [{"text": "bad", "label": 0}]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"), ("mine.txt:X", "there is no file mine.txt"),
+    ("mine.py:DISLIKED", r"the file has no data.Task DISLIKED: define it, or name one of \['LIKED', 'NEAR'\]"),
+    ("mine.py:read", "the file has no data.Task read"), ("mine", "no task 'mine': choose from .*: my_tasks.py:MY_TASK")])
+def test_what_is_no_task_in_a_file(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.py", OWN_TASK)
+    write(tmp_path / "mine.txt", OWN_TASK)
+    with pytest.raises(UserError, match=message):
+        data.find_task(name)
+
+
+def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys):
+    """train.py, eval.py from another folder, --resume after the file's folder is left, bench.py quality; the hash."""
+    import bench
+    import eval as evaluation
+    import train
+    file = write(tmp_path / "mine.py", OWN_TASK)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--steps", "4", "--limit-train", "64", "--limit-eval", "40", "--batch-size", "8", "--no-eval-before"]
+    with interrupted_after(2):
+        train.main(["--task", "mine.py:NEAR", *flags, "--save-every", "1", "--out", "run"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", "../run"])
+    trained = json.loads(capsys.readouterr().out)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert settings["settings"]["task"] == f"{file}:NEAR" and settings["settings"]["lr"] == 1e-3
+    assert "lora on digits-near" in (tmp_path / "run" / "README.md").read_text()
+    for task in ((), ("--task", "../mine.py:NEAR")):
+        evaluation.main(["../run", *task])
+        again = json.loads(capsys.readouterr().out)
+        assert again["task"] == trained["task"] == "digits-near" and again["accuracy"] == trained["accuracy"]
+    monkeypatch.chdir(tmp_path)
+    bench.main(["quality", "--tasks", "mine.py:NEAR,digits", "--methods", "lora", "--seeds", "1", *flags])
+    assert {"mine.py:NEAR", "digits"} < json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["lora"].keys()
+    before = evaluation.source_hash("lora", "mine.py:NEAR")
+    assert before == settings["source"] != evaluation.source_hash("lora", "digits")
+    write(file, OWN_TASK + "# changed")
+    evaluation.source_hash.cache_clear()
+    assert evaluation.source_hash("lora", str(file) + ":NEAR") != before
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
