@@ -483,7 +483,7 @@ class Run:
         self.key = json.dumps(self.settings, sort_keys=True)
         self.source = evaluation.source_hash(self.s.method, self.s.task)
         content = hashlib.sha256((self.key + self.source).encode()).hexdigest()
-        self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task}-{seed}-{content[:8]}")
+        self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
     def again(self, seed, *flags):
         """The same with another seed and more flags, which override those before."""

@@ -342,23 +342,31 @@ def read_texts(task, data, split):
         note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
 
+def objects(task, data, split):
+    """Yield (where, dict) for what a split's JSON files hold."""
+    for path in locate(task, data, split):
+        yield from read_json(path)
+
+
 def read_instructions(task, data, split):
     """Rows of a question and its answer, in one of the layouts that COLUMNS lists."""
-    rows, skipped = [], 0
-    for path in locate(task, data, split):
-        for where, row in read_json(path):
-            if task.name == "mbpp" and not 11 <= get(row, "task_id", where, int) <= 510:
-                continue    # those are the test set, says google-research/mbpp's README
-            row = instruction(task, where, row)
-            if row["answer"].strip():
-                rows.append((where, row))
-            elif task.sources:
-                skipped += 1    # Alpaca and UltraFeedback were published with some
-            else:
-                raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
+    return instructions(task, data, split, objects(task, data, split))
+
+
+def instructions(task, data, split, rows):
+    """Return a split's (where, {prompt, answer ...}) of (where, row as it is in the file)."""
+    answered, skipped = [], 0
+    for where, row in rows:
+        row = instruction(task, where, row)
+        if row["answer"].strip():
+            answered.append((where, row))
+        elif task.sources:
+            skipped += 1    # Alpaca and UltraFeedback were published with some
+        else:
+            raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
     if skipped:
         note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
-    return held_out(task, data, split, rows)
+    return held_out(task, data, split, answered)
 
 
 def read_commonsense(task, data, split):
@@ -376,28 +384,19 @@ def read_commonsense(task, data, split):
 
 
 def read_arrays(task, data, split):
-    """CIFAR-100's binary files; .npz with x_train y_train x_test y_test, or images labels [split: 0 train, 1 test]."""
+    """.npz with x_train y_train x_test y_test, or images labels [split: 0 train, 1 test]."""
     if data is None and task.name.startswith("digits"):
         data = Path(__file__).parent / "assets" / "digits.npz"
     path, keys = locate(task, data, split)[0], ("images", "labels")
-    if path.name in ("train", "test"):
-        raise UserError(f"{path}: CIFAR's python version is pickled, which can run code: fetch the binary version")
-    if suffix(path) == ".bin":
-        raw = np.frombuffer(read_bytes(path), np.uint8)
-        if raw.size == 0 or raw.size % 3074:
-            raise UserError(f"{path}: {raw.size} bytes, no multiple of 3074: fetch the binary version again")
-        raw = raw.reshape(-1, 3074)  # coarse label, fine label (which we use), 3 x 32 x 32 pixels
-        arrays = {"images": raw[:, 2:].reshape(-1, 3, 32, 32), "labels": raw[:, 1]}
-    else:
-        try:
-            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-                if sum(member.file_size for member in file.zip.infolist()) > 64 << 30:
-                    raise ValueError("it unpacks to more than 64 GiB")
-                arrays = dict(file)
-        except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
-        if "x_train" in arrays:
-            keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
+    try:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > 64 << 30:
+                raise ValueError("it unpacks to more than 64 GiB")
+            arrays = dict(file)
+    except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
+    if "x_train" in arrays:
+        keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
     images, labels = (get(arrays, key, path, np.ndarray) for key in keys)
     part = arrays.get("split", labels)
     if images.ndim not in (3, 4) or not len(images) == labels.size == part.size or labels.dtype.kind not in "iuU":
@@ -425,42 +424,6 @@ def read_image_folder(task, data, split):
     for path in sorted(root.glob("*/**/*")):
         if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
             yield str(path), {"pixels": path, "label": path.relative_to(root).parts[0]}
-
-
-def read_listed(task, data, split):
-    """Food-101: meta/train.txt lists <class>/<n>; RESISC45: resisc45-train.txt (Neumann et al.'s) <class>_<n>.jpg."""
-    path = locate(task, data, split)[0]
-    for number, line in enumerate(read_text(path).split(), 1):
-        label = line.rpartition("/" if task.name == "food101" else "_")[0]
-        photo = path.parents[1] / "images" / f"{line}.jpg"
-        if task.name == "resisc45":
-            photo = path.parent / "NWPU-RESISC45" / label / line
-        yield f"{path} line {number}", {"pixels": photo, "label": label}
-
-
-def read_flowers102(task, data, split):
-    """Oxford's jpg/image_<number>.jpg, imagelabels.mat and setid.mat; train is trnid, dev the test images, tstid."""
-    root = locate(task, data, split)[0].parents[1]
-    labels = read_mat(root / "imagelabels.mat", "labels")
-    chosen = read_mat(root / "setid.mat", "trnid" if split == "train" else "tstid")
-    if chosen.dtype.kind not in "iu" or chosen.min(initial=1) < 1 or chosen.max(initial=1) > len(labels):
-        raise UserError(f"{root / 'setid.mat'}: not numbers from 1 to {len(labels)}: fetch the .mat files again")
-    for number in chosen.tolist():
-        path = root / "jpg" / f"image_{number:05}.jpg"
-        yield str(path), {"pixels": path, "label": str(labels[number - 1])}
-
-
-def read_mat(path, name):
-    """Return an array of a MATLAB file, flat."""
-    try:
-        from scipy.io import loadmat    # the only need for SciPy
-    except ImportError:
-        raise UserError(f"{path}: reading MATLAB files needs SciPy: pip install scipy") from None
-    try:
-        arrays = loadmat(io.BytesIO(read_bytes(path)))
-    except Exception as error:  # SciPy raises nearly anything for broken files
-        raise UserError(f"{path}: no MATLAB file ({' '.join(str(error).split())[:200]}): fetch it again") from None
-    return get(arrays, name, path, np.ndarray).ravel()
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -708,16 +671,11 @@ def prompt(text, extra=""):
     return lead + " request.\n\n### Instruction:\n" + text + extra + "\n\n### Response:\n"
 
 
-def docstring(text, test):
-    """Return MBPP's prompt as in InCoder: a docstring with the first test."""
-    return f'"""\n{text}\n{test}\n"""\n'
-
-
-# what asks and what answers: Alpaca, LLM-Adapters, AlpacaEval; GSM8K; MetaMathQA; CodeFeedback; MATH; UltraFeedback as
-# published and binarized; HumanEval; MBPP and its sanitized half; Dolly; OpenOrca
+# what asks and what answers: Alpaca, LLM-Adapters, AlpacaEval; GSM8K; MetaMathQA; CodeFeedback; MATH; UltraFeedback,
+# binarized; HumanEval; MBPP and its sanitized half; Dolly; OpenOrca
 COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("query", "answer"),
-           ("problem", "solution"), ("instruction", "completions"), ("prompt", "chosen"),
-           ("prompt", "canonical_solution"), ("text", "code"), ("prompt", "code"), ("instruction", "response"),
+           ("problem", "solution"), ("prompt", "chosen"), ("prompt", "canonical_solution"),
+           ("text", "code"), ("prompt", "code"), ("instruction", "response"),
            ("question", "response"), ("prompt", "response"), ("prompt", "completion"))
 
 
@@ -735,9 +693,7 @@ def instruction(task, where, row):
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
     name_unread(where, row, (asks, says, extra, system, "answer"))
     extra = get(row, extra, where) if extra else ""
-    if "test_list" in row:
-        extra = get(dict(enumerate(get(row, "test_list", where, list))), 0, where)
-    answer = best(row, says, where) if isinstance(row[says], list) else get(row, says, where)
+    answer = last_message(row, says, where) if isinstance(row[says], list) else get(row, says, where)
     text = task.template(get(row, asks, where), extra)
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
     if task.sample:
@@ -746,7 +702,7 @@ def instruction(task, where, row):
         return result
     if callable(task.answers):
         target = task.answers(answer, True)
-        expected = "a number after ####" if task.answers is last_number else "one in \\boxed{}"
+        expected = task.reference
     else:
         target, expected = get(row, "answer", where), " or ".join(task.answers)
     if not target or not callable(task.answers) and target not in task.answers:
@@ -754,12 +710,9 @@ def instruction(task, where, row):
     return {**result, "target": target, "answers": task.answers}
 
 
-def best(row, says, where):
-    """Return the best rated of UltraFeedback's completions ("" of none), or what a conversation's last message says."""
+def last_message(row, says, where):
+    """Return what the last message of a conversation says."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
-    if says == "completions":
-        top = max(parts, key=lambda part: get(part, "overall_score", where, (int, float)), default={})
-        return str(top.get("response", "")).encode(errors="replace").decode()  # a few have half a surrogate pair
     if len(parts) > 2:
         note(f"{file_of(where)}: conversations of more than two messages: only prompt and last message are read")
     return get(parts[-1], "content", where) if parts else ""
@@ -794,43 +747,6 @@ def last_number(text, reference=False):
     return number.rstrip("0").rstrip(".") or "0" if "." in number else number
 
 
-def final_answer(text, reference=False):
-    """Return the final answer of a solution to a MATH problem, normalised, "" where there is none.
-
-    It follows the last "The answer is: ", up to a full stop that ends a line (MetaMath's eval_math.py); without that
-    phrase, and in MATH's own solutions (reference), it is in the last \\boxed{} or else \\fbox{} (hendrycks/math).
-    """
-    _, phrase, found = text.rpartition("The answer is: ")
-    if phrase and not reference:
-        return normalise(found.partition(".\n")[0].strip().removesuffix("."))
-    _, box, found = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
-    if box and found.startswith(" "):   # \boxed 2
-        return normalise(found.partition("$")[0])
-    depth = 0
-    for i, character in enumerate(found if box else ""):
-        depth += (character == "{") - (character == "}")
-        if character == "}" and depth == 0:
-            return normalise(found[:i].partition("{")[2])
-    return ""
-
-
-def normalise(answer):
-    """Return LaTeX as math_equivalence.py (github.com/hendrycks/math) compares it: the same answers become equal."""
-    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
-                     ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
-        answer = answer.replace(old, new)
-    answer = answer.partition("\\text{ ")[0].replace("\\%", "").replace("%", "")   # a unit, a percentage
-    answer = re.sub(r"(^|[ {])\.", r"\g<1>0.", answer)
-    name, equals, value = answer.partition("=")
-    if equals and len(name) <= 2 and "=" not in value:
-        answer = value
-    answer = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", answer).replace(" ", "")
-    if not re.search(r"\\frac[^{]?(\\frac|$)", answer):     # \frac12, \frac1{2}; what is no fraction stays as it is
-        answer = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", answer))
-    fraction = re.fullmatch(r"(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)", "1/2" if answer == "0.5" else answer)
-    return "\\frac{%s}{%s}" % fraction.groups() if fraction else answer
-
-
 # --------------------------------------------------------------------------------------------------- the table of tasks
 
 @dataclass(frozen=True)
@@ -852,6 +768,7 @@ class Task:
     sample: tuple = ()               # lm: columns that belong to a completion which another program scores,
     output: str = "completion"       # ... and what it calls the completion
     new_tokens: int = 0              # lm: how long a generated answer may get; 0 = nothing is generated
+    reference: str = ""              # lm: what a reference needs for `answers` to find one in it, for messages
     stop: tuple = ()                 # lm: strings that end a generated answer
     eval_splits: tuple = ("dev",)
     base: tuple = (4e-4, 32, 10)     # learning rate, batch size, epochs for hidden size < 1024 (lelora Table 5)
@@ -861,18 +778,14 @@ class Task:
 
 
 FACEBOOK, GITHUB = "https://dl.fbaipublicfiles.com/", "https://raw.githubusercontent.com/"
-HUB = "https://huggingface.co/datasets/"
 ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/main/"
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 GSM8K = GITHUB + "openai/grade-school-math/master/grade_school_math/data/"
-FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-RESISC = "https://storage.googleapis.com/remote_sensing_representations/"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 BINARY, ENTAIL, DIGITS = ("0", "1"), ("entailment", "not_entailment"), tuple("0123456789")
 TSV = {"train": ("train.tsv",), "dev": ("dev.tsv",)}
 NEXT = ("### Instruction",)          # a model that has answered and goes on with the prompt's template
-CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # what ends a function (Chen et al. 2021, section 3)
 
 
 def own(*suffixes):
@@ -896,18 +809,6 @@ def choose(name, folder, *answers):
     sources = tuple((split, f"{ADAPTERS}dataset/{folder}/{file}", None) for split, (file,) in files.items())
     return Task(name, "lm", ("accuracy",), read_instructions, (), files, folder, sources, answers=answers,
                 new_tokens=32, max_length=256)
-
-
-def tune(name, file, *sources):
-    """Return the row of an instruction tuning set, whose last rows are held out; sources: (address, SHA-256)."""
-    return Task(name, "lm", ("perplexity",), read_instructions, (), {"train": (file,), "dev": (file,)}, name,
-                tuple(("", *source) for source in sources))
-
-
-def complete(name, file, address, sample, **more):
-    """Return the row of a set to generate completions for (eval.py --samples), which another program scores."""
-    return Task(name, "lm", ("perplexity",), read_instructions, (), {"dev": (file,)}, name, (("dev", address, None),),
-                sample=sample, **more)
 
 
 def squad(name, version, epochs):
@@ -958,49 +859,14 @@ TASKS = {task.name: task for task in (
          max_length=256),
     Task("gsm8k", "lm", ("exact_match",), read_instructions, (), {"train": ("train.jsonl",), "dev": ("test.jsonl",)},
          "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=last_number,
-         new_tokens=400, stop=NEXT),
-    Task("math", "lm", ("exact_match",), read_instructions, (),     # MetaMath's file, PRM800K's names, or MATH.tar's
-         {"train": ("train.jsonl", "train/*/*.json"), "dev": ("MATH_test.jsonl", "test.jsonl", "test/*/*.json")},
-         "MATH", (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
-         new_tokens=1024, stop=NEXT),
-    complete("humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
-             template=lambda text, more: text.rstrip(), new_tokens=512, stop=CODE),  # "\n    " is one token
-    complete("mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",),
-             template=docstring, new_tokens=512, stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif")),
-    complete("alpacaeval", "alpaca_eval.json", HUB + "tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json",
-             ("dataset", "instruction", "generator"), output="output", new_tokens=2048, stop=NEXT),
-    tune("metamathqa", "MetaMathQA-395K.json", (
-        HUB + "meta-math/MetaMathQA/resolve/aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",
-        "fb39a5d8c05c042ece92eae37dfd5ea414a5979df2bf3ad3b86411bef8205725")),
-    tune("codefeedback", "CodeFeedback-Filtered-Instruction.jsonl", (
-        HUB + "m-a-p/CodeFeedback-Filtered-Instruction/resolve/e24e63942ad4450639e16ba318130ab841946916/"
-        "CodeFeedback-Filtered-Instruction.jsonl",
-        "6dd3f7797cd86a7e437de660ad259c50835812f8e309d893f09de77b2ee80063")),
-    tune("ultrafeedback", "*.jsonl", *(     # the revision with the ratings corrected
-        (f"{HUB}openbmb/UltraFeedback/resolve/40b436560ca83a8dba36114c22ab3c66e43f6d5e/{name}.jsonl", None)
-        for name in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"))),
-    tune("alpaca", "alpaca_data.json", (GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None)),
+         reference="a number after ####", new_tokens=400, stop=NEXT),
+    Task("alpaca", "lm", ("perplexity",), read_instructions, (), dict.fromkeys(("train", "dev"), ("alpaca_data.json",)),
+         "alpaca", (("", GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),)),
     Task("instructions", "lm", ("perplexity",), read_instructions, (), own(".jsonl", ".json")),
     Task("text-classification", "classify", ("accuracy",), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
     Task("text-regression", "regress", ("pearson", "spearman"), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
     Task("image-folder", "image", ("accuracy",), read_image_folder),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
-    Task("cifar100", "image", ("accuracy",), read_arrays, tuple(map(str, range(100))),
-         {"train": ("train.bin", "train"), "dev": ("test.bin", "test")}, "cifar-100-binary",
-         (("", "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-           "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),)),
-    Task("food101", "image", ("accuracy",), read_listed, (), {"train": ("meta/train.txt",), "dev": ("meta/test.txt",)},
-         "food-101", (("", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-                       "d97d15e438b7f4498f96086a4f7e2fa42a32f2712e87d3295441b2b6314053a4"),)),
-    Task("flowers102", "image", ("accuracy",), read_flowers102, tuple(map(str, range(1, 103))),
-         dict.fromkeys(("train", "dev"), ("jpg/image_*.jpg",)), "flowers-102",
-         (("", FLOWERS + "imagelabels.mat", "4903e94206bac23bf772aadf06451916df56b58fc483a62db32a97b82656651d"),
-          ("", FLOWERS + "setid.mat", "46b8678f91fd95d3c8f4feab80d271a6c834a1dd896fe29fd3e6ad9ce5c8dccd"),
-          ("", FLOWERS + "102flowers.tgz", "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"))),
-    Task("resisc45", "image", ("accuracy",), read_listed, (),
-         {"train": ("resisc45-train.txt",), "dev": ("resisc45-test.txt",)}, "resisc45",
-         (("", HUB + "isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip", None),
-          ("", RESISC + "resisc45-train.txt", None), ("", RESISC + "resisc45-test.txt", None))),
     Task("digits", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
     Task("digits-rot90", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(5e-3, 32, 15)),
 )}

@@ -9,6 +9,7 @@ are train.py's and hold for every run. The table goes to stdout, whose last line
 """
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -48,8 +49,9 @@ class Run(bench.Run):
 
     def evaluate_on(self, task):
         """The command line that evaluates the finished run on another task than its own."""
-        columns = data.TASKS[task].sample  # of a completion that another program scores: AlpacaEval reads a list
-        samples = ["--samples", str(self.out / (task + (".json" if "generator" in columns else ".jsonl")))]
+        row = data.task_row(task)
+        columns = row.sample  # of a completion that another program scores: AlpacaEval reads a list
+        samples = ["--samples", str(self.out / (row.name + (".json" if "generator" in columns else ".jsonl")))]
         return ["eval.py", str(self.out), "--task", task, *samples * bool(columns)]
 
     def perform(self, env):
@@ -83,11 +85,12 @@ def find(tables, name, small):
     if name not in tables:
         raise UserError(f"table {name}: there is no such one; there are {', '.join(tables)}")
     table = tables[name]
-    if not small:
-        return table
-    if "small" not in table:
+    if small and "small" not in table:
         raise UserError(f"table {name} has no small version; leave out --small")
-    return table | {"task_flags": {}} | table["small"]
+    table = table | ({"task_flags": {}} | table["small"] if small else {})
+    for key in ("tasks", "evaluate"):  # papers/tasks.py is found from here, too
+        table[key] = [os.path.relpath(ROOT / task) if ":" in task else task for task in table.get(key, ())]
+    return table
 
 
 def runs_of(table, flags, q):
@@ -101,7 +104,7 @@ def runs_of(table, flags, q):
         for task in table["tasks"]:
             words = ["--model", model, *shlex.split(f"{table['flags']} {table['task_flags'].get(task, '')}"),
                      "--method", row["method"], *shlex.split(own), *flags]
-            columns = None if q.small else table.get("evaluate")
+            columns = None if q.small else table["evaluate"]
             for seed in range(q.seeds or table.get("seeds", 5)):
                 runs.append(Run(row["row"], task, seed, words, q.runs, columns))
     return runs

@@ -442,11 +442,13 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.subprocess, "run", fake_run)
     q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
-    run = tables.Run("a", "metamathqa", 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", "humaneval"])
+    train_on, code = ("papers/tasks.py:" + name for name in ("metamathqa", "humaneval"))
+    monkeypatch.chdir(tables.ROOT)
+    run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", code])
     assert bench.make([run], q) == {}
     assert called[0][:2] == ["--model", "gemma-7b"]
     assert called[1:] == [[str(run.out), "--task", "gsm8k"],
-                          [str(run.out), "--task", "humaneval", "--samples", str(run.out / "humaneval.jsonl")]]
+                          [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
     about = bench.summarise([run], bench.finished(q))
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
-    assert "humaneval" not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)
+    assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)

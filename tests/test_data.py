@@ -224,147 +224,15 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
 
 
 def test_longer_conversations_are_named_once(tmp_path, caplog):
-    rows = [{"prompt": "Q", "chosen": messages("Q", "A") + messages("more", "R")}] * 12
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}] * 2
+    rows = [{"prompt": "Q", "chosen": [*said, {"role": "assistant", "content": "R"}]}] * 12
     path = write(tmp_path / "flan.jsonl", jsonl(rows))
-    assert {row["answer"] for row in data.read(TASKS["ultrafeedback"], tmp_path)} == {"R"}
+    assert {row["answer"] for row in data.read(TASKS["instructions"], path)} == {"R"}
     note = f"{path}: conversations of more than two messages: only prompt and last message are read"
     assert [record.message for record in caplog.records].count(note) == 1
 
 
-# ------------------------------------------------------------------- published sets: training, and completions to score
-
-HOSTILE = "{x} %s \u2028 \\n \x00 </s> <|im_end|> $(ls) \U0001f600 ### Instruction:\n"
-SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
-
-
-def completion(response, score):
-    return {"model": "m", "principle": "helpfulness", "custom_system_prompt": "", "response": response,
-            "overall_score": score, "fine-grained_score": 4.0, "annotations": {"honesty": {"Rating": "4"}}}
-
-
-def messages(*contents):
-    return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
-
-
-def mbpp(i):
-    return {"text": "T", "code": "def f():\r\n  return 1", "task_id": i, "test_setup_code": "",
-            "challenge_test_list": [], "test_list": ["assert f() == 1", "assert f() != 2"]}
-
-
-# task: (file, rows as they are published, prompt of each without its frame, answer of each); sources in the comments
-PUBLISHED = {
-    # huggingface.co/datasets/meta-math/MetaMathQA
-    "metamathqa": ("MetaMathQA-395K.json", [
-        {"type": "MATH_AnsAug", "query": f"Q{i} {HOSTILE}", "original_question": "o",
-         "response": f"{HOSTILE}\nThe answer is: {i}"} for i in range(20)],
-        [data.prompt(f"Q{i} {HOSTILE}") for i in range(20)], [f"{HOSTILE}\nThe answer is: {i}" for i in range(20)]),
-    # huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction
-    "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
-        {"query": f"Q{i} {HOSTILE}", "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}
-        for i in range(11)], [data.prompt(f"Q{i} {HOSTILE}") for i in range(11)], ["```python\nx\n```"] * 11),
-    # huggingface.co/datasets/openbmb/UltraFeedback, and HuggingFaceH4/ultrafeedback_binarized as JSON lines
-    "ultrafeedback": ("flan.jsonl", [
-        {"source": "flan", "instruction": "Q0", "models": ["a", "b", "c"], "correct_answers": ["None"],
-         "incorrect_answers": ["None"],
-         "completions": [completion("bad", 2.0), completion(HOSTILE, 8.5), completion("worse", 8)]},
-        {"source": "flan", "instruction": "none", "models": [], "completions": []},
-        {"prompt": "Q1", "prompt_id": "0", "chosen": messages("Q1", "good"), "rejected": messages("Q1", "bad"),
-         "messages": [], "score_chosen": 8.0},
-        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [completion("half \ud83d pair", 1)]}],
-        [data.prompt("Q0"), data.prompt("Q1"), data.prompt("Q2")], [HOSTILE, "good", "half ? pair"]),
-    # github.com/tatsu-lab/stanford_alpaca
-    "alpaca": ("alpaca_data.json", [
-        {"instruction": "I0", "input": "", "output": "O0"}, {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
-        {"instruction": "some are empty", "input": "", "output": ""}],
-        [data.prompt("I0"), data.prompt("I1", HOSTILE)], ["O0", HOSTILE]),
-    # github.com/meta-math/MetaMath, and the rows of github.com/hendrycks/math and github.com/openai/prm800k
-    "math": ("MATH_test.jsonl", [
-        {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
-        {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
-        {"problem": "P", "solution": SOLUTION, "answer": "\\frac{3}{2}", "subject": "Algebra", "level": 5,
-         "unique_id": "t"}], [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")], [SOLUTION] * 3),
-    # github.com/openai/human-eval
-    "humaneval": ("HumanEval.jsonl", [
-        {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
-         "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n"} for i in range(2)],
-        [f"def f():\n    {HOSTILE}".rstrip()] * 2, ["    return 1\n"] * 2),
-    # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
-    "mbpp": ("mbpp.jsonl", [*map(mbpp, (1, 10, 11, 510, 511, 974)),
-        {"source_file": "x", "task_id": 12, "prompt": "T", "code": "def f():\r\n  return 1", "test_imports": [],
-         "test_list": ["assert f() == 1"]}],
-        ['"""\nT\nassert f() == 1\n"""\n'] * 3, ["def f():\r\n  return 1"] * 3),
-    # huggingface.co/datasets/tatsu-lab/alpaca_eval
-    "alpacaeval": ("alpaca_eval.json", [
-        {"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
-        [data.prompt(HOSTILE)], ["O"]),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sets(tmp_path, caplog, name):
-    """The official files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
-    (file, rows, prompts, answers), task = PUBLISHED[name], TASKS[name]
-    text = json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows)
-    path = write(tmp_path / file, text)
-    zipped = write(tmp_path / "gz" / f"{file}.gz", gzip.compress(text.encode()))
-    tuning = task.files.get("train") == task.files["dev"]
-    places = (tmp_path, path, zipped.parent, zipped) if name != "math" else (tmp_path, zipped.parent)  # two files
-    for where in places:
-        read = [row for split in ["train"] * tuning + ["dev"] for row in data.read(task, where, split)]
-        assert [row["prompt"] for row in read] == prompts
-        assert [row["answer"] for row in read] == answers
-    assert "not read" not in caplog.text
-    assert ("skipped 1 row without an answer" in caplog.text) == (name in ("alpaca", "ultrafeedback"))
-    if tuning:
-        assert len(data.read(task, tmp_path, "dev")) == -(-len(prompts) // 10)
-    elif name == "math":
-        assert [row["target"] for row in read] == ["\\frac{3}{2}"] * 3
-    else:
-        scored = [row for row in rows if row.get("task_id") not in (1, 10, 511, 974)]
-        assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
-        with pytest.raises(UserError, match=f"{name} has no training set: train on another task"):
-            data.read(task, tmp_path, "train")
-
-
-def test_math_as_it_is_in_the_official_archive(tmp_path):
-    for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
-        row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}
-        write(tmp_path / "MATH" / split / subject / f"{n}.json", json.dumps(row, indent=4))
-    for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
-        assert [row["target"] for row in data.read(TASKS["math"], tmp_path, split)] == targets
-    with pytest.raises(UserError, match=r"MATH/train.jsonl: no such file \(there are 'algebra'\): correct --data"):
-        data.read(TASKS["math"], tmp_path / "MATH" / "test", "train")
-
-
-# hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
-ANSWERS = [
-    ("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
-    ("The answer is: $5", "$5"), ("\\boxed{7} The answer is: 8.", "8"), ("the answer is 4", ""),
-    ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
-    ("\\boxed 9$ and", "9"), ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""),
-    ("\\boxed", ""), ("}{\\boxed}{", ""), ("", ""),
-    # github.com/hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
-    ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
-    ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
-    ("\\boxed{10\\text{ units}}", "10"), ("\\boxed{10 }", "10"), ("\\boxed{\\$10}", "10"),
-    ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"), ("\\boxed{.1}", "0.1"), ("\\boxed{10\\%}", "10"),
-    ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"),
-    ("\\boxed{10\\sqrt3 + \\sqrt{4}}", "10\\sqrt{3}+\\sqrt{4}"), ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
-    ("\\boxed{\\tfrac83}", "\\frac{8}{3}"), ("\\boxed{1/2}", "\\frac{1}{2}"), ("\\boxed{0.5}", "\\frac{1}{2}"),
-    # and other rules of its math_equivalence.py
-    ("\\boxed{x = 5}", "5"), ("\\boxed{abc=5}", "abc=5"), ("\\boxed{5x - 7y + 11z + 4 = 0}", "5x-7y+11z+4=0"),
-    ("\\boxed{90^\\circ}", "90"), ("\\boxed{45^{\\circ}}", "45"), ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"),
-    ("\\boxed{-3/4}", "\\frac{-3}{4}"), ("\\boxed{03/4}", "03/4"), ("\\boxed{1/2/3}", "1/2/3"),
-    ("\\boxed{\\frac}", "\\frac"), ("\\boxed{\\sqrt}", "\\sqrt")]
-
-
-@pytest.mark.parametrize("text, expected", ANSWERS)
-def test_final_answer(text, expected):
-    assert data.final_answer(text) == data.extract_answer(text, data.final_answer) == expected
-
-
 def test_a_reference_solution_has_its_answer_in_its_own_place():
-    assert data.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
     assert [data.last_number(f"5 of 7{end}", reference=True) for end in (" #### 1,000", "")] == ["1000", ""]
 
 
@@ -540,71 +408,11 @@ def test_digits_are_embedded_and_turn():
     assert 0.24 < shares.min() and shares.max() < 0.26
 
 
-def cifar(labels):
-    images = some_images((len(labels), 3, 32, 32))
-    return images, b"".join(bytes([19, label]) + image.tobytes() for label, image in zip(labels, images))
-
-
-def test_cifar100(tmp_path):
-    images, raw = cifar([0, 99, 3, 4, 5, 6])
-    write(tmp_path / "cifar-100-binary" / "train.bin.gz", gzip.compress(raw))
-    write(tmp_path / "cifar-100-binary" / "test.bin", raw)
-    for split in ("train", "dev"):
-        rows = data.read(data.find_task("cifar100", tmp_path), tmp_path, split)
-        assert [row["label"] for row in rows] == [0, 99, 3, 4, 5, 6]
-        assert all(np.array_equal(row["pixels"], image) for row, image in zip(rows, images))
-
-
 def jpg(i, form="JPEG"):
     """Bytes of a small image of size 8 x (6 + i)."""
     image, buffer = pytest.importorskip("PIL.Image"), io.BytesIO()
     image.fromarray(some_images((8, 6 + i, 3), i)).save(buffer, form)
     return buffer.getvalue()
-
-
-def food(folder):
-    names = {"train": ["waffles/1", "pizza/20", "waffles/3"], "test": ["pizza/4"]}
-    files = {f"images/{name}.jpg": jpg(i) for i, name in enumerate(sum(names.values(), []))}
-    return files | {f"meta/{split}.txt": "\n".join(lines) for split, lines in names.items()} | {"meta/classes.txt": "x"}
-
-
-def resisc(folder):
-    names = {"train": ["dense_residential_100.jpg", "airplane_001.jpg", "airplane_002.jpg"],
-             "test": ["airplane_003.jpg"], "val": ["airplane_004.jpg"]}
-    numbered = enumerate(sum(names.values(), []))
-    files = {f"NWPU-RESISC45/{name.rpartition('_')[0]}/{name}": jpg(i) for i, name in numbered}
-    return files | {f"resisc45-{split}.txt": "\n".join(lines) for split, lines in names.items()}
-
-
-def flowers(folder):
-    scipy, files = pytest.importorskip("scipy.io"), {f"jpg/image_{i:05}.jpg": jpg(i) for i in (1, 2, 3, 4, 5)}
-    ids = {"trnid": np.array([[2, 5]], np.uint16), "valid": np.array([[1]], np.uint16), "tstid": np.array([[4, 3]])}
-    for name, arrays in (("imagelabels", {"labels": np.array([[77, 102, 3, 1, 102]], np.uint8)}), ("setid", ids)):
-        buffer = io.BytesIO()
-        scipy.savemat(buffer, {**arrays, "labels" if name == "imagelabels" else "trnid": next(iter(arrays.values()))},
-                      do_compression=True)
-        files[f"{name}.mat"] = buffer.getvalue()
-    return files
-
-
-# task: (its files, {split: labels and widths of its photos}), as they are distributed
-PHOTO_SETS = {"food101": (food, {"train": [("waffles", 6), ("pizza", 7), ("waffles", 8)], "dev": [("pizza", 9)]}),
-              "resisc45": (resisc, {"train": [("dense_residential", 6), ("airplane", 7), ("airplane", 8)],
-                                    "dev": [("airplane", 9)]}),
-              "flowers102": (flowers, {"train": [("102", 8), ("102", 11)], "dev": [("1", 10), ("3", 9)]})}
-
-
-@pytest.mark.parametrize("name", PHOTO_SETS)
-def test_photo_sets_as_they_are_distributed(tmp_path, name):
-    files, expected = PHOTO_SETS[name]
-    for path, content in files(tmp_path).items():
-        write(tmp_path / TASKS[name].folder / path, content)
-    for where in (tmp_path, tmp_path / TASKS[name].folder):
-        task = data.find_task(name, where)
-        for split in ("train", "dev"):
-            rows = list(task.reader(task, where, split))
-            assert [(row["label"], data.read_image(row["pixels"]).shape[2]) for _, row in rows] == expected[split]
-    assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, tmp_path, "dev")
 
 
 def vit(folder, pixels=16, channels=3, **processor):
@@ -1220,12 +1028,6 @@ def rows(*rows, name="instructions"):
     return own(jsonl(rows), "train.jsonl", name)
 
 
-def published(name, row):
-    """Case: this row in the file of a published set."""
-    file = TASKS[name].files["dev"][0].replace("*", "flan")
-    return files(name, {file: jsonl([row])}, "dev")
-
-
 def buffered(save, *arrays, **named):
     buffer = io.BytesIO()
     save(buffer, *arrays, **named)
@@ -1296,14 +1098,8 @@ BAD = {
     "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
     "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
                 "train.jsonl line 1: answer '', expected a number after ####"),
-    "no gzip": (files("humaneval", {"HumanEval.jsonl.gz": b"no gzip"}, "dev"), "a broken archive .*: fetch it again"),
-    "cut gzip": (files("humaneval", {"HumanEval.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "dev"), "a broken archive"),
-    "no box": (published("math", {"problem": "a", "solution": "4"}), r"line 1: answer '', expected one in .boxed"),
-    "completions are text": (published("ultrafeedback", {"instruction": "a", "completions": ["b"]}),
-                             "'completions' is str 'b'"),
-    "rating is text": (published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}),
-                       "line 1: 'overall_score' is str 'N/A'"),
-    "no tests": (published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}), "line 1: no column 0"),
+    "no gzip": (files("gsm8k", {"test.jsonl.gz": b"no gzip"}, "dev"), "a broken archive .*: fetch it again"),
+    "cut gzip": (files("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "dev"), "a broken archive"),
     "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
                             "row 2: answer 'maybe', expected true or false"),
     "object arrays": (arrays(images=np.array([{}, {}, {}], object)), "a.npz: no .npz of plain arrays"),
@@ -1315,11 +1111,6 @@ BAD = {
     "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
     "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
     "split of another length": (arrays(split=np.zeros(4)), r"and split \(4,\): expected"),
-    "cut cifar file": (files("cifar100", {"train.bin": bytes(5000)}), "train.bin: 5000 bytes, no multiple of 3074"),
-    "pickled cifar": (files("cifar100", {"train": b"\x80\x02}"}), "train: CIFAR's python version is pickled"),
-    "listed photo missing": (files("food101", {"meta/train.txt": "a/1\nb/2"}), "a/1.jpg: not an image .*No such"),
-    "broken .mat": (files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99}),
-                    "imagelabels.mat: no MATLAB file"),
     "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must"),
     "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
                   "no train rows"),
@@ -1348,7 +1139,7 @@ def test_bad_input_is_one_line(tmp_path, name):
 
 
 def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
-    """Arrays of the model's size need neither Pillow nor SciPy."""
+    """Arrays of the model's size do without Pillow."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match="1.png: reading or resizing images needs Pillow: pip install pillow"):
         photos("junk", "1.png")(tmp_path)
@@ -1356,9 +1147,6 @@ def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
     assert len(data.encode(TASKS["digits"], rows, image=data.plain_image(1, 4, 4))) == 1
     with pytest.raises(UserError, match="digits image 0: reading or resizing images needs Pillow"):
         data.encode(TASKS["digits"], rows, image=data.plain_image(3, 5, 4))
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(UserError, match="imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
-        files("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "x"})(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- fetching
@@ -1414,15 +1202,13 @@ def make_tar(members):
     return buffer.getvalue()
 
 
-def serve(mirror, monkeypatch, name, bodies):
-    """Serve these bodies as a task's sources, with their own checksums; returns the task."""
+def serve(mirror, task, bodies):
+    """Serve these bodies as a task's sources; returns the task with their checksums."""
     sources = []
-    for (split, address, sha256), body in zip(TASKS[name].sources, bodies):
+    for (split, address, sha256), body in zip(task.sources, bodies):
         mirror.files[place(address)] = body
         sources.append((split, address, sha256 and hashlib.sha256(body).hexdigest()))
-    task = replace(TASKS[name], sources=tuple(sources))
-    monkeypatch.setitem(TASKS, name, task)
-    return task
+    return replace(task, sources=tuple(sources))
 
 
 def leftovers(folder):
@@ -1432,12 +1218,12 @@ def leftovers(folder):
 COLA_ZIP = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/original/more.txt": "x"}
 
 
-def test_fetch_archive(tmp_path, mirror, monkeypatch):
+def test_fetch_archive(tmp_path, mirror):
     """Another checksum, then a connection that ends early, then all of it, once."""
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
     with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: it is damaged"):
         data.read(TASKS["cola"])
-    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)})])
+    task = serve(mirror, TASKS["cola"], [make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)})])
     mirror.cut.update(mirror.files)
     with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
         data.read(task)
@@ -1450,7 +1236,7 @@ def test_fetch_archive(tmp_path, mirror, monkeypatch):
 
 
 def test_every_published_archive_has_a_checksum():
-    for name in [*LAYOUTS, "cifar100", "food101", "flowers102"]:
+    for name in LAYOUTS:
         assert all(address.startswith("http") and len(sha256) == 64 for _, address, sha256 in TASKS[name].sources)
     readme = SHARED / "README.md"
     if not readme.is_file():
@@ -1462,8 +1248,8 @@ def test_every_published_archive_has_a_checksum():
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil"])
-def test_zip_members_stay_in_their_folder(tmp_path, mirror, monkeypatch, name):
-    task = serve(mirror, monkeypatch, "cola", [make_zip(COLA_ZIP | {name: "x"})])
+def test_zip_members_stay_in_their_folder(tmp_path, mirror, name):
+    task = serve(mirror, TASKS["cola"], [make_zip(COLA_ZIP | {name: "x"})])
     assert len(data.read(task)) == 2 and not leftovers(tmp_path) and not Path("/tmp/evil.txt").exists()
     assert all(tmp_path / "cache" / "CoLA" in path.parents for path in tmp_path.rglob("*") if path.is_file())
 
@@ -1477,59 +1263,12 @@ def test_unpack_has_a_size_limit(tmp_path, make):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fetch_cifar(tmp_path, mirror, monkeypatch):
-    with pytest.raises(UserError, match="a broken or unsafe archive"):
-        data.read(serve(mirror, monkeypatch, "cifar100", [b"not an archive"]))
-    assert not leftovers(tmp_path)
-    raw = cifar([0, 1, 2])[1]
-    body = make_tar({"cifar-100-binary/train.bin": raw, "cifar-100-binary/test.bin": raw[:3074]})
-    task = serve(mirror, monkeypatch, "cifar100", [body])
-    assert [len(data.read(task, None, split)) for split in ("train", "dev")] == [3, 1]
-    assert len(mirror.asked) == 2
-
-
-@pytest.mark.parametrize("name", PHOTO_SETS)
-def test_fetch_photo_sets(tmp_path, mirror, monkeypatch, name):
-    """Archives and lists are fetched once, also where the first try ends before all are there."""
-    members = PHOTO_SETS[name][0](tmp_path)
-    members = {path: text if isinstance(text, bytes) else text.encode() for path, text in members.items()}
-    names = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources]
-    inner = "food-101/" * (name == "food101")
-    packed = {inner + path: content for path, content in members.items() if path not in names}
-    archive = (make_zip if name == "resisc45" else make_tar)(packed)
-    task = serve(mirror, monkeypatch, name, [members.get(file, archive) for file in names])
-    last = place(task.sources[-1][1])
-    kept = mirror.files.pop(last)
-    with pytest.raises(UserError, match="cannot fetch"):
-        next(task.reader(task, None, "train"))
-    mirror.files[last] = kept
-    for split, expected in PHOTO_SETS[name][1].items():
-        found = list(data.find_task(name).reader(task, None, split))
-        assert [(row["label"], data.read_image(row["pixels"]).shape[2]) for _, row in found] == expected
-    assert mirror.asked.count(last) == 2 and not leftovers(tmp_path)
-
-
-def test_fetch_a_set_in_several_files(mirror):
-    """UltraFeedback: what was fetched before an interruption is not taken for the whole."""
-    _, rows, prompts, _ = PUBLISHED["ultrafeedback"]
-    addresses = [place(address) for _, address, _ in TASKS["ultrafeedback"].sources]
-    assert len(addresses) == 6
-    mirror.files.update(dict.fromkeys(addresses[:4], jsonl(rows).encode()))
-    for _ in range(2):
-        with pytest.raises(UserError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
-            data.read(TASKS["ultrafeedback"])
-    mirror.files.update(dict.fromkeys(addresses, jsonl(rows).encode()))
-    found = [len(data.read(TASKS["ultrafeedback"], None, split)) for split in ("train", "dev")]
-    assert sum(found) == 6 * len(prompts)
-    assert [mirror.asked.count(address) for address in addresses] == [1, 1, 1, 1, 3, 1]
-
-
 def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
     """A closed port, then a server that does not have the file."""
     with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
         data.read(TASKS["piqa"])
     monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
-    for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put"), (TASKS["cifar100"], "unpack")):
+    for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put")):
         pattern = (f"cannot fetch https://.*: download it elsewhere and {verb} it into {tmp_path}/cache/.*, "
                    "or name a folder with its files by --data")
         with pytest.raises(UserError, match=pattern) as caught:

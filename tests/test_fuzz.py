@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+from papers import tasks
 import eval as evaluation
 import lora
 import model as models
@@ -217,7 +218,7 @@ def test_damaged_images(form, place, junk, cut, tmp_path):
     at = int(place * len(whole))
     path = tmp_path / f"1.{form}"
     path.write_bytes(whole[:at] + junk + (b"" if cut else whole[at + len(junk):]))
-    loads_or_says_why(lambda: data.read_mat(path, "labels") if form == "mat" else data.read_image(path), UserError)
+    loads_or_says_why(lambda: tasks.read_mat(path, "labels") if form == "mat" else data.read_image(path), UserError)
 
 
 # ---------------------------------------------------------------------------------------------- adapters, runs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_train import WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401 (fixtures)
+from test_train import ROOT, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401 (fixtures)
 
 import data
 import eval as evaluation
@@ -14,6 +14,7 @@ import train
 from model import UserError
 
 transformers = pytest.importorskip("transformers")
+PAPERS = f"{ROOT}/papers/tasks.py:"
 
 
 def loaded(checkpoints, task, folder, **changes):
@@ -27,9 +28,9 @@ def loaded(checkpoints, task, folder, **changes):
 
 
 def instructions(root, name, rows):
-    folder = root / data.TASKS[name].folder
+    row = data.task_row(name)
+    folder, file = root / row.folder, row.files["dev"][0]
     folder.mkdir(parents=True, exist_ok=True)
-    file = data.TASKS[name].files["dev"][0]
     (folder / file).write_text(json.dumps(rows) if file.endswith(".json") else "\n".join(map(json.dumps, rows)))
     return root
 
@@ -93,8 +94,8 @@ def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch
 def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
     """The text is cut before the first stop string; the model works no longer than the slowest row needs."""
     rows = [{"instruction": " ".join(WORDS[i:i + 4]), "output": "a", "dataset": "", "generator": ""} for i in range(11)]
-    instructions(tmp_path, "alpacaeval", rows)
-    task, model, tokenizer, splits = loaded(checkpoints, "alpacaeval", tmp_path, samples=[])
+    instructions(tmp_path, PAPERS + "alpacaeval", rows)
+    task, model, tokenizer, splits = loaded(checkpoints, PAPERS + "alpacaeval", tmp_path, samples=[])
     calls, forward = [], type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
 
@@ -141,11 +142,11 @@ def test_samples_for_other_programs(checkpoints, tmp_path, shell):
         assert {"loss", "perplexity"} <= result.keys() and "accuracy" not in result and "tokens/s" in said
         return (tmp_path / file).read_text()
 
-    for name, rows, ids in (("humaneval", code, [row["task_id"] for row in code]), ("mbpp", mbpp, [11, 12])):
+    for name, rows, ids in ((PAPERS + "humaneval", code, [row["task_id"] for row in code]), (PAPERS + "mbpp", mbpp, [11, 12])):
         samples = [json.loads(line) for line in written(name, rows, "samples.jsonl").splitlines()]
         assert [row["task_id"] for row in samples] == ids
         assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in samples)
-    samples = json.loads(written("alpacaeval", ask, "outputs.json", "--limit-eval", 2))
+    samples = json.loads(written(PAPERS + "alpacaeval", ask, "outputs.json", "--limit-eval", 2))
     assert [(row["instruction"], row["dataset"], row["generator"]) for row in samples] == [
         (f"the {w}", w, "llama") for w in WORDS[:2]]
     assert all(row.keys() == {"instruction", "output", "generator", "dataset"} for row in samples)
@@ -183,7 +184,7 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, shell)
 @pytest.mark.parametrize("task, folder, changes, message", [
     ("gsm8k", "", {"score": "likelihood"}, "gsm8k has no allowed answers listed: use --score generation"),
     ("instructions", "", {"score": "likelihood"}, "no allowed answers listed"),
-    ("humaneval", "", {}, "humaneval is scored by another program; name the file for its input by --samples"),
+    (PAPERS + "humaneval", "", {}, "humaneval is scored by another program; name the file for its input by --samples"),
     ("instructions", "", {"samples": []}, "--samples: --task instructions --score generation generates no text"),
     ("boolq", "", {"samples": [], "score": "likelihood"}, "--score likelihood generates no text"),
 ])
@@ -197,7 +198,7 @@ def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, cha
 @pytest.mark.parametrize("place", ["none/x.jsonl", "."])
 def test_samples_need_a_place(checkpoints, tmp_path, place):
     with pytest.raises(UserError, match="no file can be there; name another place"):
-        evaluation.main([str(checkpoints / "llama"), "--task", "humaneval", "--samples", str(tmp_path / place)])
+        evaluation.main([str(checkpoints / "llama"), "--task", PAPERS + "humaneval", "--samples", str(tmp_path / place)])
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
