@@ -11,7 +11,7 @@ from model import UserError
 HUB = "https://huggingface.co/datasets/"
 
 
-# ---------------------------------------------------------------------------------------------- La-LoRA, Table 8: images
+# --------------------------------------------------------------------------------------------- La-LoRA, Table 8: images
 
 def read_cifar(task, data, split):
     """CIFAR-100's binary files: coarse label, fine label (which is read), 3 x 32 x 32 pixels."""
@@ -95,7 +95,7 @@ resisc45 = photos(
     (RESISC + "resisc45-train.txt", None), (RESISC + "resisc45-test.txt", None))
 
 
-# ------------------------------------------------------------- LeLoRA, Tables 3 and 10, Figures 2, 4 and 6: training sets
+# ----------------------------------------------------------- LeLoRA, Tables 3 and 10, Figures 2, 4 and 6: training sets
 
 def read_ultrafeedback(task, data, split):
     """The best rated of an instruction's completions; as binarized, what the last message of the chosen ones says."""
@@ -130,7 +130,7 @@ ultrafeedback = tune("ultrafeedback", "*.jsonl", *(     # the revision with the 
     reader=read_ultrafeedback)
 
 
-# ------------------------------------------------------- what is asked of models trained on them: MATH, code, AlpacaEval
+# ------------------------------------------------------ what is asked of models trained on them: MATH, code, AlpacaEval
 
 def final_answer(text, reference=False):
     """Return the final answer of a solution to a MATH problem, normalised, "" where there is none.

@@ -142,8 +142,8 @@ def test_samples_for_other_programs(checkpoints, tmp_path, shell):
         assert {"loss", "perplexity"} <= result.keys() and "accuracy" not in result and "tokens/s" in said
         return (tmp_path / file).read_text()
 
-    for name, rows, ids in ((PAPERS + "humaneval", code, [row["task_id"] for row in code]), (PAPERS + "mbpp", mbpp, [11, 12])):
-        samples = [json.loads(line) for line in written(name, rows, "samples.jsonl").splitlines()]
+    for name, rows, ids in (("humaneval", code, [row["task_id"] for row in code]), ("mbpp", mbpp, [11, 12])):
+        samples = [json.loads(line) for line in written(PAPERS + name, rows, "samples.jsonl").splitlines()]
         assert [row["task_id"] for row in samples] == ids
         assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in samples)
     samples = json.loads(written(PAPERS + "alpacaeval", ask, "outputs.json", "--limit-eval", 2))
@@ -198,7 +198,7 @@ def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, cha
 @pytest.mark.parametrize("place", ["none/x.jsonl", "."])
 def test_samples_need_a_place(checkpoints, tmp_path, place):
     with pytest.raises(UserError, match="no file can be there; name another place"):
-        evaluation.main([str(checkpoints / "llama"), "--task", PAPERS + "humaneval", "--samples", str(tmp_path / place)])
+        evaluation.main([str(checkpoints / "llama"), "--task", f"{PAPERS}humaneval", "--samples", str(tmp_path / place)])
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
