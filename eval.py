@@ -13,6 +13,7 @@ The last line on stdout is one JSON object with the result.
 import argparse
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import shutil
 import string
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,22 +63,19 @@ def matthews(predictions, labels):
 
 def pearson(predictions, labels):
     """Pearson correlation; nan where either side is constant or there are fewer than two; arrays (N,)."""
-    x, y = (np.asarray(v, dtype=np.float64) for v in (predictions, labels))
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip(x @ y / math.sqrt(x @ x) / math.sqrt(y @ y), -1, 1))
+    return float(np.corrcoef(predictions, labels)[0, 1])
+
 
 
 def spearman(predictions, labels):
     """Spearman correlation: Pearson's of the ranks, ties given their mean rank; arrays (N,)."""
-    return pearson(_mean_ranks(predictions), _mean_ranks(labels))
-
-
-def _mean_ranks(values):
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    ranks = []
+    for values in (predictions, labels):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    return pearson(*ranks)
 
 
 def plain(text):
@@ -200,11 +199,10 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
         return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
 
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
-    order = sorted(range(len(split)), key=lambda i: -split.starts[i])
-    bar = tqdm(range(0, len(order), batch_size), "generating", unit="batch", leave=False, dynamic_ncols=True,
+    order = data.batches(replace(split, lengths=split.starts), batch_size, shuffle=False)  # longest prompts first
+    bar = tqdm(order, "generating", unit="batch", leave=False, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)
-    for start in bar:
-        indices = order[start:start + batch_size]
+    for indices in bar:
         tokens, mask = (t.to(device) for t in data.prompts(split, indices))
         output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
                                  stopped if task.stop else None)
@@ -224,7 +222,7 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
     print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
     if samples is not None:
         samples += [written[i] for i in sorted(written)]
-    return {task.metrics[0]: hits / len(order)} if "target" in split.rows[0] else {}
+    return {task.metrics[0]: hits / len(split)} if "target" in split.rows[0] else {}
 
 
 def log_likelihoods(model, split, batch_size, tokenizer):
@@ -233,9 +231,8 @@ def log_likelihoods(model, split, batch_size, tokenizer):
     That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(split)), key=lambda i: -split.starts[i])
-    for start in tqdm(range(0, len(order), batch_size), "likelihoods", unit="batch", leave=False, disable=None):
-        chosen = order[start:start + batch_size]
+    order = data.batches(replace(split, lengths=split.starts), batch_size, shuffle=False)
+    for chosen in tqdm(order, "likelihoods", unit="batch", leave=False, disable=None):
         words, begun, rest = [], [], []  # of each row: its answers; the ids that all begin with; those of each answer
         for i in chosen:
             allowed, texts = data.allowed(split.rows[i])
@@ -294,6 +291,8 @@ def load(s, task, adapted=False):
     A trained head is used where its labels are the data's (`match_labels`); else the head is drawn from s.seed and
     model.fresh names it. `adapted`: an adapter brings the head. s.max_length is cut to the model's positions.
     """
+    check_device(s.device)
+    scoring(s, task)  # complain before the model is loaded
     config, folder = models.find_config(s.model, s.init_weights)
     if task.kind != "image":
         folder = folder or models.resolve(s.model, weights=False)
@@ -396,15 +395,10 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
     scored = scoring(s, task)
     int8 = getattr(s, "weights", "float") == "int8"  # merged weights would be floats, which may not fit
     if merge and not int8 and task.new_tokens and scored["score"] == "generation":
-        merge_adapters(model)
+        for layer in lora.adapters(model).values():
+            layer.merge()
     splits = splits or processor.evaluation(s)
     return evaluate_splits(model, task, splits, rows_at_once(s, task, model, splits), processor.tokenizer, **scored)
-
-
-def merge_adapters(model):
-    """Add the adapters into the weights, in place and one matrix at a time."""
-    for layer in lora.adapters(model).values():
-        layer.merge()
 
 
 def rows_at_once(s, task, model, splits):
@@ -431,17 +425,20 @@ def rows_at_once(s, task, model, splits):
 def load_run(folder, changes, shard=None):
     """A run folder's (settings, task, Processor, model): a fresh base with the run's adapter, or the run's own model.
 
-    `changes` replace settings of the run, such as device, batch_size or data.
+    `changes` replace settings of the run, such as device, batch_size or data. A language model may be put to another
+    task of text, whose data are then in their usual place.
     """
     folder = Path(folder)
-    s, labels = read_run(folder, changes)
-    s.shard = shard is not None  # one process alone loads the model as usual
+    s, labels = read_run(folder)
+    if changes.get("task", s.task) != s.task:
+        if {data.task_row(s.task).kind, data.task_row(changes["task"]).kind} != {"lm"}:
+            raise UserError(f"{folder} was trained on {s.task}; leave out --task {changes['task']}")
+        s.data = None
+    vars(s).update(changes, shard=shard is not None)  # one process alone loads the model as usual
     task = data.find_task(s.task, s.data, labels)
     if s.device.startswith("cuda") and not torch.cuda.is_available() and "device" not in changes:
         data.note(f"the run's device {s.device} is not here: evaluating on the CPU")
         s.device = "cpu"
-    check_device(s.device)
-    scoring(s, task)  # complain before the model is loaded
     if (folder / "model").is_dir():
         where = {"model": str(folder / "model"), "init_weights": "checkpoint"}
         model, processor = load(SimpleNamespace(**vars(s) | where), task)
@@ -455,7 +452,24 @@ def load_run(folder, changes, shard=None):
     return s, task, processor, model
 
 
-def read_run(folder, changes=None):
+def load_untrained(name, adapter, random_head, changes):
+    """As `load_run`, of a checkpoint, with the PEFT adapter in the folder `adapter` or None."""
+    if "task" not in changes:
+        raise UserError(f"{name}: not a run folder, so name a --task to evaluate the model on")
+    task = data.find_task(changes["task"], changes.get("data"))
+    settings = {"data": None, "limit_eval": 0, "batch_size": 32, "seed": 0, "max_length": task.max_length,
+                "device": auto_device(), "dtype": "float32", "init_weights": "checkpoint"}
+    s = SimpleNamespace(model=name, **settings | changes)
+    model, processor = load(s, task, adapted=adapter is not None)
+    if adapter is not None:
+        lora.load_adapter(model, adapter)
+    elif model.fresh and not random_head:
+        raise UserError(f"{name} has no head trained for {task.name}, its answers would be random: name a model "
+                        "that has one, train one, or say --random-head")
+    return s, task, processor, model
+
+
+def read_run(folder):
     """Settings (as attributes) and label names of a run folder."""
     file = Path(folder) / "run.json"
     run = data.read_settings(file)
@@ -464,7 +478,7 @@ def read_run(folder, changes=None):
                                                           "init_weights", "limit_eval", "max_length", "batch_size")}
         if not all(isinstance(settings[key], int) for key in ("seed", "limit_eval", "max_length", "batch_size")):
             raise ValueError("a number is missing")
-        return SimpleNamespace(**run["settings"] | (changes or {})), run["labels"]
+        return SimpleNamespace(**run["settings"]), run["labels"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
 
@@ -500,7 +514,8 @@ def merge(folder, out, changes):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose another folder or remove it")
     _, _, processor, model = load_run(folder, {"device": "cpu"} | changes)
-    merge_adapters(model)
+    for layer in lora.adapters(model).values():
+        layer.merge()
     save_model(model, processor, out)
     return out
 
@@ -515,15 +530,7 @@ AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
 
 
 def write_cards(folder, train_rows=None):
-    """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload."""
-    folder = Path(folder)
-    part = "adapter" if (folder / "adapter").is_dir() else "model"
-    for place, path in ((folder, part), (folder / part, ".")):
-        (place / "README.md").write_text(card(folder, path, train_rows), encoding="utf-8", errors="backslashreplace")
-
-
-def card(folder, path, train_rows=None):
-    """A run's model card: Markdown with the Hub's front matter. `path` is where its code finds the adapter or model.
+    """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload.
 
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
     """
@@ -532,13 +539,10 @@ def card(folder, path, train_rows=None):
     log, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")[-1]
     task, adapter, base = data.task_row(s.task), (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
-    lines = ["---"]
-    if on_hub:  # the Hub refuses names that are not its own
-        lines.append(f"base_model: {json.dumps(base)}")
-    tags = ["lora", s.method, task.name] if adapter else [s.method, task.name]
-    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {AUTO[task.kind][1]}",
-              "tags:"]
-    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)] + ["---", ""]
+    front = {"base_model": base} if on_hub else {}  # the Hub refuses names that are not its own
+    front |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": AUTO[task.kind][1],
+              "tags": list(dict.fromkeys(["lora"] * adapter + [s.method, task.name]))}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
     lines += [f"# {s.method} on {task.name}, from {fence} {name} {fence}", ""]
@@ -548,28 +552,29 @@ def card(folder, path, train_rows=None):
             for key in after if key != "eval_rows"]
     lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
     trained = "Evaluated" if train_rows is None else f"Trained on {train_rows:,} rows; evaluated"
-    lines += [f"{trained} on {after['eval_rows']:,} rows.", ""]
     size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
-    lines += [f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
+    lines += [f"{trained} on {after['eval_rows']:,} rows.", "",
+              f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
     shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
              "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
              "limit_train", "limit_eval", "dtype")
     values = {key: getattr(s, key, None) for key in shown} | {"targets": ", ".join(s.targets or [])}
-    rows = [[key, value] for key, value in values.items() if value not in (None, "") and value is not False]
-    lines += markdown(["setting", "value"], rows)
+    lines += markdown(["setting", "value"], [[key, value] for key, value in values.items()
+                                             if value not in (None, "") and value is not False])
     if ranks["ranks"]:
         image, kinds = grid(ranks["ranks"])
         rows = [[i, *("" if np.isnan(rank) else f"{rank:.0f}" for rank in row)] for i, row in enumerate(image)]
         lines += markdown([f"rank at step {ranks['step']:,}: block", *kinds], rows)
-    if adapter and s.init_weights == "random":
-        lines += ["The base model is no checkpoint: its weights were drawn at random.", ""]
-    else:
-        lines += ["```python", *_loading_code(s, labels, task.kind, base, adapter, path), "```", ""]
-    return "\n".join(lines)
+    part = "adapter" if adapter else "model"
+    for place, path in ((folder, part), (folder / part, ".")):
+        code = ["```python", *loading_code(s, labels, task.kind, base, adapter, path), "```", ""]
+        if adapter and s.init_weights == "random":
+            code = ["The base model is no checkpoint: its weights were drawn at random.", ""]
+        (place / "README.md").write_text("\n".join(lines + code), encoding="utf-8", errors="backslashreplace")
 
 
-def _loading_code(s, labels, kind, base, adapter, path):
-    """Lines of Python that load the adapter with PEFT, or the model with transformers."""
+def loading_code(s, labels, kind, base, adapter, path):
+    """Lines of Python that load the adapter at `path` with PEFT, or the model there with transformers."""
     auto, text = AUTO[kind][0], kind != "image"
     lines = [f"from transformers import {auto}" + ", AutoTokenizer" * text]
     if adapter:
@@ -617,14 +622,16 @@ def summary(metrics):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
+LOGGED = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
+          "trainable_params"}  # by the loop itself; what else is in metrics.jsonl is the policy's
+
+
 def pyplot():
     """matplotlib's pyplot, drawing into files; raises UserError where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     return plt
 
 
@@ -650,29 +657,6 @@ def read_runs(folders):
     return runs
 
 
-def alike(runs, *ignored):
-    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
-    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
-               *ignored}
-    first, varied, groups = {}, set(), {}
-    for run in runs:
-        other = first.setdefault((run.s.task, run.s.method), run.s)
-        varied |= {(run.s.method, key) for key, value in vars(run.s).items() if value != getattr(other, key, value)}
-    for run in runs:
-        label = run.s.method
-        for key, value in vars(run.s).items():
-            if (run.s.method, key) in varied and key not in ignored:
-                name = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
-                value = ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
-                label += f", {name} {value}"
-        groups.setdefault((run.s.task, label.replace("$", r"\$")), []).append(run)  # alone, it would start a formula
-
-    def by_size(key):  # 2 before 12
-        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
-
-    return {key: groups[key] for key in sorted(groups, key=by_size)}
-
-
 def save_figures(plt, runs, figures):
     """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
     folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
@@ -695,17 +679,19 @@ def plot(*folders):
 
 
 def plot_curves(plt, runs):
-    """Loss, metric, budget and, of one run, the policy's own numbers over steps: a row for each task, a colour for all
-    runs that differ in their seed alone."""
-    groups, shown, own = alike(runs), {}, []
-    tasks, labels = (list(dict.fromkeys(part)) for part in zip(*groups))
-    if len(runs) == 1:  # numbers that the loop does not log itself are the policy's
-        usual = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
-                 "trainable_params"}
-        own = [key for key in dict.fromkeys(key for line in runs[0].metrics for key in line) if key not in usual]
-    rows, columns = len(tasks), 3 + bool(own)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), layout="constrained", squeeze=False)
-    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    """Loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task.
+
+    Runs whose folders' names differ in the seed (and task) alone have one colour.
+    """
+    labels, tasks, shown = [], list(dict.fromkeys(run.s.task for run in runs)), {}
+    for run in runs:
+        end = rf"(-{re.escape(run.s.task.rpartition(':')[2])})?-{run.s.seed}(-[0-9a-f]{{8}})?$"
+        labels.append(re.sub(end, "", run.folder.name))
+    names = list(dict.fromkeys(labels))
+    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    own = dict.fromkeys(key for line in runs[0].metrics for key in line if key not in LOGGED and len(runs) == 1)
+    size = len(tasks), 3 + bool(own)
+    figure, axes = plt.subplots(*size, figsize=(4.6 * size[1], 3.8 * size[0]), layout="constrained", squeeze=False)
 
     def draw(axis, title, run, number, **options):
         points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
@@ -714,28 +700,26 @@ def plot_curves(plt, runs):
         x, y = np.reshape(points, (-1, 2)).T
         return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
 
-    for (task, label), group in groups.items():
-        row = data.task_row(task)
-        metric = row.metrics[0]
-        if any("eval" in m and metric not in m["eval"] for run in runs if run.s.task == task for m in run.metrics):
+    for run, label in zip(runs, labels):
+        task, color = data.task_row(run.s.task), colours[names.index(label) % len(colours)]
+        metric, row = task.metrics[0], axes[tasks.index(run.s.task)]
+        if any(metric not in line.get("eval", metric) for r in runs if r.s.task == run.s.task for line in r.metrics):
             metric = "loss"  # answers are generated and scored at the end only
-        panels = {f"{row.name}: training loss": lambda m: m.get("loss"),
-                  f"{row.name}: {metric}": lambda m: m.get("eval", {}).get(metric),
-                  "trainable adapter parameters": lambda m: m["trainable_params"]["now"]}
-        colour = colours[labels.index(label) % len(colours)]
-        for axis, (title, number) in zip(axes[tasks.index(task)], panels.items()):
-            for run in group:
-                shown[label] = draw(axis, title, run, number, color=colour)
+        draw(row[0], f"{task.name}: training loss", run, lambda line: line.get("loss"), color=color)
+        draw(row[1], f"{task.name}: {metric}", run, lambda line: line.get("eval", {}).get(metric), color=color)
+        shown[label] = draw(row[2], "trainable adapter parameters", run, lambda line: line["trainable_params"]["now"],
+                            color=color)
     for axis in axes[:, 2]:  # after the last curve, since it ends autoscaling
         axis.set_ylim(bottom=0)
     for key in own:
-        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda m: m.get(key), label=key)
+        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda line: line.get(key), label=key)
         axes[0, 3].legend(fontsize="small")
     if len(runs) == 1:
         s = runs[0].s  # whose names may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {row.name}, seed {s.seed}", parse_math=False)
+        figure.suptitle(f"{s.method} on {Path(s.model).name}, {task.name}, seed {s.seed}", parse_math=False)
     else:
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
+        names = [name.replace("$", r"\$") for name in shown]  # a dollar sign alone would start a formula
+        figure.legend(shown.values(), names, loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -778,49 +762,36 @@ def heat(axis, image, x, top, names=(), edges=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help ends each line with the default."""
+    """An ArgumentParser whose errors are UserErrors, and whose help ends each line with the default."""
 
     def __init__(self, description, usage="[flags]"):
-        super().__init__(description=description, usage="%(prog)s " + usage, allow_abbrev=False, formatter_class=_Help)
+        super().__init__(description=description, usage="%(prog)s " + usage, allow_abbrev=False,
+                         formatter_class=lambda prog: Help(prog, max_help_position=26, width=120))
 
     def error(self, message):
-        refuse(f"{self.prog}: {message}; see --help")
+        raise UserError(f"{self.prog}: {message}; see --help")
 
 
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=120)
-
+class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         shown = action.default not in (None, argparse.SUPPRESS, False, 0) and "default" not in action.help
         choices = f": {', '.join(action.choices)}" if action.choices else ""
         return action.help + choices + (" (default: %(default)s)" if shown else "")
 
 
-def refuse(message):
-    """Bad input: one line on stderr and exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def command(main):
-    """Run a program's main(); what is wrong with the user's input becomes one line and exit status 2."""
+    """Run a program's main(); bad input becomes one line on stderr and exit status 2."""
     try:
         main()
     except (UserError, OSError) as error:
-        refuse(error)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def to_json(value, indent=None):
     """JSON text, of tensors too; numbers that JSON has no word for become null."""
-    def clean(v):
-        v = v.tolist() if isinstance(v, torch.Tensor) else v
-        if isinstance(v, dict):
-            return {k: clean(w) for k, w in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(w) for w in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    return json.dumps(clean(value), indent=indent)
+    plain = json.dumps(value, default=torch.Tensor.tolist)
+    return json.dumps(json.loads(plain, parse_constant=lambda word: None), indent=indent)
 
 
 @functools.cache
@@ -831,13 +802,6 @@ def source_hash(method, task=None):
     for file in [*sorted(Path(__file__).parent.glob("*.py")), *filter(Path.is_file, own)]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
-
-
-def write_samples(path, samples, generator):
-    """Write generated answers for another program to score: a JSON list, or JSON lines; `generator` wrote them."""
-    samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in samples]
-    text = json.dumps(samples, indent=1) if path.endswith(".json") else "\n".join(map(json.dumps, samples))
-    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv=None):
@@ -856,7 +820,8 @@ def main(argv=None):
     add("--random-head", action="store_true", help="evaluate although the head was drawn at random: what chance gives")
     add("--score", choices=("generation", "likelihood"), metavar="X",
         help="score the answers that the model generates, or the likeliest of the allowed ones")
-    add("--samples", metavar="FILE", help="write generated answers: a list in a .json, else JSON lines")
+    add("--samples", metavar="FILE", help="write generated answers for another program to score: a list in a .json, "
+        "else JSON lines")
     add("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     add("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
     add("--batch-size", type=int, metavar="X", dest="eval_batch_size",
@@ -866,66 +831,42 @@ def main(argv=None):
     add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
         help="the model's; default: the run's, else float32")
     args = parser.parse_args(argv)
-    own = ("what", "places", "plot", "task", "adapter", "samples", "random_head")
+    own = ("what", "places", "plot", "adapter", "samples", "random_head")
     changes = {name: value for name, value in vars(args).items() if value is not None and name not in own}
     for name, least in (("limit_eval", 0), ("eval_batch_size", 1), ("max_length", 1)):
         if changes.get(name, least) < least:
             flag = name.removeprefix("eval_").replace("_", "-")
             raise UserError(f"--{flag} {changes[name]}: must be at least {least}")
+    if ":" in changes.get("task", ""):
+        changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:
         print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
         return
     if args.what == "merge":
-        if len(args.places) != 2 or args.task or args.adapter or changes.keys() - {"device", "dtype"}:
+        if len(args.places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:
             parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
         print(to_json({"merged": str(merge(*args.places, changes))}))
         return
     if args.places:
         parser.error(f"unexpected {' '.join(args.places)}")
     if args.samples:
-        changes["samples"] = []
-        if not Path(args.samples).absolute().parent.is_dir() or Path(args.samples).is_dir():
+        changes["samples"], file = [], Path(args.samples).absolute()
+        if not file.parent.is_dir() or file.is_dir():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
-    if ":" in (args.task or ""):
-        args.task = os.path.abspath(args.task)  # as a run's settings have it
-    is_run = (Path(args.what) / "run.json").exists()
-    s, task, processor, model = (load_named_run if is_run else load_named_model)(args, changes)
-    metrics = evaluate_loaded(s, task, processor, model)
+    if not (Path(args.what) / "run.json").exists():
+        loaded = load_untrained(args.what, args.adapter, args.random_head, changes)
+    elif args.adapter or args.random_head:
+        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter and --random-head")
+    else:
+        loaded = load_run(args.what, changes)
+    (s, task, *_), metrics = loaded, evaluate_loaded(*loaded)
     if args.samples:
-        write_samples(args.samples, s.samples, Path(args.what).resolve().name)
+        generator = Path(args.what).resolve().name
+        samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in s.samples]
+        text = json.dumps(samples, indent=1) if file.suffix == ".json" else "\n".join(map(json.dumps, samples))
+        file.write_text(text + "\n", encoding="utf-8")
     print(to_json({"task": task.name, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed,
                    **metrics}))
-
-
-def load_named_run(args, changes):
-    """What `load_run` returns for the run that the command line names, here perhaps on another task."""
-    s, _ = read_run(args.what)
-    if args.adapter or args.random_head:
-        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter and --random-head")
-    if args.task not in (None, s.task):
-        if {data.task_row(s.task).kind, data.task_row(args.task).kind} != {"lm"}:
-            raise UserError(f"{args.what} was trained on {s.task}; leave out --task {args.task}")
-        changes = {"task": args.task, "data": None} | changes
-    return load_run(args.what, changes)
-
-
-def load_named_model(args, changes):
-    """As `load_named_run`, for a checkpoint with or without a PEFT adapter."""
-    if args.task is None:
-        raise UserError(f"{args.what}: not a run folder, so name a --task to evaluate the model on")
-    task = data.find_task(args.task, args.data)
-    settings = {"data": None, "limit_eval": 0, "batch_size": 32, "seed": 0, "max_length": task.max_length,
-                "device": auto_device(), "dtype": "float32", "init_weights": "checkpoint"}
-    s = SimpleNamespace(model=args.what, task=args.task, **settings | changes)
-    check_device(s.device)
-    scoring(s, task)  # complain before the model is loaded
-    model, processor = load(s, task, adapted=args.adapter is not None)
-    if args.adapter is not None:
-        lora.load_adapter(model, args.adapter)
-    elif model.fresh and not args.random_head:
-        raise UserError(f"{args.what} has no head trained for {args.task}, its answers would be random: name a model "
-                        "that has one, train one, or say --random-head")
-    return s, task, processor, model
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import lora
-from eval import Parser, alike, command, grid, heat, pyplot, read_runs, save_figures, to_json
+from eval import Parser, command, grid, heat, pyplot, read_runs, save_figures, to_json
 from model import UserError
 
 
@@ -51,6 +51,29 @@ def finished(folders):
     if not runs:
         raise UserError(f"no finished run among {len(folders)} paths; name run folders with a result.json")
     return runs
+
+
+def alike(runs, *ignored):
+    """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
+    ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
+               *ignored}
+    first, varied, groups = {}, set(), {}
+    for run in runs:
+        other = first.setdefault((run.s.task, run.s.method), run.s)
+        varied |= {(run.s.method, key) for key, value in vars(run.s).items() if value != getattr(other, key, value)}
+    for run in runs:
+        label = run.s.method
+        for key, value in vars(run.s).items():
+            if (run.s.method, key) in varied and key not in ignored:
+                name = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")
+                value = ",".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+                label += f", {name} {value}"
+        groups.setdefault((run.s.task, label.replace("$", r"\$")), []).append(run)  # alone, it would start a formula
+
+    def by_size(key):  # 2 before 12
+        return [re.sub("[0-9]+", lambda digits: digits[0].zfill(20), part) for part in key]
+
+    return {key: groups[key] for key in sorted(groups, key=by_size)}
 
 
 def draw(folders):

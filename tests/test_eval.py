@@ -250,10 +250,10 @@ def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_tas
             for seed in (0, 1) for method, task, other in (
                 ("lora", "b", {"rank": 16, "out": "y"}), ("lora", "b", {}), ("lora", "a", {"lr": 2.0}),
                 ("lalora", "a", {"lalora_fidelity": "off", "model": "c"}), ("lalora", "a", {}))]
-    assert [(*key, len(group)) for key, group in evaluation.alike(runs).items()] == [
+    assert [(*key, len(group)) for key, group in figures.alike(runs).items()] == [
         ("a", "lalora, fidelity off, model c", 2), ("a", r"lalora, fidelity step, model \$b", 2),
         ("a", "lora, rank 4", 2), ("b", "lora, rank 4", 2), ("b", "lora, rank 16", 2)]
-    assert len(evaluation.alike(runs, "rank")["b", "lora"]) == 4
+    assert len(figures.alike(runs, "rank")["b", "lora"]) == 4
 
 
 @pytest.fixture(scope="session")
