@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -122,10 +121,8 @@ def random_split(b, base, kind, rows):
 
 def batches_for(b, base, kind, count=4):
     """`count` random batches (inputs, labels) on the device, the same for every contender."""
-    split, made = random_split(b, base, kind, count * b.batch_size), []
-    for i in range(count):
-        made.append(data.collate(split, list(range(i * b.batch_size, (i + 1) * b.batch_size)), device=b.device))
-    return made
+    split, indices = random_split(b, base, kind, count * b.batch_size), list(range(count * b.batch_size))
+    return [data.collate(split, indices[i::count], device=b.device) for i in range(count)]
 
 
 def own_copy(base, shared=True):
@@ -147,14 +144,14 @@ class Contender:
     """
 
     def __init__(self, s, model, params=(), training=None, loss=None, also=None):
-        self.s, self.model, self.training, self.loss, self.also, self.taken = s, model, training, loss, also, 0
+        self.s, self.model, self.training, self.loss, self.also = s, model, training, loss, also
         self.params = training.params if training else list(params)
         self.trainable = sum(p.numel() for p in self.params)
         if not training:
-            for p in params:
+            for p in self.params:
                 p.requires_grad_(True)
             self.optimizer = torch.optim.AdamW(self.params, lr=s.lr, weight_decay=s.weight_decay, fused=True)
-        self.losses, self.times, self.compiles, self.breaks = [], [], [], 0
+        self.taken, self.losses, self.times, self.compiles, self.breaks = 0, [], [], [], 0
 
     def step(self, batch):
         self.taken += 1
@@ -238,9 +235,9 @@ def contender(b, base, kind, name):
     if method == "floor":
         params = list(model.head.parameters()) if kind != "lm" else []
         for site, _, _ in lora.sites(model, s.targets):
-            parent, _, child = site.rpartition(".")
-            setattr(model.get_submodule(parent), child, Shifted(model.get_submodule(site)))
-            params.append(getattr(model.get_submodule(parent), child).shift)
+            shifted = Shifted(model.get_submodule(site))
+            model.set_submodule(site, shifted)
+            params.append(shifted.shift)
 
         def loss(inputs, labels):
             return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
@@ -269,7 +266,7 @@ class Shifted(nn.Module):
         return self.linear(x) + self.shift.to(x.dtype)
 
 
-def peft_model(b, base, kind, method):
+def peft_contender(b, base, kind, method):
     """transformers' model on the same weights with PEFT's adapters, as their users run them."""
     import peft
     import transformers
@@ -284,30 +281,24 @@ def peft_model(b, base, kind, method):
         kernel = "eager" if base.family == "deberta-v2" else "sdpa"  # transformers has no other for the former
         theirs = getattr(transformers, auto).from_config(config, attn_implementation=kernel, dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
-    if kind != "lm":
-        weights |= {k: v.to(dtype).clone() for k, v in weights.items() if k.startswith(tuple(base.head_names.values()))}
+    heads = tuple(base.head_names.values()) if kind != "lm" else ()
+    weights |= {name: weight.to(dtype).clone() for name, weight in weights.items() if name.startswith(heads)}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
     theirs.tie_weights()
-    task_type = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind)
-    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, task_type=task_type,
-                   modules_to_save=[*base.head_names.values()] if kind != "lm" else None,
+    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, modules_to_save=list(heads) or None,
+                   task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
     if method == "adalora":
         chosen = peft.AdaLoraConfig(init_r=round(s.adalora_init_ratio * b.rank), target_r=b.rank, tinit=1, tfinal=500,
                                     deltaT=s.adalora_delta_t, total_step=1000, **options)
     else:
         chosen = peft.LoraConfig(r=b.rank, use_dora=method == "dora", **options)
-    return peft.get_peft_model(theirs, chosen).train()
-
-
-def peft_contender(b, base, kind, method):
-    """`peft_model`, ready to take steps."""
-    theirs = peft_model(b, base, kind, method)
+    theirs = peft.get_peft_model(theirs, chosen).train()
 
     def loss(inputs, labels):
         if kind == "image":
-            return theirs(pixel_values=inputs["pixels"].to(getattr(torch, b.dtype)), labels=labels).loss
+            return theirs(pixel_values=inputs["pixels"].to(dtype), labels=labels).loss
         if kind == "lm":
             labels_at = torch.full_like(inputs["tokens"], -100)
             labels_at.view(-1)[inputs["positions"] + 1] = labels
@@ -315,8 +306,7 @@ def peft_contender(b, base, kind, method):
         return theirs(input_ids=inputs["tokens"], attention_mask=inputs["mask"].long(), labels=labels).loss
 
     allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
-    params = [p for p in theirs.parameters() if p.requires_grad]
-    return Contender(settings_for(b, "lora"), theirs, params, loss=loss, also=allocate)
+    return Contender(s, theirs, [p for p in theirs.parameters() if p.requires_grad], loss=loss, also=allocate)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -346,18 +336,22 @@ def speed(b):
             for runner in runners.values():
                 runner.timed_step(batches[i % len(batches)])
                 bar.update()
+    def ratio(runner, name):
+        other = runners.get(name)
+        if other is None:
+            return None
+        return statistics.median(x / y for x, y in zip(runner.times[b.warmup:], other.times[b.warmup:]))  # per round
+
     tokens, rows = b.batch_size * (1 if kind == "image" else b.length), []  # an image counts as one
     for name, r in runners.items():
-        seconds = statistics.median(r.times[b.warmup:])
-        method, _, mode = name.partition("/")
-        end = "/compiled" * (mode == "compiled")
-        row = {"contender": name, "step_ms": 1e3 * seconds}
-        for key, other in {"to_lora": "lora" + end, "to_floor": "floor" + end, "to_peft": f"peft/{method}"}.items():
-            row[key] = ratio(b, r, runners.get(other))
+        seconds, method = statistics.median(r.times[b.warmup:]), name.removesuffix("/compiled")
+        end = name.removeprefix(method)
+        row = {"contender": name, "step_ms": 1e3 * seconds, "to_lora": ratio(r, "lora" + end),
+               "to_floor": ratio(r, "floor" + end), "to_peft": ratio(r, f"peft/{method}")}
         if method == "lelora":
-            row["to_uniform_and_validation"] = ratio(b, r, runners["uniform+validation" + end])
+            row["to_uniform_and_validation"] = ratio(r, "uniform+validation" + end)
         row |= {"tokens_per_second": tokens / seconds, "trainable": r.trainable}
-        if mode == "compiled":
+        if end:
             row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
         if b.device.startswith("cuda"):
             row["synchronisations"] = synchronisations(r, batches[0])
@@ -365,11 +359,6 @@ def speed(b):
         row["policy_percent"] = None if policy is None else 100 * policy / seconds
         rows.append(row | {"first_loss": r.losses[0]})
     return rows
-
-
-def ratio(b, r, other):
-    """Median over rounds of one contender's step time over another's in the same round, or None."""
-    return statistics.median(x / y for x, y in zip(r.times[b.warmup:], other.times[b.warmup:])) if other else None
 
 
 def synchronisations(runner, batch):
@@ -406,7 +395,7 @@ def one(b, name):
     """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
     if name.startswith("peft/"):
         import peft, transformers  # noqa: F401 - their code is no part of a step's memory
-    cuda, imports = b.device.startswith("cuda"), train.resident()[0]
+    imports = 0 if b.device.startswith("cuda") else train.resident()[0]
     base, kind = base_model(b)
     runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
     batches = batches_for(b, base, kind, 2)
@@ -414,16 +403,13 @@ def one(b, name):
     for i in range(b.warmup):
         runner.timed_step(batches[i % 2])
     gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(b.device)
-    else:  # what was freed goes back to the system, whose own count of the peak starts again
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError, AttributeError):  # what was freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
+    train.forget_peak_memory(b.device)
     for i in range(b.rounds):
         runner.timed_step(batches[i % 2])
-    peak = train.peak_memory(b.device) - (0 if cuda else imports)
-    return {"peak_mb": peak / 2**20, "weights_mb": weights, "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
+    return {"peak_mb": (train.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights,
+            "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
 
 
 def megabytes(tensors):
@@ -469,14 +455,15 @@ class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
     `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
-    `columns` are the tasks that it has numbers for, `times` is its rank over the one that was told.
+    `columns` are the tasks that it has numbers for, `times` is its rank over the one that was told, `line` what `make`
+    has found or made: its line in the results, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
         self.row, self.task, self.seed, self.flags, self.folder = row, task, seed, list(flags), folder
-        self.columns, self.times = [task], 1.0
+        self.columns, self.times, self.line = [task], 1.0, None
         self.words = [*flags, "--task", task, "--seed", str(seed)]
-        self.s = settings_of(self.words)
+        self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         if self.s.out or self.s.resume:
             raise UserError("--out and --resume are the comparison's own; leave them out")
         self.settings = changed(vars(self.s))
@@ -515,11 +502,6 @@ def start(words, env=None):
 TRAIN = train.parser_of(train.Settings, "")
 
 
-def settings_of(flags):
-    """train.Settings of a list of train.py's flags."""
-    return train.Settings(**vars(TRAIN.parse_args(flags)))
-
-
 def changed(settings):
     """Those of a run's settings that are not train.py's defaults."""
     return {name: value for name, value in settings.items() if value != getattr(train.Settings, name, None)}
@@ -532,10 +514,10 @@ def check_shared(flags):
             raise UserError(f"{flag} differs between the runs that are compared: use {instead}")
 
 
-def finished(q, old=False):
+def finished(q):
     """The lines of the results, by their settings as JSON; what is no such line, or half of one, is skipped.
 
-    Those that another version of the program made are there if `old`, with --keep-old and with --no-run.
+    `old` are those that another version of the program made, where there is no other.
     """
     lines, file = {}, Path(q.results)
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -547,51 +529,56 @@ def finished(q, old=False):
             key = json.dumps(line["settings"], sort_keys=True)
             if key not in lines or not line["old"]:
                 lines[key] = line
-    return {key: line for key, line in lines.items() if not line["old"] or old or q.keep_old or not q.run}
+    return lines
 
 
 def make(runs, q):
-    """Make the runs that the results lack, q.jobs at a time; returns {name: what went wrong} of those that failed.
+    """Give the runs their `line` in the results, and make those that have none, q.jobs at a time.
 
-    A run that was begun goes on from its last checkpoint. Ctrl-C reaches the runs, too: they stop at a checkpoint.
+    Returns {name: what went wrong} of those that failed. A run that was begun goes on from its last checkpoint. Ctrl-C
+    reaches the runs, too: they stop at a checkpoint.
     """
-    runs = {run.key: run for run in runs}
-    old = [key for key, line in finished(q, old=True).items() if key in runs and line["old"]]
-    waiting = [run for key, run in runs.items() if key not in finished(q)]
+    found, different, failed = finished(q), {run.key: run for run in runs}, {}
+    old, take_old = [key for key in different if key in found and found[key]["old"]], q.keep_old or not q.run
     if old:
-        say(f"note: {len(old)} of {len(runs)} results are of another version of the program: "
-            + ("taken as they are" if q.keep_old or not q.run else "made again; --keep-old takes them as they are"))
-    if not q.run:
-        return {}
-    for folder in (Path(q.results).parent, Path(q.runs)):
+        say(f"note: {len(old)} of {len(different)} results are of another version of the program: "
+            + ("taken as they are" if take_old else "made again; --keep-old takes them as they are"))
+    lines = {key: found[key] for key in different if key in found and (take_old or key not in old)}
+    waiting = [run for key, run in different.items() if key not in lines] * q.run
+    for folder in (Path(q.results).parent, Path(q.runs)) if waiting else ():
         folder.mkdir(parents=True, exist_ok=True)
-    failed, lock, free = {}, threading.Lock(), queue.Queue()
+    free = queue.Queue()
     for env in environments(q.jobs):
         free.put(env)
 
-    def attempt(run):
-        env, log = free.get(), Path(f"{run.out}.stderr.txt")
+    def perform(run):
+        env = free.get()
         try:
-            line = run.perform(env)
-            log.unlink(missing_ok=True)
-            with lock:
-                append(q.results, line)
-        except subprocess.CalledProcessError as error:
-            log.write_text(error.stderr, encoding="utf-8")
-            failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
-            say(f"{run.out.name}: {failed[run.out.name]}")
+            return run.perform(env)
         finally:
             free.put(env)
 
-    with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", file=sys.stderr) as bar:
+    with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", disable=not waiting) as bar:
+        begun = {pool.submit(perform, run): run for run in waiting}
         try:
-            for future in as_completed([pool.submit(attempt, run) for run in waiting]):
-                future.result()
+            for future in as_completed(begun):
                 bar.update()
+                run = begun[future]
+                log = Path(f"{run.out}.stderr.txt")
+                try:
+                    lines[run.key] = future.result() | {"old": False}
+                    append(q.results, future.result())
+                    log.unlink(missing_ok=True)
+                except subprocess.CalledProcessError as error:
+                    log.write_text(error.stderr, encoding="utf-8")
+                    failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
+                    say(f"{run.out.name}: {failed[run.out.name]}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             say("stopped; the same command goes on")
             raise SystemExit(130) from None
+    for run in runs:
+        run.line = lines.get(run.key)
     return failed
 
 
@@ -627,7 +614,7 @@ def quality(argv):
         names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     if q.tasks is None:
-        s = settings_of(flags)
+        s = train.Settings(**vars(TRAIN.parse_args(flags)))
         q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
     rows = {method: shlex.split(method) for method in methods}
     if q.steps:
@@ -650,10 +637,9 @@ def quality(argv):
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.first_seed, q.first_seed + q.seeds)]
     failed |= make(runs, q)
-    done = finished(q)
-    about = summarise(runs, done, q.metric, free) | {"chosen": chosen, "failed": failed}
+    about = summarise(runs, q.metric, free) | {"chosen": chosen, "failed": failed}
     if q.csv:
-        write_csv(q.csv, runs, done)
+        write_csv(q.csv, runs)
     if q.picture:
         draw(q.picture, runs, about)
     return markdown(about), about
@@ -669,57 +655,46 @@ def match_budget(cells, q):
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
     grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
     """
-    told = {}
-    for cell in cells:
-        s = copy.copy(cell.s)
-        train.settle(s, models.find_config(s.model, s.init_weights)[0])
-        if s.method not in ("full", "bitfit"):
-            told[cell] = s
     uniform = {(cell.task, cell.s.steps): cell for cell in cells if cell.row.split(" --steps ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
+    told, tried, ranks = {}, {}, {}  # of each cell: its settings as filled in, runs, and the rank to try next
+    for cell in cells:
+        if cell.s.method not in ("full", "bitfit"):
+            told[cell], tried[cell] = copy.copy(cell.s), []
+            train.settle(told[cell], models.find_config(cell.s.model, cell.s.init_weights)[0])
+            ranks[cell] = told[cell].rank
 
-    def at(cell, rank):
-        times = rank / told[cell].rank
-        run = cell.again(0, "--rank", str(rank), "--alpha", f"{told[cell].alpha * times:g}")
-        run.times = times
-        return run
+    def budget(run):
+        return run.line["trainable_params"]["mean"] if run.line else math.inf
 
     def closest(cell):
-        """(the rank of those tried with the mean budget closest to uniform LoRA's, its share above that)"""
-        reference, tried = uniform[cell.task, cell.s.steps], sizes[cell]
-        aim = sizes[reference][told[reference].rank]
+        aim = budget(tried[uniform[cell.task, cell.s.steps]][0])
         if aim == math.inf:
             raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
-        rank = min(tried, key=lambda rank: abs(tried[rank] / aim - 1))
-        return rank, tried[rank] / aim - 1
+        return min(((budget(run) / aim - 1, run) for run in tried[cell]), key=lambda pair: abs(pair[0]))
 
-    ranks = {cell: s.rank for cell, s in told.items()}
-    sizes = {cell: {} for cell in told}  # mean budgets by rank, infinite where the run failed
     for _ in range(6):
-        trials = {cell: at(cell, ranks[cell]) for cell in told if ranks[cell] not in sizes[cell]}
-        if not trials:
-            break
-        make(trials.values(), q)
-        done = finished(q)
-        for cell, run in trials.items():
-            sizes[cell][ranks[cell]] = done[run.key]["trainable_params"]["mean"] if run.key in done else math.inf
-        for cell in told:
-            best, off = closest(cell)
-            closer = max(1, round(best / (1 + off)))
-            failed = [rank for rank, size in sizes[cell].items() if size == math.inf and rank > best]
-            if failed and closer >= min(failed):
-                closer = (best + min(failed)) // 2
-            ranks[cell] = best if abs(off) <= 0.05 or closer in sizes[cell] else closer
-    matched = []
-    for cell in cells:
-        if cell in told:
-            rank, off = closest(cell)
-            say(f"{cell.row}, {cell.task}: rank {rank}, mean budget {100 * off:+.1f} % from uniform LoRA's"
-                + ": no rank tried comes closer" * (abs(off) > 0.05))
-            cell = at(cell, rank)
-        matched.append(cell)
-    return matched
+        for cell, rank in ranks.items():
+            times = rank / told[cell].rank
+            run = cell.again(0, "--rank", str(rank), "--alpha", f"{told[cell].alpha * times:g}")
+            run.times = times
+            tried[cell].append(run)
+        make([tried[cell][-1] for cell in ranks], q)
+        ranks = {}
+        for cell, runs in tried.items():
+            off, best = closest(cell)
+            rank = max(1, round(best.s.rank / (1 + off)))
+            failed = [run.s.rank for run in runs if not run.line and run.s.rank > best.s.rank]
+            if failed and rank >= min(failed):
+                rank = (best.s.rank + min(failed)) // 2
+            if abs(off) > 0.05 and rank not in [run.s.rank for run in runs]:
+                ranks[cell] = rank
+    for cell in tried:
+        off, best = closest(cell)
+        say(f"{cell.row}, {cell.task}: rank {best.s.rank}, mean budget {100 * off:+.1f} % from uniform LoRA's"
+            + ": no rank tried comes closer" * (abs(off) > 0.05))
+    return [closest(cell)[1] if cell in tried else cell for cell in cells]
 
 
 def grid_of(text, times=1):
@@ -742,21 +717,23 @@ def tune(cells, q):
     for the rank that was told, and grow with --match-budget's.
     """
     more = ["--eval-half", "tune"] * q.split_eval + ["--limit-train", str(q.tune_rows)] * (q.tune_rows > 0)
-    trials = {cell: {flags: [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
-                     for flags in grid_of(q.tune, cell.times)} for cell in cells}
-    make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
-    done, tuned, chosen, failed = finished(q), [], {}, {}
-    for cell, choices in trials.items():
-        means = {}
-        for flags, runs in choices.items():
-            metrics, values = scores(runs, done, q.metric)
-            numbers = values[cell.row].get(cell.task, {}).values()
-            if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
-                means[flags] = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
-        if means:
-            best = max(means, key=means.get)
-            tuned.append(cell.again(0, *best))
-            chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(best)} (of {len(choices) * q.tune_seeds} runs)"
+    trials = [(cell, flags, [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)])
+              for cell in cells for flags in grid_of(q.tune, cell.times)]
+    make([run for _, _, runs in trials for run in runs], q)
+    best, tuned, chosen, failed = {}, [], {}, {}
+    for cell, flags, runs in trials:
+        metrics, values = scores(runs, q.metric)
+        numbers = values[cell.row].get(cell.task, {}).values()
+        if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
+            mean = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
+            if cell not in best or mean > best[cell][0]:
+                best[cell] = mean, flags
+    for cell in cells:
+        if cell in best:
+            _, flags = best[cell]
+            tuned.append(cell.again(0, *flags))
+            tries = len(grid_of(q.tune)) * q.tune_seeds
+            chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(flags)} (of {tries} runs)"
         else:
             failed[f"{cell.row}, {cell.task}"] = "left out: no choice of --tune has finished with all its seeds"
     return tuned, chosen, failed
@@ -773,15 +750,15 @@ POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
     f.name for f in dataclasses.fields(train.Settings) if f.metadata["group"] not in GENERAL}
 
 
-def scores(runs, done, metric=None):
-    """({column: metric}, {row: {column: {seed: number}}}) of the runs that are done; columns are tasks, and average.
+def scores(runs, metric=None):
+    """({column: metric}, {row: {column: {seed: number}}}) of finished runs; columns are tasks, and their average.
 
     `metric` None takes each task's headline. Raises UserError for one that a run does not have.
     """
     tasks = list(dict.fromkeys(task for run in runs for task in run.columns))
     metrics, values = dict.fromkeys(tasks, metric), {run.row: {} for run in runs}
     for run in runs:
-        for task, numbers in run.numbers(done[run.key]).items() if run.key in done else ():
+        for task, numbers in run.numbers(run.line).items() if run.line else ():
             if metric and metric not in numbers:
                 raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
             known = [name for name in (*data.task_row(task).metrics, "loss") if name in numbers]
@@ -797,8 +774,8 @@ def scores(runs, done, metric=None):
     return metrics, values
 
 
-def baselines(lines, free=()):
-    """{row: the row of uniform LoRA that it is compared with}, where there is one; lines: {row: {(task, seed): line}}.
+def baselines(runs, free=()):
+    """{row: the row of uniform LoRA that it is compared with}, where there is one, of finished runs.
 
     The two equal each other in every setting that either was told, as it was filled in, but for the policy's own and
     those in `free`. Variants (PiSSA, DoRA ...) that the baseline has the row has, too: `lalora --dora` is compared with
@@ -808,75 +785,77 @@ def baselines(lines, free=()):
         place = name in ("model", "data")  # in the run folder an absolute path
         return line["settings" if place else "settled"].get(name, getattr(train.Settings, name))
 
+    def variants(line):
+        return line["settled"].keys() & VARIANTS
+
+    def is_uniform(line):
+        return value(line, "method") == "lora" and not {"adapter", "ranks"} & line["settings"].keys()
+
     def fits(line, base):
         told = (line["settings"].keys() | base["settings"].keys()) - POLICY - VARIANTS - set(free)
-        theirs = base["settled"].keys() & VARIANTS
-        uniform = [value(each, "method") == "lora" and not {"adapter", "ranks"} & each["settings"].keys()
-                   for each in (base, line)]
-        alike = all(value(line, name) == value(base, name) for name in told | theirs)
-        return uniform[0] and alike and not (uniform[1] and theirs == line["settled"].keys() & VARIANTS)
+        alike = all(value(line, name) == value(base, name) for name in told | variants(base))
+        return is_uniform(base) and alike and not (is_uniform(line) and variants(base) == variants(line))
 
-    found = {}
+    lines, found = {}, {}
+    for run in runs:
+        lines.setdefault(run.row, {})[run.task, run.seed] = run.line
     for row, own in lines.items():
         fitting = {}
         for name, others in lines.items():
             both = own.keys() & others.keys()
             if both and all(fits(own[place], others[place]) for place in both):
-                fitting[name] = len(others[min(both)]["settled"].keys() & VARIANTS)
+                fitting[name] = len(variants(others[min(both)]))
         if fitting:
             found[row] = max(fitting, key=fitting.get)
     return found
 
 
-def summarise(runs, done, metric=None, free=()):
+def summarise(runs, metric=None, free=()):
     """What the table says of the runs that are done, as a JSON object; rows are in the order of `runs`.
 
     A row has for each column mean and standard deviation over seeds, and the mean difference from its baseline, over
     the seeds that both have, with p of the sign-flip test; besides what was trained, seconds and memory.
     """
-    metrics, values = scores(runs, done, metric)
-    lines, rows = {run.row: {} for run in runs}, {}
-    for run in runs:
-        if run.key in done:
-            lines[run.row][run.task, run.seed] = done[run.key]
-    against = baselines(lines, free)
-    for row, own in lines.items():
-        rows[row] = {"against": against.get(row)}
-        for column, mine in values[row].items():
-            theirs = values.get(against.get(row), {}).get(column, {})
+    metrics, values = scores(runs, metric)
+    against = baselines([run for run in runs if run.line], free)
+    rows = {}
+    for name, columns in values.items():
+        row = rows[name] = {"against": against.get(name)}
+        for column, mine in columns.items():
+            theirs = values.get(against.get(name), {}).get(column, {})
             pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
             if mine:
-                rows[row][column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
-                                     "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
+                row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
+                               "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
             if pairs and not math.isnan(sum(pairs)):
-                rows[row][column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
-        if own:
-            sizes = [line["trainable_params"] for line in own.values()]
-            rows[row] |= {"trainable_params": {k: statistics.fmean(size[k] for size in sizes) for k in sizes[0]},
-                          "seconds": statistics.fmean(line["seconds"] for line in own.values()),
-                          "peak_memory_mb": max(line["peak_memory_mb"] for line in own.values())}
+                row[column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
+        lines = [run.line for run in runs if run.row == name and run.line]
+        if lines:
+            sizes = [line["trainable_params"] for line in lines]
+            row |= {"trainable_params": {k: statistics.fmean(size[k] for size in sizes) for k in sizes[0]},
+                    "seconds": statistics.fmean(line["seconds"] for line in lines),
+                    "peak_memory_mb": max(line["peak_memory_mb"] for line in lines)}
     return {"metrics": metrics, "rows": rows}
 
 
 def markdown(about):
     """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
-    metrics, rows, chosen = about["metrics"], about["rows"], about.get("chosen", {})
-    heads = ["method", *(f"{column}, {metric}" if metric else column for column, metric in metrics.items()),
-             "trainable: last / mean / peak", "s", "MB", "compared with", *["chosen"] * bool(chosen)]
-    cells, tests = [], 0
-    for name, row in rows.items():
-        cell = [name]
-        for column in metrics:
-            others = [other[column]["mean"] for other in rows.values() if column in other]
-            cell.append(score_text(row[column], others, metrics) if column in row else "")
-            tests += column in row and row[column]["p"] is not None
-        if "seconds" in row:
-            sizes = [f"{n:,.0f}" for n in row["trainable_params"].values()]
-            cell += [" / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]), f"{row['seconds']:,.1f}",
-                     f"{row['peak_memory_mb']:,.0f}", row["against"] or "",
-                     "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())]
-        cells.append((cell + [""] * len(heads))[:len(heads)])
-    text = "\n".join(evaluation.markdown(heads, cells))
+    metrics, chosen, cells = about["metrics"], about.get("chosen", {}), []
+    scored = [row[column] for row in about["rows"].values() for column in metrics if column in row]
+    for name, row in about["rows"].items():
+        cell = {"method": name}
+        for column, metric in metrics.items():
+            others = [other[column]["mean"] for other in about["rows"].values() if column in other]
+            text = score_text(row[column], others, metrics) if column in row else ""
+            cell[f"{column}, {metric}" if metric else column] = text
+        sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
+        cell |= {"trainable: last / mean / peak": " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]),
+                 "s": f"{row['seconds']:,.1f}" if sizes else "", "MB": row.get("peak_memory_mb"),
+                 "compared with": row["against"]}
+        if chosen:
+            cell["chosen"] = "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())
+        cells.append(cell)
+    text, tests = table(cells), sum(score["p"] is not None for score in scored)
     if tests:
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
                  f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
@@ -909,13 +888,13 @@ def sign_flip(differences):
     return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)))
 
 
-def write_csv(path, runs, done):
+def write_csv(path, runs):
     """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
     rows = []
-    for line in [done[run.key] | {"row": run.row} for run in runs if run.key in done]:
+    for line in [run.line | {"row": run.row} for run in runs if run.line]:
         plain = {key: value for key, value in line.items() if isinstance(value, (int, float, str))}
         sizes = {f"trainable_{key}": value for key, value in line["trainable_params"].items()}
-        rows.append(plain | sizes | {key: value for key, value in line["settled"].items() if key not in plain})
+        rows.append(plain | sizes | line["settled"] | plain)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -976,7 +955,7 @@ def settle(b):
 
 
 def answer(command, text, about):
-    """Print a table of runs and one line of JSON; exit status 1 if a run failed."""
+    """Print a table and one line of JSON; exit status 1 if a run failed."""
     print(text)
     print(evaluation.to_json({"command": command} | about))
     if about.get("failed"):
@@ -985,9 +964,8 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    print(table(rows))
-    print(evaluation.to_json({"command": command, "device": train.device_name(b.device), "dtype": b.dtype,
-                              **train.versions(), "settings": dataclasses.asdict(b), "rows": rows}))
+    answer(command, table(rows), {"device": train.device_name(b.device), "dtype": b.dtype, **train.versions(),
+                                  "settings": dataclasses.asdict(b), "rows": rows})
 
 
 COMMANDS = {"speed": speed, "memory": memory}

@@ -137,7 +137,7 @@ def published(name, q, flags):
     if runs:
         failed = bench.make(runs, q)
         free = table.get("free", ())  # settings of which each row has its own
-        about = bench.summarise(runs, bench.finished(q), table.get("metric"), free) | {"failed": failed}
+        about = bench.summarise(runs, table.get("metric"), free) | {"failed": failed}
         text += f"\n{bench.markdown(about)}"
     return text, about | {"table": name}
 

@@ -251,15 +251,13 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
     """Made-up budgets: uniform LoRA's, half of that, one that grows slowly and fails above 64, and one that always fails."""
     budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
               "lelora": lambda r: None}
-    made = {}
 
     def make_up(runs, q):
         for run in runs:
-            if budget[run.row](run.s.rank):
-                made[run.key] = {"trainable_params": {"mean": budget[run.row](run.s.rank)}}
+            size = budget[run.row](run.s.rank)
+            run.line = {"trainable_params": {"mean": size}} if size else None
 
     monkeypatch.setattr(bench, "make", make_up)
-    monkeypatch.setattr(bench, "finished", lambda q: made)
     cells = [bench.Run(row, "digits-rot90", 0, ["--method", row], "runs") for row in (*budget, "full")]
     matched = bench.match_budget(cells, None)
     assert [run.s.rank for run in matched[:2]] == [8, 16] and 57 <= matched[2].s.rank <= 64
@@ -370,9 +368,9 @@ def line_of(run, metric, value):
 def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against, monkeypatch):
     rows = [row for row in rows if "--ranks" not in row or hasattr(train.Settings, "ranks")]
     runs = [bench.Run(row, "digits-rot90", 0, ["--method", *row.split()], "runs") for row in rows]
-    lines = {run.row: {0: line_of(run, "accuracy", 0.5)} for run in runs}
-    wanted = {row: rows[i] for row, i in zip(rows, against) if i is not None}
-    assert bench.baselines(lines) == wanted
+    for run in runs:
+        run.line = line_of(run, "accuracy", 0.5)
+    assert bench.baselines(runs) == {row: rows[i] for row, i in zip(rows, against) if i is not None}
 
 
 def test_summary():
@@ -383,11 +381,11 @@ def test_summary():
     made += [("LoRA", "lora", "rte", i, 0.5) for i in range(4)] + [("ours", "lalora", "rte", 4, None)]
 
     def summary(made, metric, model="roberta-base"):
-        runs, done = [], {}
+        runs = []
         for row, method, task, seed, value in made:
             runs.append(bench.Run(row, task, seed, ["--method", method, "--model", model], "runs"))
-            done[runs[-1].key] = line_of(runs[-1], metric, value)
-        about = bench.summarise(runs, done)
+            runs[-1].line = line_of(runs[-1], metric, value)
+        about = bench.summarise(runs)
         return about, {line.split(" | ")[0]: line.split(" | ")[1:] for line in bench.markdown(about).splitlines()}
 
     about, cells = summary(made, "accuracy")
@@ -449,6 +447,6 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
     assert called[0][:2] == ["--model", "gemma-7b"]
     assert called[1:] == [[str(run.out), "--task", "gsm8k"],
                           [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
-    about = bench.summarise([run], bench.finished(q))
+    about = bench.summarise([run])
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
     assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)
