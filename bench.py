@@ -76,14 +76,14 @@ class Bench:
                          ("auto", "float32", "bfloat16"))
 
 
-# ---------------------------------------------------------------------------------------------- models and data
+# ---------------------------------------------------------------------------------------------- contenders
 
 
 def base_model(b):
     """The frozen model that all contenders share, and its task's kind; settles --targets."""
     config, folder = models.find_config(b.model, b.init_weights)
-    raw = config.raw | dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-                                      "classifier_dropout"), b.dropout)
+    raw = dict(config.raw, attention_dropout=b.dropout, hidden_dropout_prob=b.dropout,
+               attention_probs_dropout_prob=b.dropout, classifier_dropout=b.dropout)
     if b.layers:
         raw["num_hidden_layers"] = b.layers
         raw.pop("layer_types", None)
@@ -133,9 +133,6 @@ def own_copy(base, shared=True):
     return model.train()
 
 
-# ---------------------------------------------------------------------------------------------- contenders
-
-
 class Contender:
     """One method on its own copy of the model, ready to take the training steps that train.py takes.
 
@@ -175,9 +172,8 @@ class Contender:
         loss = self.step(batch)
         self.times.append(clock(self.s.device) - began)
         self.losses.append(loss.item())
-        now = compiled_so_far()
-        self.compiles.append(now[0] - graphs)
-        self.breaks += now[1] - breaks
+        self.compiles.append(compiled_so_far()[0] - graphs)
+        self.breaks += compiled_so_far()[1] - breaks
 
     def policy_seconds(self, batch, times=20):
         """Mean seconds of the policy's own calls in a step, with cold caches, without LeLoRA's validation forward."""
@@ -228,16 +224,15 @@ def contender(b, base, kind, name):
     if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
         s.rank = 3 * b.rank
     model = own_copy(base, shared=s.method not in ("full", "bitfit"))
+    sites = [name for name, _, _ in lora.sites(model, s.targets)]
     if method == "lelora":  # it changes the frozen weights
-        for site, _, _ in lora.sites(model, s.targets):
-            linear = model.get_submodule(site)
+        for linear in map(model.get_submodule, sites):
             linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
     if method == "floor":
-        params = list(model.head.parameters()) if kind != "lm" else []
-        for site, _, _ in lora.sites(model, s.targets):
-            shifted = Shifted(model.get_submodule(site))
-            model.set_submodule(site, shifted)
-            params.append(shifted.shift)
+        for site in sites:
+            model.set_submodule(site, Shifted(model.get_submodule(site)))
+        params = [model.get_submodule(site).shift for site in sites]
+        params += list(model.head.parameters()) if kind != "lm" else []
 
         def loss(inputs, labels):
             return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
@@ -309,15 +304,13 @@ def peft_contender(b, base, kind, method):
     return Contender(s, theirs, [p for p in theirs.parameters() if p.requires_grad], loss=loss, also=allocate)
 
 
-# ---------------------------------------------------------------------------------------------- commands
+# ---------------------------------------------------------------------------------------------- speed and memory
 
 
 def contender_names(b, methods):
     """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
-    names = []
-    for mode in b.modes:
-        names += [name + "/compiled" * (mode == "compiled") for name in
-                  ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]]
+    names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
+    names = [name + "/compiled" * (mode == "compiled") for mode in b.modes for name in names]
     theirs = [f"peft/{method}" for method in PEFT if method in methods and b.peft]
     if theirs and not all(importlib.util.find_spec(module) for module in ("peft", "transformers")):
         say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
@@ -336,11 +329,11 @@ def speed(b):
             for runner in runners.values():
                 runner.timed_step(batches[i % len(batches)])
                 bar.update()
+
     def ratio(runner, name):
-        other = runners.get(name)
-        if other is None:
-            return None
-        return statistics.median(x / y for x, y in zip(runner.times[b.warmup:], other.times[b.warmup:]))  # per round
+        """Median over rounds of its step time over another's in the same round, or None."""
+        if name in runners:
+            return statistics.median(np.divide(runner.times, runners[name].times)[b.warmup:])
 
     tokens, rows = b.batch_size * (1 if kind == "image" else b.length), []  # an image counts as one
     for name, r in runners.items():
@@ -371,9 +364,6 @@ def synchronisations(runner, batch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in caught)
-
-
-# ---------------------------------------------------------------------------------------------- memory
 
 
 def memory(b):
@@ -782,19 +772,19 @@ def baselines(runs, free=()):
     `lora --dora` if that is there, else with `lora`, and so is `lora --dora`.
     """
     def value(line, name):
-        place = name in ("model", "data")  # in the run folder an absolute path
-        return line["settings" if place else "settled"].get(name, getattr(train.Settings, name))
+        place = "settings" if name in ("model", "data") else "settled"  # in the run folder an absolute path
+        return line[place].get(name, getattr(train.Settings, name))
 
     def variants(line):
         return line["settled"].keys() & VARIANTS
 
-    def is_uniform(line):
+    def uniform(line):
         return value(line, "method") == "lora" and not {"adapter", "ranks"} & line["settings"].keys()
 
     def fits(line, base):
-        told = (line["settings"].keys() | base["settings"].keys()) - POLICY - VARIANTS - set(free)
-        alike = all(value(line, name) == value(base, name) for name in told | variants(base))
-        return is_uniform(base) and alike and not (is_uniform(line) and variants(base) == variants(line))
+        told = (line["settings"].keys() | base["settings"].keys()) - POLICY - VARIANTS - set(free) | variants(base)
+        same = uniform(line) and variants(base) == variants(line)
+        return uniform(base) and not same and all(value(line, name) == value(base, name) for name in told)
 
     lines, found = {}, {}
     for run in runs:
@@ -891,10 +881,11 @@ def sign_flip(differences):
 def write_csv(path, runs):
     """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
     rows = []
-    for line in [run.line | {"row": run.row} for run in runs if run.line]:
-        plain = {key: value for key, value in line.items() if isinstance(value, (int, float, str))}
-        sizes = {f"trainable_{key}": value for key, value in line["trainable_params"].items()}
-        rows.append(plain | sizes | line["settled"] | plain)
+    for run in runs:
+        if run.line:
+            plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
+            sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
+            rows.append(plain | sizes | run.line["settled"] | plain | {"row": run.row})
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
