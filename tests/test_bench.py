@@ -5,21 +5,20 @@ import csv
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny  # noqa: F401 (which finds the program)
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import bench  # noqa: E402
-import data  # noqa: E402
-import lora  # noqa: E402
-import model as models  # noqa: E402
-import train  # noqa: E402
-from papers import inference, tables  # noqa: E402
+import bench
+import data
+import lora
+import model as models
+import train
+from papers import inference, tables
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
              initializer_range=0.2)  # so that the loss depends on everything
@@ -28,15 +27,10 @@ CONFIGS = {"roberta": dict(model_type="roberta", max_position_embeddings=70, typ
            "vit": dict(model_type="vit", image_size=16, patch_size=8, num_channels=3, **SHAPE)}
 
 
-@pytest.fixture(params=CONFIGS)
-def folder(request, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[request.param]))
-    return tmp_path
-
-
 @pytest.fixture
-def roberta(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["roberta"]))
+def folder(request, tmp_path):
+    """A model's folder with its config.json alone; RoBERTa's unless a test names a family."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[getattr(request, "param", "roberta")]))
     return tmp_path
 
 
@@ -57,51 +51,58 @@ def make(folder, method="lora", **changes):
     return b, bench.contender(b, base, kind, method), bench.batches_for(b, base, kind)
 
 
-def test_speed(folder, tmp_path, capsys):
+def trained(folder, method="lora", **changes):
+    """(losses of 20 steps, contender)."""
+    torch.manual_seed(3)
+    _, runner, batches = make(folder, method, **changes)
+    for i in range(20):
+        runner.timed_step(batches[i % 4])
+    return torch.tensor(runner.losses), runner
+
+
+@pytest.mark.parametrize("folder", CONFIGS, indirect=True)
+def test_speed(folder, capsys):
     """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
     methods = ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"]
     result = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
                        "--rounds", 1)
     rows = {row["contender"]: row for row in result["rows"]}
     assert [*rows][:8] == ["floor", *methods, "uniform+validation"]
-    for name, row in rows.items():
-        assert row["step_ms"] > 0 and row["tokens_per_second"] > 0, name
-        if name in methods:
-            assert row["policy_percent"] >= 0 and row["to_floor"] > 0
+    assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 for row in rows.values())
+    assert all(rows[name]["policy_percent"] >= 0 and rows[name]["to_floor"] > 0 for name in methods)
     assert rows["weightlora"]["to_lora"] > 0 and rows["lora"]["trainable"] > rows["floor"]["trainable"]
-    if "peft/lora" in rows:
-        for name in ("lora", "dora"):
-            assert rows[name]["first_loss"] == pytest.approx(rows[f"peft/{name}"]["first_loss"], rel=1e-4)
-            assert rows[name]["trainable"] == rows[f"peft/{name}"]["trainable"] and rows[name]["to_peft"] > 0
+    for name in ("lora", "dora") if "peft/lora" in rows else ():
+        assert rows[name]["first_loss"] == pytest.approx(rows[f"peft/{name}"]["first_loss"], rel=1e-4)
+        assert rows[name]["trainable"] == rows[f"peft/{name}"]["trainable"] and rows[name]["to_peft"] > 0
 
 
-def test_all_methods_are_known(roberta, tmp_path, capsys):
-    result = bench_run(capsys, bench.main, "speed", "--model", roberta, "--methods", "all", "--rounds", 1,
-                       "--no-peft", "--batch-size", 2)
+def test_all_methods_are_known(folder, capsys):
+    result = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", "all", "--rounds", 1, "--no-peft",
+                       "--batch-size", 2)
     assert {*bench.allocators.METHODS} <= {row["contender"] for row in result["rows"]}
 
 
-def test_inference(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    result = bench_run(capsys, inference.main, "--model", tmp_path, "--rounds", 1, "--new-tokens", 4)
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_inference(folder, capsys):
+    result = bench_run(capsys, inference.main, "--model", folder, "--rounds", 1, "--new-tokens", 4)
     assert [row["variant"] for row in result["rows"]] == list(inference.VARIANTS)
     assert all(row["ttft_ms"] > 0 and row["itl_ms"] > 0 for row in result["rows"])
-    b, runner, _ = make(tmp_path)
-    base = runner.model
+    b, runner, _ = make(folder)
+    base, variants = runner.model, []
     for name in list(lora.adapters(base)):
         lora.detach(base, name)
-    torch.manual_seed(0)
-    unmerged = inference.variant(b, base, "unmerged")
-    torch.manual_seed(0)
-    merged = inference.variant(b, base, "merged")
+    for name in ("unmerged", "merged"):
+        torch.manual_seed(0)
+        variants.append(inference.variant(b, base, name))
+    unmerged, merged = variants
     tokens = torch.randint(5, 90, (2, 10))
     assert not lora.adapters(merged) and (unmerged(tokens) - merged(tokens)).abs().max() < 1e-4
     assert (base.eval()(tokens) - merged(tokens)).abs().max() > 1e-3  # the base model's weights were left alone
 
 
-def test_memory(roberta, tmp_path, capsys):
+def test_memory(folder, capsys):
     """A row per shape and method, measured in a fresh process: at least the weights, and no imports."""
-    result = bench_run(capsys, bench.main, "memory", "--model", roberta, "--methods", "lora", "--no-peft", "--rounds", 1,
+    result = bench_run(capsys, bench.main, "memory", "--model", folder, "--methods", "lora", "--no-peft", "--rounds", 1,
                        "--batch-size", 1)
     rows = {(row["contender"], row["batch"], row["length"]): row for row in result["rows"]}
     assert {*rows} == {(name, 1, length) for name in ("floor", "lora") for length in (12, 6)}
@@ -110,33 +111,22 @@ def test_memory(roberta, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
-def test_compiled_equals_eager(method, roberta, monkeypatch):
+def test_compiled_equals_eager(method, folder, monkeypatch):
     """20 steps agree, nothing breaks the graph, and only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
     torch._dynamo.reset()
-    losses = []
-    for name in (method, f"{method}/compiled"):
-        torch.manual_seed(3)
-        _, runner, batches = make(roberta, name, methods=[method])
-        for i in range(20):
-            runner.timed_step(batches[i % 4])
-        losses.append(torch.tensor(runner.losses))
-    assert ((losses[0] - losses[1]).abs() <= 1e-5 * losses[0].abs()).all()
-    assert losses[0][0] != losses[0][4]  # it trains
+    losses, _ = trained(folder, method, methods=[method])
+    compiled, runner = trained(folder, f"{method}/compiled", methods=[method])
+    assert ((losses - compiled).abs() <= 1e-5 * losses.abs()).all()
+    assert losses[0] != losses[4]  # it trains
     assert runner.breaks == 0 and sum(n > 0 for n in runner.compiles[2:]) == (method == "weightlora")
     torch._dynamo.reset()
 
 
-def test_bfloat16_trains_as_float32_does(roberta):
-    curves = []
-    for dtype in ("float32", "bfloat16"):
-        torch.manual_seed(3)
-        _, runner, batches = make(roberta, dtype=dtype)
-        for i in range(20):
-            runner.timed_step(batches[i % 4])
-        curves.append(torch.tensor(runner.losses))
-    assert (curves[0] - curves[1]).abs().max() < 0.02 * curves[0].mean()
+def test_bfloat16_trains_as_float32_does(folder):
+    exact, rounded = (trained(folder, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    assert (exact - rounded).abs().max() < 0.02 * exact.mean()
 
 
 # ---- the fast paths of model.py
@@ -215,31 +205,30 @@ def results(tmp_path):
 def test_quality(tmp_path, capsys, monkeypatch):
     """Two processes at a time; matched budgets; what is there is not made again, what was cut off is."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    asked = ["--methods", "lora,weightlora,lora --rank 4 --scaling rslora", "--seeds", "2", "--jobs", "2", "--epochs", "2",
-             "--match-budget", "--csv", str(tmp_path / "runs.csv")]
+    variant = "lora --rank 4 --scaling rslora"
+    asked = ["--methods", f"lora,weightlora,{variant}", "--seeds", "2", "--jobs", "2", "--epochs", "2", "--match-budget",
+             "--csv", str(tmp_path / "runs.csv")]
     cells, about, said = compare(capsys, tmp_path, *asked)
-    lines = results(tmp_path)
+    rows, lines = about["rows"], results(tmp_path)
     assert len(lines) == len({json.dumps(line["settings"]) for line in lines}) and "peak_memory_mb" in lines[0]
-    n = about["rows"]["lora"]["trainable_params"]["mean"]
-    assert n == about["rows"]["lora --rank 4 --scaling rslora"]["trainable_params"]["mean"]
-    mean = about["rows"]["weightlora"]["trainable_params"]["mean"]
+    n, mean = (rows[row]["trainable_params"]["mean"] for row in ("lora", "weightlora"))
+    assert n == rows[variant]["trainable_params"]["mean"]
     assert abs(mean / n - 1) <= 0.05  # all matrices in the warm-up, then half of them
     mine = {line["seed"]: line["accuracy"] for line in lines if line["settings"].get("method") == "weightlora"
             and line["trainable_params"]["mean"] == mean}
     mine = [mine[seed] for seed in (0, 1)]
-    assert about["rows"]["weightlora"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
+    assert rows["weightlora"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
     text = cells["weightlora"][0].replace("**", "")
     assert text.startswith(f"{100 * np.mean(mine):.1f} ± {100 * np.std(mine, ddof=1):.1f}")
-    assert [cells[row][4] for row in about["rows"]] == ["", "lora", "lora"]  # whose ranks differ, as they should
-    with open(tmp_path / "runs.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["row"] for row in rows] == [row for row in about["rows"] for _ in range(2)]
-    assert [float(row["accuracy"]) for row in rows[2:4]] == mine and int(rows[2]["rank"]) > 8
-    assert f"weightlora, digits-rot90: rank {rows[2]['rank']}, mean budget" in said
-    assert not [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
+    assert [cells[row][4] for row in rows] == ["", "lora", "lora"]  # whose ranks differ, as they should
+    written = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [line["row"] for line in written] == [row for row in rows for _ in range(2)]
+    assert [float(line["accuracy"]) for line in written[2:4]] == mine and int(written[2]["rank"]) > 8
+    assert f"weightlora, digits-rot90: rank {written[2]['rank']}, mean budget" in said
 
     file = tmp_path / "results" / "r.jsonl"
     kept = file.read_bytes()
+    assert [*file.parent.iterdir()] == [file]
     monkeypatch.setattr(bench.subprocess, "run", None)  # nothing may be started
     assert compare(capsys, tmp_path, *asked)[1] == about
     file.write_bytes(kept[:-9])  # the run's folder has the result
@@ -274,16 +263,16 @@ def test_tuning(tmp_path, capsys, monkeypatch):
     rows = ["lora --steps 2", "lora --steps 12"]
     assert [*about["rows"]] == [*about["chosen"]] == rows
     lines = results(tmp_path)
-    tried = [line for line in lines if line["seed"] == 1000]
+    tried, reported = ([line for line in lines if line["seed"] == seed] for seed in (1000, 0))
     assert len(tried) == 4 and {line["settings"]["limit_train"] for line in tried} == {48}
+    assert len(reported) == 2 and {line["settings"]["limit_train"] for line in reported} == {64}
     assert {(line["seed"], line["settings"]["eval_half"], line["eval_rows"]) for line in lines} == {
         (1000, "tune", 16), (0, "report", 16)}
     for row in rows:
         accuracies = {line["settings"]["lr"]: line["accuracy"] for line in tried if line["row"] == row}
         best = "1e-2" if accuracies[1e-2] > accuracies[1e-9] else "1e-9"  # the first of equals
         assert about["chosen"][row] == {"digits-rot90": f"--lr {best} (of 2 runs)"}
-        (reported,) = [line for line in lines if line["seed"] == 0 and line["row"] == row]
-        assert reported["settings"]["lr"] == float(best) and reported["settings"]["limit_train"] == 64
+        assert [line["settings"]["lr"] for line in reported if line["row"] == row] == [float(best)]
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(bench.subprocess, "run", None)
     shutil.rmtree(tmp_path / "runs")
@@ -320,8 +309,8 @@ def test_a_failed_run_is_named(tmp_path, capsys):
     about = json.loads(capsys.readouterr().out.splitlines()[-1])
     ((name, message),) = about["failed"].items()
     log = tmp_path / "runs" / f"{name}.stderr.txt"
-    assert stopped.value.code == 1 and "lower the rank" in message and str(log) in message
-    assert "lower the rank" in log.read_text()
+    assert stopped.value.code == 1 and str(log) in message
+    assert "lower the rank" in message and "lower the rank" in log.read_text()
     assert about["rows"]["lora"]["digits-rot90"]["seeds"] == 1 and "digits-rot90" not in about["rows"]["lora --rank 4000"]
 
 
@@ -332,21 +321,21 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["quality", "--task", "cola"], "use --tasks"), (["quality", "--seeds", "0"], "--seeds 0: must be"),
-    (["quality", "--methods", "lora,nothing"], "choose from"), (["quality", "--methods", "lora", "--out", "x"], "--out"),
-    (["quality", "--methods", "lalora", "--match-budget"], "add lora"), (["quality", "--nonsense", "1"], "unrecognized"),
-    (["quality", "--tune", "speed=1,2"], "--tune speed=1,2"), (["quality", "--tune", "lr=1,,2"], "--tune lr=1,,2"),
-    (["quality", "--tune", "alpha=much"], "invalid float"),
-    (["quality", "--tune", "rank=1,2", "--match-budget"], "what --match-budget chooses"),
-    (["quality", "--picture", "x.png", "--steps", "5"], "--steps 250"),
-    (["speed", "--methods", "nothing"], "choose from"), (["speed", "--batch-size", "0"], "--batch-size 0"),
-    (["quick"], "invalid choice"), (["speed", "--modes", "fast"], "eager, compiled"),
-    (["inference", "--model", "vit-digits"], "choose a decoder"), (["table", "nothing"], "lalora-table5"),
-    (["table", "weightlora-table3", "--small"], "no small version")])
+    ("quality --task cola", "use --tasks"), ("quality --seeds 0", "--seeds 0: must be"),
+    ("quality --methods lora,nothing", "choose from"), ("quality --methods lora --out x", "--out"),
+    ("quality --methods lalora --match-budget", "add lora"), ("quality --nonsense 1", "unrecognized"),
+    ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --tune lr=1,,2", "--tune lr=1,,2"),
+    ("quality --tune alpha=much", "invalid float"), ("quality --picture x.png --steps 5", "--steps 250"),
+    ("quality --tune rank=1,2 --match-budget", "what --match-budget chooses"),
+    ("speed --methods nothing", "choose from"), ("speed --batch-size 0", "--batch-size 0"),
+    ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
+    ("inference --model vit-digits", "choose a decoder"), ("table nothing", "lalora-table5"),
+    ("table weightlora-table3 --small", "no small version")])
 def test_what_is_refused(flags, message, capsys):
-    program = {"inference": inference, "table": tables}.get(flags[0])
+    program, *rest = flags.split()
+    own = {"inference": inference, "table": tables}.get(program)
     with pytest.raises(SystemExit) as stopped:
-        bench.evaluation.command(lambda: program.main(flags[1:]) if program else bench.main(flags))
+        bench.evaluation.command(lambda: own.main(rest) if own else bench.main([program, *rest]))
     error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message in error[-1] and "Traceback" not in "".join(error)
 
@@ -366,7 +355,6 @@ def line_of(run, metric, value):
     (["lora", "lalora --lalora-gamma 2", "adalora", "random", "full", "lora --ranks x"], [None, 0, 0, 0, 0, 0]),
     (["lora --dora", "lora", "lalora --dora", "weightlora --init pissa", "lora --dora --init pissa"], [1, None, 0, 1, 0])])
 def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against, monkeypatch):
-    rows = [row for row in rows if "--ranks" not in row or hasattr(train.Settings, "ranks")]
     runs = [bench.Run(row, "digits-rot90", 0, ["--method", *row.split()], "runs") for row in rows]
     for run in runs:
         run.line = line_of(run, "accuracy", 0.5)

@@ -3,25 +3,22 @@
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from test_train import WORDS, tokenizer_into
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import eval as evaluation
 import lora
 import model as models
-import tiny
 import train
 from model import UserError
 from papers import figures
-from test_train import WORDS, tokenizer_into
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -32,8 +29,7 @@ def pairs_of_classes():
     """Predictions and labels: random ones of several sizes, and every degenerate kind."""
     random = np.random.default_rng(0)
     for n in (1, 7, 300):
-        yield random.integers(2, size=n), random.integers(2, size=n)
-        yield random.integers(5, size=n), random.integers(5, size=n)
+        yield from (random.integers(classes, size=(2, n)) for classes in (2, 5))
     mixed, ones, zeros = np.arange(20) % 2, np.ones(20, int), np.zeros(20, int)
     yield from [(ones, ones), (zeros, zeros), (ones, zeros), (zeros, ones), (ones, mixed), (mixed, zeros)]
 
@@ -41,12 +37,13 @@ def pairs_of_classes():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("predictions, labels", list(pairs_of_classes()))
 def test_class_metrics_equal_scikit_learns(predictions, labels):
-    pairs = [(evaluation.accuracy, sklearn_metrics.accuracy_score(labels, predictions)),
-             (evaluation.matthews, sklearn_metrics.matthews_corrcoef(labels, predictions))]
+    def equal(ours, theirs, **options):
+        assert ours(predictions, labels) == pytest.approx(theirs(labels, predictions, **options), abs=1e-12)
+
+    equal(evaluation.accuracy, sklearn_metrics.accuracy_score)
+    equal(evaluation.matthews, sklearn_metrics.matthews_corrcoef)
     if max(predictions.max(), labels.max()) < 2:
-        pairs.append((evaluation.f1, sklearn_metrics.f1_score(labels, predictions, zero_division=0)))
-    for metric, expected in pairs:
-        assert metric(predictions, labels) == pytest.approx(expected, abs=1e-12)
+        equal(evaluation.f1, sklearn_metrics.f1_score, zero_division=0)
 
 
 def pairs_of_numbers():
@@ -55,8 +52,7 @@ def pairs_of_numbers():
         x = random.normal(size=n)
         yield x, 0.5 * x + random.normal(size=n)
         yield np.round(2 * x), np.round(random.normal(size=n))  # ties
-    yield from [(x, -3 * x), (1e6 + 1e-3 * x, x), (np.full(9, 2.5), random.normal(size=9)),
-                (random.normal(size=9), np.zeros(9))]
+    yield from [(x, -3 * x), (1e6 + 1e-3 * x, x), (np.full(9, 2.5), x[:9]), (x[:9], np.zeros(9))]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -64,10 +60,7 @@ def pairs_of_numbers():
 def test_correlations_equal_scipys(x, y):
     assert evaluation.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, nan_ok=True, abs=1e-8)
     assert evaluation.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True, abs=1e-10)
-
-
-def test_one_row_has_no_correlation():
-    assert math.isnan(evaluation.pearson([1.0], [2.0]))
+    assert math.isnan(evaluation.pearson(x[:1], y[:1]))  # one row has none
 
 
 # ---------------------------------------------------------------------------------------------- losses and batches
@@ -169,37 +162,31 @@ def test_outputs_of_a_trained_head_are_matched_to_the_datas_labels(names, labels
     assert outputs == expected and (said in remark if said else remark is None)
 
 
-def bert(folder, labels):
-    """transformers' tiny BERT with a head of these labels, saved in `folder`."""
-    folder.mkdir()
+def bert(folder, labels, names):
+    """transformers' tiny BERT with a head of these labels, saved in `folder`; a file of 60 texts labelled by `names`."""
     torch.manual_seed(5)
     theirs = transformers.BertForSequenceClassification(transformers.BertConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
         vocab_size=tokenizer_into(folder, "bert"), max_position_embeddings=40, id2label=dict(enumerate(labels)))).eval()
     theirs.save_pretrained(folder)
-    return theirs
-
-
-def table(file, labels):
-    """A file of 60 texts, whose labels go round."""
-    random = np.random.default_rng(0)
-    rows = [f"{' '.join(random.choice(WORDS, size=5))}\t{labels[i % len(labels)]}" for i in range(60)]
-    file.write_text("text\tlabel\n" + "\n".join(rows) + "\n")
-    return str(file)
+    random, file = np.random.default_rng(0), folder / "data.tsv"
+    rows = [f"{' '.join(random.choice(WORDS, size=5))}\t{names[i % len(names)]}\n" for i in range(60)]
+    file.write_text("text\tlabel\n" + "".join(rows))
+    return theirs, str(file)
 
 
 @pytest.mark.parametrize("there, names, outputs", [
     (["negative", "neutral", "positive"], ["positive", "negative"], [0, 2]), (["b", "a"], ["A", "B"], [1, 0]),
     (["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "2"], [0, 2]), (["no", "maybe", "yes"], ["0", "1", "2"], [0, 1, 2])])
 def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(tmp_path, there, names, outputs):
-    theirs, file = bert(tmp_path / "bert", there), table(tmp_path / "data.tsv", names)
+    theirs, file = bert(tmp_path, there, names)
     task = data.find_task("text-classification", file)
-    s = SimpleNamespace(model=str(tmp_path / "bert"), init_weights="checkpoint", dtype="float32", device="cpu", seed=0,
+    s = SimpleNamespace(model=str(tmp_path), init_weights="checkpoint", dtype="float32", device="cpu", seed=0,
                         max_length=32)
     model, processor = evaluation.load(s, task)
     rows = data.read(task, file)[:9]
     inputs, _ = data.collate(processor.training(rows, 32), list(range(9)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     their_inputs = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
     with torch.no_grad():
         expected = theirs(**their_inputs).logits[:, outputs]
@@ -209,14 +196,13 @@ def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(tmp_path,
 
 @pytest.mark.parametrize("labels", [["negative", "positive"], ["negative", "neutral", "positive"]])
 def test_a_head_of_other_labels_is_named_and_not_evaluated(labels, tmp_path, caplog):
-    bert(tmp_path / "bert", labels)
-    file = table(tmp_path / "data.tsv", ["good", "bad"])
+    _, file = bert(tmp_path, labels, ["good", "bad"])
+    flags = [str(tmp_path), "--task", "text-classification", "--data", file, "--device", "cpu"]
     data.note.cache_clear()
     with pytest.raises(UserError, match="no head trained for text-classification"):
-        evaluation.main([str(tmp_path / "bert"), "--task", "text-classification", "--data", file, "--device", "cpu"])
+        evaluation.main(flags)
     assert f"its {len(labels)} outputs ({', '.join(labels)}) are not this task's (bad, good)" in caplog.text
-    evaluation.main([str(tmp_path / "bert"), "--task", "text-classification", "--data", file, "--device", "cpu",
-                     "--random-head"])  # asked for
+    evaluation.main([*flags, "--random-head"])  # asked for
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -292,7 +278,7 @@ def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
         return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()]
                 for axis in drawn["curves.png"].axes}
 
-    evaluation.plot(*runs.glob("l*-*"))
+    evaluation.plot(*sorted(runs.glob("l*-*")))
     assert curves()["digits-rot90: training loss"] == [[2, 4, 6]] * 6
     assert [steps[-1] for steps in curves()["digits-rot90: accuracy"]] == [6] * 6
     assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
