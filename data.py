@@ -1,11 +1,12 @@
 """Tasks: reading files, prompts and templates, tokenizing, images, batching, fetching.
 
-    task = find_task("cola")                                # a row of TASKS with its label set; a new task = a new row
+    task = find_task("cola")                                # a row of TASKS with its label set
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
     split = encode(task, rows, Tokenizer.from_folder(model_folder), max_length=128)
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
+A new task is a new row, or a Task in a file of your own: --task my_tasks.py:MY_TASK (papers/tasks.py is such a file).
 What is foreign is used, is listed in IRRELEVANT, or is named in one line on stderr.
 """
 
@@ -18,7 +19,6 @@ import http.client
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -35,10 +35,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from model import UserError, cache_folder, own_module
-
-
-note = functools.cache(logging.getLogger("data").warning)  # to stderr, each distinct message once per process
+from model import UserError, cache_folder, note, own_module
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
@@ -59,8 +56,7 @@ MISSING = {"", "-", "-1", "?", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "None",
 def read_bytes(path):
     """Return a file's content, a .gz file's unpacked. UserError: missing, broken."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return file.read()
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: check --data") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -85,15 +81,15 @@ def suffix(path):
 
 
 def read_table(path, header=None, skip_short=False, quoted=False):
-    """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
+    """Yield (where, {column: text}) for the rows of a tab-separated or .csv file; short ones may be left out and noted.
 
-    header: column names of a file without such a line. skip_short: skip rows with too few columns, note their number.
-    quoted: a tab-separated file whose quotes are all CSV's is read so; otherwise quotes are text, as GLUE's are.
+    header: column names of a file without such a line. quoted: a tab-separated file whose quotes are all CSV's is read
+    so; otherwise quotes are text, as GLUE's are.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
     tabs = suffix(path) != ".csv"
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), "excel-tab" if tabs else "excel", strict=True)
     rows = ((reader.line_num, cells) for cells in reader if cells)
     try:
         if tabs:
@@ -150,17 +146,13 @@ def get(row, key, where, kinds=str):
     return row[key]
 
 
-def file_of(where):
-    """Return the path in a row's place."""
-    return re.sub(r" (line|row) \d+$", "", where)
-
-
 def name_unread(where, row, read):
     """Note the columns of a row that hold a letter, are not among those read and not IRRELEVANT."""
     names = [name for name, value in row.items() if isinstance(value, (str, list, dict))
              and name not in read and name.lower() not in IRRELEVANT and re.search(r"[^\W\d_]", str(value))]
     if names:
-        note(f"{file_of(where)}: not read: column{'s' * (len(names) > 1)} {', '.join(map(ascii, names))[:200]}")
+        file, columns = where.rsplit(" ", 2)[0], ", ".join(map(ascii, names))[:200]
+        note(f"{file}: not read: column{'s' * (len(names) > 1)} {columns}")
 
 
 # -------------------------------------------------------------------------------------------- where files are, fetching
@@ -172,14 +164,14 @@ def find_files(task, data, split):
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
     for folder in (data / task.folder, data):
-        there = {name + end: sorted(folder.glob(name + end)) for name in names for end in ("", ".gz")}
-        there = {name: paths for name, paths in there.items() if paths}
-        if there:
-            first, *others = there
+        found = [sorted(folder.glob(name + end)) for name in names for end in ("", ".gz")]
+        found = [paths for paths in found if paths]
+        if found:
+            first, *others = (paths[0].name for paths in found)
             others = [name for name in others if name.partition(".")[0] == first.partition(".")[0]]
             if others:
                 note(f"{folder}: {first} is read, not {', '.join(others)}")
-            return there[first]
+            return found[0]
     return []
 
 
@@ -215,10 +207,9 @@ def held_out(task, data, split, rows):
         return rows
     rows = list(rows)
     count = min(math.ceil(len(rows) / 10), 1000)
+    how, dev = "evenly spread", {(2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
     if task.kind == "lm":
         how, dev = "the last", set(range(len(rows) - count, len(rows)))
-    else:
-        how, dev = "evenly spread", {(2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
     note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev ({how})")
     return [row for i, row in enumerate(rows) if (i in dev) == (split != "train")]
 
@@ -230,17 +221,15 @@ def fetch(task, split):
         path = folder / address.rpartition("/")[2]
         archive = path.name.endswith((".zip", ".tar.gz", ".tgz"))
         there = find_files(task, cache_folder(), split) if archive else path.is_file()
-        if wanted not in ("", split) or there:
-            continue
-        try:
-            download(address, path, sha256)
-        except (OSError, http.client.HTTPException) as error:
-            verb = "unpack" if archive else "put"
-            reason = error or type(error).__name__
-            raise UserError(f"cannot fetch {address} ({reason}): download it elsewhere and {verb} it into {folder}, or "
-                            "name a folder with its files by --data") from None
-        if archive:
-            unpack(path, folder)
+        if wanted in ("", split) and not there:
+            try:
+                download(address, path, sha256)
+            except (OSError, http.client.HTTPException) as error:
+                raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
+                                f"{'unpack' if archive else 'put'} it into {folder}, or name a folder with its files "
+                                "by --data") from None
+            if archive:
+                unpack(path, folder)
 
 
 def download(address, path, sha256):
@@ -251,15 +240,16 @@ def download(address, path, sha256):
     mirror = os.environ.get("RANKS_MIRROR")
     url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, digest, got = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
+    part, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
                 while block := source.read(1 << 20):
-                    got += file.write(block)
+                    file.write(block)
                     digest.update(block)
-        if size and got != size:
+        got = part.stat().st_size
+        if size not in (0, got):
             raise UserError(f"{url}: the connection ended at {got} of {size} bytes: run this again")
         if sha256 not in (None, digest.hexdigest()):
             raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: it is damaged: fetch it again")
@@ -273,22 +263,22 @@ def unpack(archive, folder, limit=16 << 30):
 
     Nothing appears before all is there. Refused: what leads out of the folder, special files, more than `limit` bytes.
     """
-    part, size = archive.with_name(f"{archive.name}.{os.getpid()}.part"), 0
+    def fitting(members, size):
+        total = 0
+        for member in members:
+            total += getattr(member, size)
+            if total > limit:
+                raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
+            yield member
+
+    part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
-                size = sum(member.file_size for member in file.infolist())
-                if size <= limit:
-                    file.extractall(part)   # drops leading / and .., writes no links
+                file.extractall(part, fitting(file.infolist(), "file_size"))    # drops leading / and ..
         else:
             with tarfile.open(archive) as file:
-                for member in file:
-                    size += member.size
-                    if size > limit:
-                        break
-                    file.extract(member, part, filter="data")
-        if size > limit:
-            raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
+                file.extractall(part, fitting(file, "size"), filter="data")
         inner = part / folder.name
         for path in sorted((inner if inner.is_dir() else part).iterdir()):
             if (folder / path.name).is_dir():
@@ -320,7 +310,7 @@ def read_texts(task, data, split):
     else:
         rows = read_table(path, task.header, skip_short=task.name == "qqp", quoted=not task.sources)
     if path.name == "msr_paraphrase_train.txt":
-        dev = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
+        dev = {(row["id1"], row["id2"]) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
         rows = ((where, row) for where, row in rows
                 if ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev) == (split == "dev"))
     else:
@@ -328,16 +318,15 @@ def read_texts(task, data, split):
     for where, row in rows:
         if not columns:
             texts = next((names for names in TEXTS if {*names} <= {*row, None}), ("text", None))
-            label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
-            columns = (*texts, label)
+            columns = (*texts, next((name for name in ("label", "gold_label", "score") if name in row), "label"))
         text, pair, label = columns
         name_unread(where, row, (*columns, "#1 ID", "#2 ID"))
         value = str(get(row, label, where, (str, int, float)))
         if label == "gold_label" and value.strip() == "-":  # SNLI's and MNLI's pairs without a majority
             unlabelled += 1
             continue
-        texts = {"text": text, "pair": pair} if pair else {"text": text}
-        yield where, {name: get(row, column, where) for name, column in texts.items()} | {"label": value}
+        texts = {"text": get(row, text, where)} | ({"pair": get(row, pair, where)} if pair else {})
+        yield where, texts | {"label": value}
     if unlabelled:
         note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
@@ -429,12 +418,12 @@ def read_image_folder(task, data, split):
 # -------------------------------------------------------------------------------------------------------------- images
 
 def pillow(path):
-    """Return Pillow's Image and ImageOps; arrays of the model's size do without. UserError: not installed."""
+    """Return the package Pillow; arrays of the model's size do without. UserError: not installed."""
     try:
-        from PIL import Image, ImageOps
+        import PIL.ImageOps
+        return PIL
     except ImportError:
         raise UserError(f"{path}: reading or resizing images needs Pillow: pip install pillow") from None
-    return Image, ImageOps
 
 
 def read_image(path):
@@ -442,9 +431,9 @@ def read_image(path):
     try:
         if path.suffix == ".npy":
             return channels_first(np.load(path, allow_pickle=False), path)
-        Image, ImageOps = pillow(path)
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        PIL = pillow(path)
+        with PIL.Image.open(path) as image:
+            image = PIL.ImageOps.exif_transpose(image)
             if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
                 image = image.convert("RGB")
             return channels_first(np.asarray(image), path)
@@ -456,10 +445,7 @@ def read_image(path):
 
 
 def channels_first(pixels, where):
-    """Return pixels (H, W), (H, W, C) or (C, H, W) as uint8 (C, H, W); C is 1 or 3, of 4 the last (alpha) is dropped.
-
-    uint16 is scaled to uint8, as are floats in [0, 1] and booleans.
-    """
+    """Return pixels (H, W), (H, W, C) or (C, H, W) of any range as uint8 (C, H, W); C is 1 or 3, alpha is dropped."""
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
@@ -499,8 +485,8 @@ def plain_image(channels, height, width):
 def image_settings(folder):
     """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
 
-    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop: whether the
-    middle is cut out, scale, mean, std}; size and channels are config.json's. UserError names an unsupported setting.
+    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop, scale, mean,
+    std}; size and channels are config.json's. UserError names an unsupported setting.
     """
     path = Path(folder) / "preprocessor_config.json"
     config, given = read_settings(path.with_name("config.json")), read_settings(path)
@@ -520,8 +506,8 @@ def image_settings(folder):
         check(len(size) == 2 and all(type(n) is int and 0 < n < 2**14 for n in size), key)
         return tuple(size)
 
-    def numbers(value, low, key):
-        value = value if isinstance(value, list) else [value]
+    def numbers(key, low=-1e6):
+        value = steps[key] if isinstance(steps[key], list) else [steps[key]]
         check(len(value) in (1, channels) and all(type(n) in (int, float) and low < n < 1e6 for n in value), key)
         return tuple(map(float, value))
 
@@ -530,25 +516,22 @@ def image_settings(folder):
     for key, value in given.items():
         check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
     check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
-    image = plain_image(channels, *target)
-    image |= {"resample": steps["resample"], "crop": bool(steps["do_center_crop"])}
     size = steps["size"] or [*target]
-    if kind == "CLIP" and type(size) is int:
+    if kind == "CLIP" and type(size) is int:    # as earlier releases wrote it
         size = {"shortest_edge": size}
-    if not steps["do_resize"]:
-        image["resize"] = None
-    elif isinstance(size, dict) and [*size] == ["shortest_edge"]:
-        image["resize"] = pair(size["shortest_edge"], "size")[0]
-    else:
-        image["resize"] = pair(size, "size")
-    if image["crop"]:
+    resize = None
+    if steps["do_resize"]:
+        edge = isinstance(size, dict) and [*size] == ["shortest_edge"]
+        resize = pair(size["shortest_edge"], "size")[0] if edge else pair(size, "size")
+    if steps["do_center_crop"]:
         check(pair(steps["crop_size"], "crop_size") == target, "crop_size")
     else:
-        check(image["resize"] in (target, None), "size")
-    image["scale"] = numbers(steps["rescale_factor"], 0, "rescale_factor")[0] if steps["do_rescale"] else 1.0
-    image["mean"] = numbers(steps["image_mean"], -1e6, "image_mean") if steps["do_normalize"] else (0.0,)
-    image["std"] = numbers(steps["image_std"], 0, "image_std") if steps["do_normalize"] else (1.0,)
-    return image
+        check(resize in (target, None), "size")
+    return {"size": target, "channels": channels, "resize": resize, "resample": steps["resample"],
+            "crop": bool(steps["do_center_crop"]),
+            "scale": numbers("rescale_factor", 0)[0] if steps["do_rescale"] else 1.0,
+            "mean": numbers("image_mean") if steps["do_normalize"] else (0.0,),
+            "std": numbers("image_std", 0) if steps["do_normalize"] else (1.0,)}
 
 
 def fit(pixels, image, where):
@@ -561,9 +544,9 @@ def fit(pixels, image, where):
         tall, wide = pixels.shape[1:]
         size = (size, int(size * wide / tall)) if tall <= wide else (int(size * tall / wide), size)
     if size and size != pixels.shape[1:]:
-        Image, _ = pillow(where)    # torch's filters differ a little
         pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        pixels = channels_first(np.asarray(Image.fromarray(pixels).resize(size[::-1], image["resample"])), where)
+        picture = pillow(where).Image.fromarray(pixels).resize(size[::-1], image["resample"])
+        pixels = channels_first(np.asarray(picture), where)
     if image["crop"]:
         top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
         pixels = pixels[:, max(top, 0):, max(left, 0):][:, :height, :width]
@@ -582,10 +565,7 @@ def per_channel(values, device):
 # -------------------------------------------------------------------- SQuAD: questions whose answer is part of a text
 
 def read_squad(task, data, split):
-    """SQuAD's own layout, as {id, text: the question, pair: its context, answers, span: characters of the first one}.
-
-    In squad2 answers may be empty; span is then None.
-    """
+    """SQuAD's own layout, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
     def objects(row, key, where):
         return [get({key: item}, key, where, dict) for item in get(row, key, where, list)]
 
@@ -614,9 +594,8 @@ def read_squad(task, data, split):
 def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
     """Return the Split of windows over the rows' contexts, each after its question's first `longest` tokens.
 
-    Each window after a context's first begins with the last `overlap` tokens of the one before. labels (N, 2): first
-    and last token of the answer; 0, 0 ([CLS]) if there is none, or not all of it is in the window. Source:
-    transformers' run_qa.py.
+    Windows of a context overlap by `overlap` tokens. labels (N, 2): first and last token of the answer; 0, 0 ([CLS])
+    if there is none, or not all of it is in the window. Source: transformers' run_qa.py.
     """
     backend = tokenizer.backend
     least = longest + backend.num_special_tokens_to_add(True) + overlap + 1
@@ -680,10 +659,9 @@ COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "respons
 
 
 def instruction(task, where, row):
-    """Return {prompt, answer} of a row with instructions; also {target, answers} where generated answers are scored.
+    """Return {prompt, answer} of a row with instructions; a context is the template's input, a system prompt leads.
 
-    {sample} where another program scores them: the columns that it wants beside the completion. A context is the
-    template's input; a system prompt stands before it.
+    Besides {target, answers} where generated answers are scored, {sample} for another program: columns that it wants.
     """
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
     if asks is None:
@@ -692,17 +670,15 @@ def instruction(task, where, row):
     extra = next((name for name in ("input", "context") if row.get(name)), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
     name_unread(where, row, (asks, says, extra, system, "answer"))
-    extra = get(row, extra, where) if extra else ""
     answer = last_message(row, says, where) if isinstance(row[says], list) else get(row, says, where)
-    text = task.template(get(row, asks, where), extra)
+    text = task.template(get(row, asks, where), get(row, extra, where) if extra else "")
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
     if task.sample:
         result["sample"] = {name: get(row, name, where, (str, int)) for name in task.sample}
-    if task.answers is None:
+    if not task.answers:
         return result
     if callable(task.answers):
-        target = task.answers(answer, True)
-        expected = task.reference
+        target, expected = task.answers(answer, True), task.reference
     else:
         target, expected = get(row, "answer", where), " or ".join(task.answers)
     if not target or not callable(task.answers) and target not in task.answers:
@@ -714,7 +690,8 @@ def last_message(row, says, where):
     """Return what the last message of a conversation says."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
     if len(parts) > 2:
-        note(f"{file_of(where)}: conversations of more than two messages: only prompt and last message are read")
+        file = where.rsplit(" ", 2)[0]
+        note(f"{file}: conversations of more than two messages: only prompt and last message are read")
     return get(parts[-1], "content", where) if parts else ""
 
 
@@ -738,10 +715,7 @@ NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 
 
 def last_number(text, reference=False):
-    """Return the last number of a text, without commas, currency and trailing zeros after the point (GSM8K).
-
-    reference: GSM8K's own solution, where it stands after ####.
-    """
+    """Return the last number of a text as GSM8K writes it; in its own solutions (reference) it stands after ####."""
     text = text.partition("####")[2] if reference else text
     number = (NUMBER.findall(text.replace("$", "")) or [""])[-1].replace(",", "")
     return number.rstrip("0").rstrip(".") or "0" if "." in number else number
@@ -891,8 +865,8 @@ def task_row(name):
 def find_task(name, data=None, labels=None):
     """Return task_row(name) with what depends on its files filled in: labels, and eval_splits of `commonsense`.
 
-    labels: an earlier run's Task.labels; without them a task of the user's own gets its training rows' labels, sorted.
-    UserError: unknown name, unreadable training file.
+    labels: an earlier run's; without them a task of the user's own gets its training rows', sorted. UserError: unknown
+    name, unreadable training file.
     """
     task = task_row(name)
     if name == "commonsense":
@@ -1045,10 +1019,7 @@ class Tokenizer:
         return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
-        """Return (ids, types), int32 arrays of each text (or pair), cut to max_length longest first.
-
-        special: add the post-processor's tokens, as transformers' tokenizers do by default.
-        """
+        """Return (ids, types), int32 arrays of each text or pair, cut longest first; special: with special tokens."""
         if max_length is not None:
             if max_length <= self.backend.num_special_tokens_to_add(pairs is not None):
                 raise UserError(f"max length {max_length} leaves no room for text: use at least 8")
@@ -1066,8 +1037,7 @@ class Tokenizer:
     def encode_answers(self, prompts, answers):
         """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
 
-        Prompt and answer are encoded joined and split where the prompt's own ids end, from which a generation starts;
-        where a merge crosses that boundary, the answer is encoded apart.
+        They are encoded joined and split where the prompt's own ids end, unless a merge crosses that boundary.
         """
         asked = self.encode(prompts, special=False)[0]
         joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
@@ -1133,6 +1103,7 @@ def special_tokens(backend, names, kind):
 def configure(backend, names, kind, tokens):
     """Do to the backend what transformers' class `kind` does on loading: AutoTokenizer's ids."""
     model, byte_level = type(backend.model).__name__, "ByteLevel" in repr(backend.pre_tokenizer)
+    ends = [(tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls") if key in tokens]
     space, before, normalizers = names.get("add_prefix_space"), tokenizers.pre_tokenizers, tokenizers.normalizers
     if kind == "BertTokenizer" and model == "WordPiece":
         backend.normalizer = normalizers.BertNormalizer(
@@ -1140,16 +1111,12 @@ def configure(backend, names, kind, tokens):
             strip_accents=names.get("strip_accents"), lowercase=names.get("do_lower_case", True))
         backend.pre_tokenizer = before.BertPreTokenizer()
         backend.decoder = tokenizers.decoders.WordPiece()
-        first, last = tokens["cls"], tokens["sep"]
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=[first, "$A", last], pair=[first, "$A", last, "$B:1", f"{last}:1"],
-            special_tokens=[(token, backend.token_to_id(token)) for token in (first, last)])
+        backend.post_processor = tokenizers.processors.BertProcessing(*ends)
     elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
         if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
             backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
         if kind == "RobertaTokenizer":
-            last, first = ((tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls"))
-            backend.post_processor = tokenizers.processors.RobertaProcessing(last, first)
+            backend.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     elif kind == "XLMRobertaTokenizer" and model == "Unigram":
         backend.pre_tokenizer = before.Sequence([
             before.WhitespaceSplit(), before.Metaspace(prepend_scheme="never" if space is False else "always")])
@@ -1216,12 +1183,9 @@ class Processor:
 
     def evaluation(self, s):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
-        length = None if self.task.new_tokens else s.max_length
-        splits = {}
-        for name in self.task.eval_splits:
-            rows = half(read(self.task, s.data, name, s.limit_eval), getattr(s, "eval_half", "all"))
-            splits[name] = self.training(rows, length)
-        return splits
+        length, which = None if self.task.new_tokens else s.max_length, getattr(s, "eval_half", "all")
+        return {name: self.training(half(read(self.task, s.data, name, s.limit_eval), which), length)
+                for name in self.task.eval_splits}
 
     def training(self, rows, max_length):
         """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
@@ -1303,8 +1267,7 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
 def batches(split, batch_size, seed=0, epoch=0, shuffle=True):
     """Return lists of indices, each index once; lengths within a batch are close. Depends on (seed, epoch) only.
 
-    shuffle: sort by length within random groups of 50 batches, then shuffle these; the smaller last one stays last.
-    Otherwise longest first, so that running out of memory happens at once.
+    Sorted by length within random groups of 50 batches, then shuffled but for the smaller last one; else longest first.
     """
     lengths, random = np.asarray(split.lengths), np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
@@ -1328,9 +1291,8 @@ def pad(sequences, value, left=False, pad_to=None):
 
 
 def collate(split, indices, pad_to=None, device="cpu"):
-    """Return (inputs, labels) on the device for model(**inputs); images stay uint8 until they are there.
+    """Return (inputs, labels) on the device for model(**inputs); pad_to: widths to round T up to, for compiled code.
 
-    pad_to: widths to round up to, for compiled code to see few shapes.
     classify, regress, span: tokens, mask, [types] (B, T); labels (B,) long or float, span: (B, 2) long.
     image: pixels (B, C, H, W) float. lm: tokens, mask and positions (N,), the flat indices into B * T whose next token
     is part of an answer; labels (N,) those next tokens.
@@ -1415,10 +1377,9 @@ ADALORA_RATES = {"mnli": 5e-4, "qnli": 5e-4, "cola": 8e-4, "qqp": 8e-4, "sst2": 
 def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_ratio=1.5):
     """Return the papers' settings for flags that are not set, and {name: reason} for those that the method decides.
 
-    Encoders on GLUE: lelora Tables 5 and 6, with rank, alpha, dropout and length, which they leave open, of weightlora
-    Table 9. Decoders on GLUE: weightlora Table 10, learning rate and warmup from the middle of its grids. Instructions:
-    lelora Table 7 with DoRA's rank 32 and alpha 64; weightlora Table 11 for qwen3. SQuAD: its Table 12. Ours: images,
-    own tables, the rates of full and bitfit. warmup: a share of all steps, or a number of steps from 1 on.
+    Encoders on GLUE: lelora Tables 5 and 6, with what they leave open of weightlora Table 9. Decoders on GLUE: its
+    Table 10, lr and warmup from the middle of the grids. Instructions: lelora Table 7 with DoRA's rank 32 and alpha 64;
+    weightlora Table 11 for qwen3. SQuAD: its Table 12. Ours: the rest. warmup: a share of the steps, or a number >= 1.
     """
     lr, batch_size, epochs = task.base if size < 1024 else task.large
     chosen = dict(lr=lr, batch_size=batch_size, epochs=epochs, steps=None, warmup=0.06, weight_decay=0.1, rank=8,
