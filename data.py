@@ -331,31 +331,27 @@ def read_texts(task, data, split):
         note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
 
-def objects(task, data, split):
-    """Yield (where, dict) for what a split's JSON files hold."""
-    for path in locate(task, data, split):
-        yield from read_json(path)
+def read_instructions(task, data, split, change=None):
+    """Rows of a question and its answer, in one of the layouts that COLUMNS lists.
 
-
-def read_instructions(task, data, split):
-    """Rows of a question and its answer, in one of the layouts that COLUMNS lists."""
-    return instructions(task, data, split, objects(task, data, split))
-
-
-def instructions(task, data, split, rows):
-    """Return a split's (where, {prompt, answer ...}) of (where, row as it is in the file)."""
-    answered, skipped = [], 0
-    for where, row in rows:
+    change(where, row) returns what a row is read as, None to leave it out.
+    """
+    rows, skipped = [], 0
+    found = [item for path in locate(task, data, split) for item in read_json(path)]
+    for where, row in found:
+        row = change(where, row) if change else row
+        if row is None:
+            continue
         row = instruction(task, where, row)
         if row["answer"].strip():
-            answered.append((where, row))
+            rows.append((where, row))
         elif task.sources:
             skipped += 1    # Alpaca and UltraFeedback were published with some
         else:
             raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
     if skipped:
         note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
-    return held_out(task, data, split, answered)
+    return held_out(task, data, split, rows)
 
 
 def read_commonsense(task, data, split):
@@ -392,10 +388,9 @@ def read_arrays(task, data, split):
         raise UserError(f"{path}: {keys[0]} {images.shape}, {keys[1]} {labels.shape} {labels.dtype} and split "
                         f"{part.shape}: expected (N, H, W) or (N, H, W, C), N whole numbers or names: write it again")
     chosen = range(len(images))
-    if keys[0] == "images" and "split" in arrays:
-        chosen = np.flatnonzero((part != 0) == (split != "train"))
-    elif keys[0] == "images":
-        chosen = held_out(task, data, split, chosen)
+    if "x_train" not in arrays:
+        by_split = np.flatnonzero((part != 0) == (split != "train"))
+        chosen = by_split if "split" in arrays else held_out(task, data, split, chosen)
     for i in chosen:
         where = f"{path} {keys[0]}[{i}]"
         pixels = channels_first(images[i], where)
@@ -451,16 +446,14 @@ def channels_first(pixels, where):
     elif pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
         pixels = pixels.transpose(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or pixels.dtype.kind not in "biuf":
-        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected numbers, (H, W) or (H, W, C) with 1, 3 or 4 "
-                        "channels")
+        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected numbers (H, W) or (H, W, 1, 3 or 4)")
     pixels = pixels[:3]
     if pixels.dtype == np.uint8:
         return pixels
     low, high = pixels.min(initial=0), pixels.max(initial=0)
     top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype == np.uint16 or high > 255 else 255
     if not (low >= 0 and high <= top):
-        raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected uint8, uint16 or floats in [0, 1]: "
-                        "scale it")
+        raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected uint8, uint16, [0, 1]: scale it")
     return np.rint(pixels.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
@@ -851,9 +844,8 @@ def task_row(name):
     if name in TASKS:
         return TASKS[name]
     if ":" not in name:
-        close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
-        raise UserError(f"no task {name!r}: choose from {', '.join(dict.fromkeys([*close, *TASKS]))}, or name one in a "
-                        "file: my_tasks.py:MY_TASK")
+        names = dict.fromkeys([*difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5), *TASKS, "my_tasks.py:MY_TASK"])
+        raise UserError(f"no task {name!r}: choose from {', '.join(names)}")
     module, wanted = own_module("--task", name)
     there = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
     for key, task in there.items():
@@ -886,8 +878,7 @@ def labelled(task, data, split):
         if task.kind in ("classify", "image"):
             row["label"] = re.sub(r"^(-?\d+)\.0+$", r"\1", row["label"].strip())
             if row["label"] in MISSING:
-                raise UserError(f"{where}: label {row['label']!r} stands for a missing one: remove the row, or give "
-                                "the class a name")
+                raise UserError(f"{where}: label {row['label']!r} stands for a missing one: remove the row or name it")
         yield where, row
 
 
@@ -904,7 +895,7 @@ def read(task, data=None, split="train", limit=0):
         raise UserError(f"{task.name} has no training set: train on another task, then eval.py RUN --task {task.name}")
     if split not in ("train", "dev", *task.eval_splits):
         raise UserError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
-    index, (low, high), rows = {label: i for i, label in enumerate(task.labels)}, task.span, []
+    place, index, rows = data or task.name, {label: i for i, label in enumerate(task.labels)}, []
     for where, row in itertools.islice(labelled(task, data, split), limit or None):
         if task.kind in ("classify", "image"):
             if row["label"] not in index:
@@ -916,21 +907,22 @@ def read(task, data=None, split="train", limit=0):
                 score = float(row["label"])
             except ValueError:
                 score = math.nan
+            low, high = task.span
             if not (low <= score <= high and math.isfinite(score)):
                 raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
             row["label"] = score
         rows.append(row)
     if not rows:
-        raise UserError(f"{data or task.name}: no {split} rows: check the files")
+        raise UserError(f"{place}: no {split} rows: check the files")
     if task.kind in ("classify", "image"):
         counts = np.bincount([row["label"] for row in rows], minlength=len(task.labels))
         if split == "train" and np.count_nonzero(counts) < 2:
             remedy = "raise the limit or shuffle the rows" if limit else "add another class"
-            raise UserError(f"{data or task.name}: all labels are {task.labels[rows[0]['label']]!r} in the {len(rows)} "
-                            f"rows: {remedy}")
+            label = task.labels[rows[0]["label"]]
+            raise UserError(f"{place}: all labels are {label!r} in the {len(rows)} rows: {remedy}")
         shown = ", ".join(f"{count} {label[:40]!a}" for label, count in zip(task.labels[:10], counts))
         more = f", {counts.min()} to {counts.max()} of each of {len(counts)} classes" if len(counts) > 10 else ""
-        note(f"{data or task.name}: {len(rows)} {split} rows: {shown}{more}")
+        note(f"{place}: {len(rows)} {split} rows: {shown}{more}")
     return rows
 
 
@@ -950,7 +942,6 @@ TOKENIZER_SETTINGS = set("""
     tokenizer_class do_lower_case strip_accents tokenize_chinese_chars add_prefix_space add_bos_token add_eos_token
     legacy truncation_side added_tokens_decoder model_max_length split_special_tokens extra_special_tokens
     additional_special_tokens pad_token bos_token eos_token unk_token sep_token cls_token mask_token
-
     clean_up_tokenization_spaces padding_side pad_to_multiple_of pad_token_type_id padding truncation max_length stride
     truncation_strategy chat_template auto_map tokenizer_file name_or_path special_tokens_map_file errors trim_offsets
     backend is_local use_default_system_prompt model_input_names processor_class use_fast from_slow do_basic_tokenize
@@ -1005,8 +996,8 @@ class Tokenizer:
 
         self.bos_id, self.eos_id = first("bos"), first("eos")
         self.pad_id = next((n for n in map(first, ("pad", "eos", "unk")) if n is not None), 0)
-        self.eos_ids = sorted({*listed(config, "eos_token_id"), *listed(generation, "eos_token_id"),
-                               *([] if self.eos_id is None else [self.eos_id])})
+        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
+        self.eos_ids = sorted(ends - {None})
         self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -1191,8 +1182,7 @@ class Processor:
         """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
         split = encode(self.task, rows, self.tokenizer, max_length, self.image)
         if self.tokenizer and max_length and max_length > self.tokenizer.longest:
-            note(f"{self.folder}: --max-length {max_length} is above the tokenizer's model_max_length, "
-                 f"{self.tokenizer.longest}")
+            note(f"{self.folder}: --max-length {max_length} is above its model_max_length, {self.tokenizer.longest}")
         for i, ids in enumerate(split.tokens or ()):
             row, top = split.rows[i], ids.max(initial=0)
             where = f"{self.task.name}, row {row.get('text', row.get('prompt'))[:60]!a}"
@@ -1208,9 +1198,9 @@ class Processor:
 
 
 def drawn(rows, count, seed):
-    """`count` of the rows, or all if there are fewer, drawn by the seed and in their order."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return [rows[i] for i in sorted(order[:count].tolist())]
+    """(`count` of the rows, or all if there are fewer, drawn by the seed, the others), both in their order."""
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    return [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
 
 
 def half(rows, which):
@@ -1219,8 +1209,8 @@ def half(rows, which):
         return rows
     if len(rows) < 2:
         raise UserError(f"--eval-half {which}: there are no two evaluation rows to part")
-    tune = set(np.random.default_rng(0).permutation(len(rows))[:len(rows) // 2].tolist())
-    return [row for i, row in enumerate(rows) if (i in tune) == (which == "tune")]
+    tune, report = drawn(rows, len(rows) // 2, seed=0)
+    return tune if which == "tune" else report
 
 
 def encode(task, rows, tokenizer=None, max_length=None, image=None):
@@ -1250,8 +1240,7 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
         raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
     asked, answers, apart = tokenizer.encode_answers(*([row[key] for row in rows] for key in ("prompt", "answer")))
     if apart:
-        note(f"{task.name}: {apart} of {len(rows)} answers were encoded apart from their prompts, with whose last "
-             "characters they would merge")
+        note(f"{task.name}: {apart} of {len(rows)} answers were encoded apart from their prompts: they would merge")
     starts = [len(tokenizer.prefix) + len(ids) for ids in asked]
     keep = [i for i, start in enumerate(starts) if max_length is None or start < max_length]
     if not keep:
@@ -1345,10 +1334,7 @@ class Batches:
         self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile == "on" else None
 
     def take(self, least_rows=0):
-        """The passes of the next step, see train.Training.step, and its number of rows.
-
-        A step has `accumulate` batches, fewer at the end of an epoch, or as many as hold `least_rows` rows.
-        """
+        """The passes of the next step (train.Training.step): `accumulate` batches of an epoch, or `least_rows` rows."""
         taken, rows = [], 0
         while not taken or len(taken) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
             epoch, i = divmod(self.drawn, self.per_epoch)

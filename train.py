@@ -1015,7 +1015,7 @@ def set_up(s, alive):
     policy = allocators.policy(s.method)
     rows = data.read(task, s.data, "train", 0 if s.sample_train else s.limit_train)
     if s.sample_train:
-        rows = data.drawn(rows, s.limit_train, s.seed)
+        rows, _ = data.drawn(rows, s.limit_train, s.seed)
     rows, validation_rows = keep_aside(s, rows, policy.validation_rows)
     evaluation.scoring(s, task)
     model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
@@ -1061,8 +1061,8 @@ def keep_aside(s, rows, count):
     if len(rows) <= count:
         raise UserError(f"--method {s.method} keeps {count} training rows for validation, but there are only "
                         f"{len(rows)}: use more rows")
-    order = np.random.default_rng(s.seed).permutation(len(rows)).tolist()
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    aside, kept = data.drawn(rows, count, s.seed)
+    return kept, aside
 
 
 def versions():

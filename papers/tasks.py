@@ -2,10 +2,11 @@
 
 import io
 import re
+from functools import partial
 
 import numpy as np
 
-from data import GITHUB, NEXT, Task, get, instructions, locate, objects, read_bytes, read_instructions, read_text
+from data import GITHUB, NEXT, Task, get, locate, read_bytes, read_instructions, read_text
 from model import UserError
 
 HUB = "https://huggingface.co/datasets/"
@@ -97,13 +98,8 @@ resisc45 = photos(
 
 # ----------------------------------------------------------- LeLoRA, Tables 3 and 10, Figures 2, 4 and 6: training sets
 
-def read_ultrafeedback(task, data, split):
-    """The best rated of an instruction's completions; as binarized, what the last message of the chosen ones says."""
-    return instructions(task, data, split, ((where, best(where, row)) for where, row in objects(task, data, split)))
-
-
 def best(where, row):
-    """Return a row of UltraFeedback with its best rated completion as output, "" if it has none."""
+    """Return a row of UltraFeedback with its best rated completion as output, "" if it has none; or it is binarized."""
     if "completions" not in row:
         return row
     parts = [get({"completions": part}, "completions", where, dict) for part in get(row, "completions", where, list)]
@@ -127,7 +123,7 @@ codefeedback = tune("codefeedback", "CodeFeedback-Filtered-Instruction.jsonl", (
 ultrafeedback = tune("ultrafeedback", "*.jsonl", *(     # the revision with the ratings corrected
     (f"{HUB}openbmb/UltraFeedback/resolve/40b436560ca83a8dba36114c22ab3c66e43f6d5e/{name}.jsonl", None)
     for name in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")),
-    reader=read_ultrafeedback)
+    reader=partial(read_instructions, change=best))
 
 
 # ------------------------------------------------------ what is asked of models trained on them: MATH, code, AlpacaEval
@@ -169,14 +165,11 @@ def normalise(answer):
     return "\\frac{%s}{%s}" % fraction.groups() if fraction else answer
 
 
-def read_mbpp(task, data, split):
-    """The problems of the test set, 11 to 510 as google-research/mbpp's README says, each with its first test."""
-    rows = []
-    for where, row in objects(task, data, split):
-        if 11 <= get(row, "task_id", where, int) <= 510:
-            tests = dict(enumerate(get(row, "test_list", where, list)))
-            rows.append((where, {**row, "input": get(tests, 0, where)}))
-    return instructions(task, data, split, rows)
+def first_test(where, row):
+    """Return a problem of MBPP's test set, 11 to 510 (google-research/mbpp's README), with its first test as input."""
+    if 11 <= get(row, "task_id", where, int) <= 510:
+        tests = dict(enumerate(get(row, "test_list", where, list)))
+        return {**row, "input": get(tests, 0, where)}
 
 
 def docstring(text, test):
@@ -200,8 +193,9 @@ humaneval = complete(
     template=lambda text, more: text.rstrip(),  # "\n    " is one token
     new_tokens=512, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))    # Chen et al. 2021, section 3
 mbpp = complete(
-    "mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",), read_mbpp,
-    template=docstring, new_tokens=512, stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif"))
+    "mbpp", "mbpp.jsonl", GITHUB + "google-research/google-research/master/mbpp/mbpp.jsonl", ("task_id",),
+    partial(read_instructions, change=first_test), template=docstring, new_tokens=512,
+    stop=("\nclass", "\nassert", '\n"""', "\nprint", "\nif"))
 alpacaeval = complete(
     "alpacaeval", "alpaca_eval.json", HUB + "tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json",
     ("dataset", "instruction", "generator"), output="output", new_tokens=2048, stop=NEXT)

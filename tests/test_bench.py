@@ -284,9 +284,9 @@ def test_halves_and_samples_of_rows():
     tune, report = data.half(rows, "tune"), data.half(rows, "report")
     assert len(tune) == 5 and sorted(map(id, tune + report)) == sorted(map(id, rows)) and tune == data.half(rows, "tune")
     assert data.half(rows, "all") == rows
-    some = [data.drawn(rows, 6, seed) for seed in (0, 0, 1)]
+    some = [data.drawn(rows, 6, seed)[0] for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and [len(set(map(id, part))) for part in some] == [6] * 3
-    assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0) == rows
+    assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0)[0] == rows
 
 
 def test_results_of_other_source_are_made_again(tmp_path, capsys, monkeypatch):

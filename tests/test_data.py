@@ -99,6 +99,7 @@ def test_glue_layouts(tmp_path, caplog, name, parent):
     root = tmp_path / "data"
     write(root / folder / "train.tsv.gz", gzip.compress(text.encode()))
     write(root / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), text)
+    write(root / folder / "dev_mismatched.tsv", mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"]))
     where = root if parent else root / folder
     task = data.find_task(name, where)
     for split in ("train", "dev"):
@@ -106,13 +107,10 @@ def test_glue_layouts(tmp_path, caplog, name, parent):
         assert [(row["text"], row.get("pair"), row["label"]) for row in rows] == expected
     assert data.read(task, where, "train", limit=2) == rows[:2]
     assert type(rows[0]["label"]) is (float if name == "stsb" else int)
+    if name == "mnli":
+        assert [row["label"] for row in data.read(task, where, "dev_mismatched")] == [0, 1]
     assert LEFT_OUT.get(name, "") in caplog.text and "not read" not in caplog.text
     assert name == "stsb" or f"{len(rows)} train rows: 1 '" in caplog.text
-
-
-def test_mnli_has_two_dev_sets(tmp_path):
-    write(tmp_path / "dev_mismatched.tsv", mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"]))
-    assert [row["label"] for row in data.read(TASKS["mnli"], tmp_path, "dev_mismatched")] == [0, 1]
 
 
 def test_mrpc_original_files(tmp_path):
@@ -171,14 +169,6 @@ def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
     assert data.find_task("commonsense").eval_splits == data.COMMONSENSE
 
 
-def test_gsm8k(tmp_path):
-    rows = [{"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
-            {"question": "?", "answer": "#### -3"}]
-    write(tmp_path / "gsm8k" / "test.jsonl", jsonl(rows))
-    read = data.read(TASKS["gsm8k"], tmp_path, "dev")
-    assert [row["target"] for row in read] == ["1200", "-3"] and read[0]["prompt"] == data.prompt("How many?")
-
-
 EXTRACTED = [
     ("false, not true", ("true", "false"), "false"), ("True", ("true", "false"), ""), ("", ("true", "false"), ""),
     ("answer6 or answer5", TASKS["siqa"].answers, "answer5"), ("axb a.b", ("a+b", "a.b"), "a.b"),
@@ -214,22 +204,16 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
     rows = [{"instruction": "Q", "context": "C", "response": "R", "category": "qa", "hint": "think of it"},
             {"question": "Q", "response": "R", "system_prompt": "Be kind.", "id": "flan.1"},
             {"instruction": "Q", "output": "R", "history": [["q1", "a1"], ["q2", "a2"]]},
-            {"prompt": "Q", "completion": "R", "turns": [{"text": "more"}], "scores": [1, 2], "n": "17"}]
+            {"prompt": "Q", "completion": "R", "turns": [{"text": "more"}], "scores": [1, 2], "n": "17"},
+            {"prompt": "Q", "chosen": [{"role": "user", "content": name} for name in "QAR"]}]
     path = write(tmp_path / "rows.jsonl", jsonl(rows * 5))
     read = data.read(TASKS["instructions"], path)
-    expected = [data.prompt("Q", "C"), "Be kind.\n\n" + data.prompt("Q"), data.prompt("Q"), data.prompt("Q")]
-    assert [row["prompt"] for row in read[:4]] == expected and {row["answer"] for row in read} == {"R"}
-    notes = [record.message for record in caplog.records if "not read" in record.message]
-    assert notes == [f"{path}: not read: column '{name}'" for name in ("hint", "history", "turns")]
-
-
-def test_longer_conversations_are_named_once(tmp_path, caplog):
-    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}] * 2
-    rows = [{"prompt": "Q", "chosen": [*said, {"role": "assistant", "content": "R"}]}] * 12
-    path = write(tmp_path / "flan.jsonl", jsonl(rows))
-    assert {row["answer"] for row in data.read(TASKS["instructions"], path)} == {"R"}
-    note = f"{path}: conversations of more than two messages: only prompt and last message are read"
-    assert [record.message for record in caplog.records].count(note) == 1
+    expected = [data.prompt("Q", "C"), "Be kind.\n\n" + data.prompt("Q"), *[data.prompt("Q")] * 3]
+    assert [row["prompt"] for row in read[:5]] == expected and {row["answer"] for row in read} == {"R"}
+    notes = [record.message for record in caplog.records]
+    assert notes[:4] == [*(f"{path}: not read: column '{name}'" for name in ("hint", "history", "turns")),
+                         f"{path}: conversations of more than two messages: only prompt and last message are read"]
+    assert len(notes) == 5 and "rows are dev" in notes[4]
 
 
 def test_a_reference_solution_has_its_answer_in_its_own_place():
@@ -306,60 +290,59 @@ def test_a_missing_label_is_no_class(tmp_path, label):
             data.read(TASKS["sst2"], tmp_path)
 
 
-def test_gold_labels_may_be_missing(tmp_path, caplog):
-    """SNLI's own files mark pairs without a majority; columns of its parses are known not to matter."""
-    rows = [{"gold_label": label, "sentence1": "a b", "sentence2": "c d", "sentence1_parse": "(ROOT a b)",
-             "annotator_labels": ["neutral"], "captionID": "x.jpg#1"} for label in ("neutral", "-", "-", "entailment")]
-    assert [row["label"] for row in classify(write(tmp_path / "train.jsonl", jsonl(rows * 10)))][:2] == [1, 0]
-    assert "left out 18 rows without a gold label" in caplog.text and "not read" not in caplog.text
+def numbered(count, classes):
+    """A .csv of this many rows, sorted by their classes."""
+    return "text,label\n" + "".join(f"{i},{i * classes // count}\n" for i in range(count))
 
 
-def test_labels_are_compared_as_people_do(tmp_path):
-    """Numbers sort as numbers, 1.0 is 1, spaces around a label do not count."""
-    path = write(tmp_path / "train.jsonl", jsonl([{"text": "t", "label": n} for n in (10, "9", 1.0, "10.0", " 1 ")]))
-    assert data.find_task("text-classification", path).labels == ("1", "9", "10")
-    assert len(classify(path)) == 4     # one of five is held out
+LONG = "word " * 100_000
+PARSED = {"sentence1": "a b", "sentence2": "c d", "sentence1_parse": "(ROOT a b)", "annotator_labels": ["neutral"]}
+# (files, training texts, their labels, what is noted): what spreadsheets, pandas, SNLI and people write
+READ = {
+    "numbers sort as numbers, 1.0 is 1, spaces around a label do not count": (
+        {"train.jsonl": jsonl([{"text": "t", "label": n} for n in (10, "9", 1.0, "10.0", " 1 ")])},
+        ["t"] * 4, [2, 1, 2, 0], "1 of 5 rows are dev (evenly spread)"),
+    "SNLI marks pairs without a majority": (
+        dict.fromkeys(("train.jsonl", "dev.jsonl"), jsonl({**PARSED, "gold_label": label} for label in "x--y")),
+        ["a b"] * 2, [0, 1], "left out 2 rows without a gold label"),
+    "long cells, blank lines": ({"train.csv": f'text,label\n"{LONG}",a\n\nb,b\n\n\n', "dev.csv": "text,label\na,a\n"},
+                                [LONG, "b"], [0, 1], "2 train rows"),
+    "quotes that are no CSV are text": (
+        {"train.tsv": 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n', "dev.tsv": "text\tlabel\na\ta\n"},
+        ['"so" he said', '"bad', '"" '], [0, 1, 0], "3 train rows"),
+    "a second file of the same name": (
+        {"train.csv": "text,label\na,x\nb,y\n", "train.tsv": "text\tlabel\nc\tx\nd\ty\n", "train.tsv.gz": b"an older",
+         "dev.tsv": "text\tlabel\nc\tx\n"}, ["c", "d"], [0, 1], ": train.tsv is read, not train.tsv.gz, train.csv"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_of_all_sorts(tmp_path, caplog, name):
+    contents, texts, labels, noted = READ[name]
+    for file, text in contents.items():
+        write(tmp_path / file, text)
+    rows = classify(tmp_path)
+    assert [row["text"] for row in rows] == texts and [row["label"] for row in rows] == labels
+    assert noted in caplog.text and "not read" not in caplog.text
 
 
 def test_limits_look_at_the_rows_that_are_used(tmp_path):
-    text = "text,label\n" + "".join(f"t{i},{'ab'[i // 30]}\n" for i in range(60))
-    write(tmp_path / "train.csv", text)
-    write(tmp_path / "dev.csv", text + "bad row\n")
-    with pytest.raises(UserError, match="all labels are 'a' in the 20 rows: raise the limit or shuffle the rows"):
+    write(tmp_path / "train.csv", numbered(60, 2))
+    write(tmp_path / "dev.csv", numbered(60, 2) + "bad row\n")
+    with pytest.raises(UserError, match="all labels are '0' in the 20 rows: raise the limit or shuffle the rows"):
         classify(tmp_path, limit=20)
     assert len(classify(tmp_path, limit=40)) == 40 and len(classify(tmp_path, "dev", limit=20)) == 20
-
-
-def test_tables_as_spreadsheets_write_them(tmp_path):
-    long = "word " * 100_000
-    write(tmp_path / "train.csv", f'text,label\n"{long}",a\n\nb,b\n\n\n')
-    write(tmp_path / "dev.csv", "text,label\na,a\n")
-    assert [len(row["text"]) for row in classify(tmp_path)] == [500_000, 1]
-    rough = 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n'     # no CSV: quotes are text
-    write(tmp_path / "rough" / "train.tsv", rough)
-    write(tmp_path / "rough" / "dev.tsv", "text\tlabel\na\ta\n")
-    assert [row["text"] for row in classify(tmp_path / "rough")] == ['"so" he said', '"bad', '"" ']
 
 
 @pytest.mark.parametrize("rows", [3, 9, 10, 11, 29, 100, 1999, 12_345])
 def test_held_out_rows_of_a_sorted_file(tmp_path, rows):
     """Every row is in exactly one split, the share is a tenth and every third of a sorted file gives dev rows."""
-    path = write(tmp_path / "all.csv", "text,label\n" + "".join(f"{i},{i * 3 // rows}\n" for i in range(rows)))
+    path = write(tmp_path / "all.csv", numbered(rows, 3))
     task = replace(TASKS["text-classification"], labels=("0", "1", "2"))
     train, dev = data.read(task, path, "train"), data.read(task, path, "dev")
     assert sorted(int(row["text"]) for row in train + dev) == list(range(rows))
     assert len(dev) == min(-(-rows // 10), 1000)
     assert rows < 25 or {row["label"] for row in dev} == {0, 1, 2}
-
-
-def test_a_second_file_of_the_same_name_is_named(tmp_path, caplog):
-    write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
-    write(tmp_path / "train.tsv", "text\tlabel\nc\tx\nd\ty\n")
-    write(tmp_path / "train.tsv.gz", b"an older one")
-    write(tmp_path / "dev.tsv", "text\tlabel\nc\tx\n")
-    assert [row["text"] for row in classify(tmp_path)] == ["c", "d"]
-    notes = [record.message for record in caplog.records if "is read, not" in record.message]
-    assert notes == [f"{tmp_path}: train.tsv is read, not train.tsv.gz, train.csv"]
 
 
 def test_own_regression(tmp_path):
@@ -957,7 +940,7 @@ def test_a_task_in_a_file(tmp_path):
 @pytest.mark.parametrize("name, message", [
     ("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"), ("mine.txt:X", "there is no file mine.txt"),
     ("mine.py:DISLIKED", r"the file has no data.Task DISLIKED: define it, or name one of \['LIKED', 'NEAR'\]"),
-    ("mine.py:read", "the file has no data.Task read"), ("mine", "no task 'mine': choose from .*: my_tasks.py:")])
+    ("mine.py:read", "the file has no data.Task read"), ("mine", "no task 'mine': choose from .*, my_tasks.py:")])
 def test_what_is_no_task_in_a_file(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "mine.py", OWN_TASK)
@@ -1127,10 +1110,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(tmp_path, name):
+@pytest.mark.parametrize("make, pattern", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(tmp_path, make, pattern):
     """Each malformed input raises UserError with one line that names the place and a remedy."""
-    make, pattern = BAD[name]
     folder = tmp_path / "bad"
     folder.mkdir()
     with pytest.raises(UserError, match=pattern) as caught:
@@ -1302,19 +1284,3 @@ def test_real_files(name, folder, shared, caplog):
         assert len(rows) == count and "not read" not in caplog.text
         scored = [row for row in rows if "target" in row]
         assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in scored)
-
-
-def test_real_commonsense_together(shared):
-    task = data.find_task("commonsense", shared / "commonsense")
-    assert task.eval_splits == ("boolq", "piqa", "siqa", "winogrande", "arc-e", "arc-c", "obqa")
-    assert len(data.read(task, shared / "commonsense")) == 9427 + 4957 + 2251 + 1119
-
-
-def test_real_text_through_a_real_tokenizer(shared):
-    transformers = pytest.importorskip("transformers")
-    folder = checkpoint("minilm")
-    rows = data.read(TASKS["stsb"], shared / "glue", "dev", limit=300)
-    split = data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder), 32)
-    texts = [[row[name] for row in rows] for name in ("text", "pair")]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)(*texts, truncation=True, max_length=32)["input_ids"]
-    assert [list(ids) for ids in split.tokens] == theirs

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from test_data import (jpg, jsonl, leftovers, make_tar, make_zip, mirror, own_cache, place, serve,  # noqa: F401
+import test_data
+from test_data import (files, jpg, jsonl, leftovers, make_tar, make_zip, mirror, own_cache, place, serve,  # noqa: F401
                        some_images, write)
 
 import data
@@ -19,7 +20,7 @@ from model import UserError
 from papers import tasks
 
 FILE = str(ROOT / "papers" / "tasks.py")
-TASKS = {"alpaca": data.TASKS["alpaca"]} | {row.name: row for row in vars(tasks).values() if isinstance(row, data.Task)}
+TASKS = data.TASKS | {row.name: row for row in vars(tasks).values() if isinstance(row, data.Task)}
 
 
 def find(name, where=None):
@@ -78,6 +79,11 @@ PUBLISHED = {
         {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
         {"problem": "P", "solution": SOLUTION, "answer": "\\frac{3}{2}", "subject": "Algebra", "level": 5,
          "unique_id": "t"}], [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")], [SOLUTION] * 3),
+    # github.com/openai/grade-school-math
+    "gsm8k": ("test.jsonl", [{"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
+                             {"question": HOSTILE, "answer": "#### -3"}],
+              [data.prompt("How many?"), data.prompt(HOSTILE)],
+              ["3*400=<<3*400=1200>>1,200\n#### 1,200", "#### -3"]),
     # github.com/openai/human-eval
     "humaneval": ("HumanEval.jsonl", [
         {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
@@ -96,6 +102,9 @@ PUBLISHED = {
 
 
 
+TARGETS = {"math": ["\\frac{3}{2}"] * 3, "gsm8k": ["1200", "-3"]}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sets(tmp_path, caplog, name):
     """The official files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
@@ -104,8 +113,7 @@ def test_published_sets(tmp_path, caplog, name):
     path = write(tmp_path / file, text)
     zipped = write(tmp_path / "gz" / f"{file}.gz", gzip.compress(text.encode()))
     tuning = task.files.get("train") == task.files["dev"]
-    places = (tmp_path, path, zipped.parent, zipped) if name != "math" else (tmp_path, zipped.parent)  # two files
-    for where in places:
+    for where in (tmp_path, zipped.parent, path, zipped)[:2 if name in TARGETS else 4]:  # others have one file
         read = [row for split in ["train"] * tuning + ["dev"] for row in data.read(task, where, split)]
         assert [row["prompt"] for row in read] == prompts
         assert [row["answer"] for row in read] == answers
@@ -113,8 +121,8 @@ def test_published_sets(tmp_path, caplog, name):
     assert ("skipped 1 row without an answer" in caplog.text) == (name in ("alpaca", "ultrafeedback"))
     if tuning:
         assert len(data.read(task, tmp_path, "dev")) == -(-len(prompts) // 10)
-    elif name == "math":
-        assert [row["target"] for row in read] == ["\\frac{3}{2}"] * 3
+    elif name in TARGETS:
+        assert [row["target"] for row in read] == TARGETS[name]
     else:
         scored = [row for row in rows if row.get("task_id") not in (1, 10, 511, 974)]
         assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
@@ -165,22 +173,6 @@ def test_a_reference_solution_has_its_answer_in_its_own_place():
 
 
 
-def cifar(labels):
-    images = some_images((len(labels), 3, 32, 32))
-    return images, b"".join(bytes([19, label]) + image.tobytes() for label, image in zip(labels, images))
-
-
-def test_cifar100(tmp_path):
-    images, raw = cifar([0, 99, 3, 4, 5, 6])
-    write(tmp_path / "cifar-100-binary" / "train.bin.gz", gzip.compress(raw))
-    write(tmp_path / "cifar-100-binary" / "test.bin", raw)
-    for split in ("train", "dev"):
-        rows = data.read(tasks.cifar100, tmp_path, split)
-        assert [row["label"] for row in rows] == [0, 99, 3, 4, 5, 6]
-        assert all(np.array_equal(row["pixels"], image) for row, image in zip(rows, images))
-
-
-
 def food():
     names = {"train": ["waffles/1", "pizza/20", "waffles/3"], "test": ["pizza/4"]}
     files = {f"images/{name}.jpg": jpg(i) for i, name in enumerate(sum(names.values(), []))}
@@ -213,39 +205,13 @@ PHOTO_SETS = {"food101": (food, {"train": [("waffles", 6), ("pizza", 7), ("waffl
               "flowers102": (flowers, {"train": [("102", 8), ("102", 11)], "dev": [("1", 10), ("3", 9)]})}
 
 
-def photos_of(task, where, split):
-    """Labels and widths of a split's photos."""
-    return [(row["label"], data.read_image(row["pixels"]).shape[2]) for _, row in task.reader(task, where, split)]
-
-
 @pytest.mark.parametrize("name", PHOTO_SETS)
-def test_photo_sets_as_they_are_distributed(tmp_path, name):
-    files, expected = PHOTO_SETS[name]
-    for path, content in files().items():
-        write(tmp_path / TASKS[name].folder / path, content)
-    for where in (tmp_path, tmp_path / TASKS[name].folder):
-        task = find(name, where)
-        assert {split: photos_of(task, where, split) for split in expected} == expected
-    assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, tmp_path, "dev")
-
-
-def test_fetch_cifar(tmp_path, mirror):
-    with pytest.raises(UserError, match="a broken or unsafe archive"):
-        data.read(serve(mirror, tasks.cifar100, [b"not an archive"]))
-    assert not leftovers(tmp_path)
-    raw = cifar([0, 1, 2])[1]
-    body = make_tar({"cifar-100-binary/train.bin": raw, "cifar-100-binary/test.bin": raw[:3074]})
-    task = serve(mirror, tasks.cifar100, [body])
-    assert [len(data.read(task, None, split)) for split in ("train", "dev")] == [3, 1]
-    assert len(mirror.asked) == 2
-
-
-@pytest.mark.parametrize("name", PHOTO_SETS)
-def test_fetch_photo_sets(tmp_path, mirror, name):
-    """Archives and lists are fetched once, also where the first try ends before all are there."""
+def test_photo_sets(tmp_path, mirror, name):
+    """Archives and lists are fetched once, also where the first try ends before all are there; then read as --data."""
     files, expected = PHOTO_SETS[name]
     members = {path: text if isinstance(text, bytes) else text.encode() for path, text in files().items()}
     names = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources]
+    assert all(sha256 and len(sha256) == 64 for _, _, sha256 in TASKS[name].sources) or name == "resisc45"
     inner = "food-101/" * (name == "food101")
     packed = {inner + path: content for path, content in members.items() if path not in names}
     archive = (make_zip if name == "resisc45" else make_tar)(packed)
@@ -255,8 +221,14 @@ def test_fetch_photo_sets(tmp_path, mirror, name):
     with pytest.raises(UserError, match="cannot fetch"):
         next(task.reader(task, None, "train"))
     mirror.files[last] = kept
-    assert {split: photos_of(task, None, split) for split in expected} == expected
+    cache = tmp_path / "cache"
+    for where in (None, cache, cache / task.folder):
+        for split in expected:
+            rows = [row for _, row in task.reader(task, where, split)]
+            assert [(row["label"], data.read_image(row["pixels"]).shape[2]) for row in rows] == expected[split]
     assert mirror.asked.count(last) == 2 and not leftovers(tmp_path)
+    task = find(name, cache)
+    assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, cache, "dev")
 
 
 def test_fetch_a_set_in_several_files(mirror):
@@ -276,34 +248,31 @@ def test_fetch_a_set_in_several_files(mirror):
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-BAD = {
-    "no box": ("math", {"MATH_test.jsonl": {"problem": "a", "solution": "4"}},
-               r"line 1: answer '', expected one in .boxed"),
-    "completions are text": ("ultrafeedback", {"flan.jsonl": {"instruction": "a", "completions": ["b"]}},
-                             "'completions' is str 'b'"),
-    "rating is text": ("ultrafeedback", {
-        "flan.jsonl": {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}},
-        "line 1: 'overall_score' is str 'N/A'"),
-    "no tests": ("mbpp", {"mbpp.jsonl": {"text": "a", "code": "b", "task_id": 11, "test_list": []}},
-                 "line 1: no column 0"),
-    "cut cifar file": ("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
-    "pickled cifar": ("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
-    "listed photo missing": ("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"},
-                             "a/1.jpg: not an image .*No such"),
-    "broken .mat": ("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99},
-                    "imagelabels.mat: no MATLAB file"),
-}
+def bad(name, content, pattern):
+    return files(f"{FILE}:{name}", content, "dev"), pattern
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(tmp_path, name):
-    name, files, pattern = BAD[name]
-    for path, content in files.items():
-        write(tmp_path / path, content)
-    with pytest.raises(UserError, match=pattern) as caught:
-        rows = data.read(find(name, tmp_path), tmp_path, "dev")
-        data.encode(TASKS[name], rows, image=data.plain_image(3, 4, 4))
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+def published(name, row, pattern):
+    """Case: this row in the file of a published set."""
+    return bad(name, {TASKS[name].files["dev"][0].replace("*", "flan"): jsonl([row])}, pattern)
+
+
+BAD = [
+    published("math", {"problem": "a", "solution": "4"}, r"line 1: answer '', expected one in .boxed"),
+    published("ultrafeedback", {"instruction": "a", "completions": ["b"]}, "'completions' is str 'b'"),
+    published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2},
+              "line 1: 'overall_score' is str 'N/A'"),
+    published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}, "line 1: no column 0"),
+    bad("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
+    bad("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
+    bad("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"}, "a/1.jpg: not an image .*No such"),
+    bad("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99},
+        "imagelabels.mat: no MATLAB file")]
+
+
+@pytest.mark.parametrize("make, pattern", BAD)
+def test_bad_input(tmp_path, make, pattern):
+    test_data.test_bad_input_is_one_line(tmp_path, make, pattern)
 
 
 def test_scipy_is_named_where_it_is_missing(tmp_path, monkeypatch):
