@@ -8,6 +8,7 @@ drives every policy in the same way and does not know which one it is:
     optimizer.step()                                   ->  allocator.after_step(step)  # True: adapters came or went
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -39,9 +40,8 @@ class Allocator:
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
     validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
-    saved = ("allocations", "current", "capacity", "generation", "calls")  # what a restart needs, each class adding its
-    # own: names of attributes that are tensors (restored in place, so views of them stay views), lists of tensors,
-    # numbers, modules, optimizers or generators
+    saved = ("allocations", "current", "made", "calls")  # what a restart needs, each class adding its own: names of
+    # attributes that are tensors (restored in place: views stay views), lists of them, numbers, modules, optimizers ...
     summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
@@ -60,10 +60,8 @@ class Allocator:
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
-        self.capacity = dict.fromkeys(self.names, 0)  # 0: no adapter
-        self.generation = dict.fromkeys(self.names, 0)  # which of the calls of `add` made it
-        self.calls = 0
-        self.layers, self.stacks, self.own = {}, [], []  # own: parameters that the policy moves itself
+        self.made = {name: [0, 0] for name in self.names}  # an adapter's R, and which call of `add` made it
+        self.layers, self.calls, self.own = {}, 0, []  # own: parameters that the policy moves itself
         self.setup()
 
     # ------------------------------------------------------------------ what policies override
@@ -144,42 +142,37 @@ class Allocator:
             if layer.magnitude is not None:
                 layer.magnitude.lr_ratio = s.lora_plus_ratio
             if type(self).watch is not Allocator.watch:
-                layer.register_forward_pre_hook(self.watcher(name))
-            self.capacity[name], self.generation[name] = layer.rank, generation
-            self.current[self.names.index(name)] = layer.rank
+                layer.register_forward_pre_hook(functools.partial(self.see, name))
+            self.current[self.names.index(name)], self.made[name] = layer.rank, [layer.rank, generation]
             layer.generation = generation
         self.restack(self.layers | layers)
+
+    def see(self, name, layer, inputs):
+        """A hook that calls `watch` in training passes."""
+        if layer.training and layer.enabled:
+            self.watch(name, inputs[0], self.real)
 
     def drop(self, names):
         """Give the matrices `names` their plain frozen layers back, at no cost left."""
         for name in names:
             lora.detach(self.model, name)
-            self.capacity[name] = self.generation[name] = 0
-            self.current[self.names.index(name)] = 0
+            self.current[self.names.index(name)], self.made[name] = 0, [0, 0]
         self.restack({name: layer for name, layer in self.layers.items() if name not in names})
 
     def restack(self, layers):
-        """Stack the adapters anew; those of different generations, which differ in age, stay apart."""
-        self.layers = {name: layers[name] for name in self.names if name in layers}
-        self.stacks = []
-        for generation in sorted({layer.generation for layer in self.layers.values()}):
-            alike = {name: layer for name, layer in self.layers.items() if layer.generation == generation}
-            self.stacks += lora.stacks(alike)
+        """Stack the adapters of one shape anew; those of different generations, and so age, stay apart."""
+        self.layers, alike = {name: layers[name] for name in self.names if name in layers}, {}
+        for name, layer in self.layers.items():
+            alike.setdefault((layer.generation, layer.A.shape, layer.B.shape), {})[name] = layer
+        self.stacks = [lora.Stack(alike[key]) for key in sorted(alike, key=lambda key: key[0])]
         order = [self.names.index(name) for stack in self.stacks for name in stack.layers]
         self.order = torch.tensor(order, device=self.device).argsort()
 
-    def watcher(self, name):
-        """A hook that calls `watch` in training passes."""
-        def see(layer, inputs):
-            if layer.training and layer.enabled:
-                self.watch(name, inputs[0], self.real)
-        return see
-
     def match_adapters(self):
-        """After a restart: drop and add adapters until they are those that `capacity` and `generation` name."""
-        now = {name: (layer.rank, layer.generation) for name, layer in self.layers.items()}
-        saved = {name: (self.capacity[name], self.generation[name]) for name in self.names}
-        wrong, current = [name for name in self.names if saved[name] != now.get(name, (0, 0))], self.current.clone()
+        """After a restart: drop and add adapters until they are those that `made` names."""
+        now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
+        saved, current = dict(self.made), self.current.clone()
+        wrong = [name for name in self.names if saved[name] != now.get(name, [0, 0])]
         if not wrong:  # the stacks stay those that the policy may hold
             return
         self.drop([name for name in wrong if name in self.layers])
@@ -195,11 +188,11 @@ class Allocator:
 
     def parameters(self):
         """Adapter parameters for the run's optimizer, stacked, in a fixed order."""
-        return [p for stack in self.stacks for p in stack.parameters() if p.requires_grad]
+        return [p for stack in self.stacks for p in stack.parameters if p.requires_grad]
 
     def drawn(self):
         """Stacked parameters that are not trained but were drawn at random: LoRA-FA's frozen A."""
-        return [p for stack in self.stacks for p in stack.parameters() if not p.requires_grad]
+        return [p for stack in self.stacks for p in stack.parameters if not p.requires_grad]
 
     def vectors(self):
         """Every g and every mask of updates that the layers hold: live tensors, for checkpoints."""
@@ -397,7 +390,7 @@ class LaLora(Allocator):
 
     refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's
     dynamic = True
-    saved = ("block_ranks", "budget_rank", "energy", "initial", "fisher")
+    saved = ("block_ranks", "budget_rank", "norms", "initial", "fisher")
 
     def setup(self):
         super().setup()
@@ -411,9 +404,9 @@ class LaLora(Allocator):
             self.layers[name].g = self.mask[block]  # a view: one write changes every layer
             self.layers[name].mask_updates(self.mask[block])
         self.truncate()
-        self.energy = self.squared_norms("data").cumsum(2)  # (2, n, r), of A and B, over the first 1..r components
-        self.initial = self.energy.clone()
-        self.fisher = torch.zeros_like(self.energy[0])
+        self.norms = self.squared_norms("data").cumsum(2).sqrt()  # (2, n, r): of A and B, their first 1..r components
+        self.initial = self.norms.clone()
+        self.fisher = torch.zeros_like(self.norms[0])
 
     def truncate(self):
         """Make `block_ranks` the ranks in use (Eq. 3)."""
@@ -430,28 +423,36 @@ class LaLora(Allocator):
     @torch.no_grad()
     def after_step(self, step):
         s, L, r = self.settings, *self.mask.shape
-        energy, last = self.squared_norms("data").cumsum(2), self.block_ranks[self.block][:, None] - 1  # ..., (n, 1)
-        new, old, initial = (e.gather(2, last.expand(2, -1, 1)).sqrt().squeeze(2)  # (2, n) each
-                             for e in (energy, self.energy, self.initial))
+        norms = self.squared_norms("data").cumsum(2).sqrt()
+        new, old, initial = self.in_use(norms, self.norms, self.initial)
         if s.lalora_budget == "grow":
             s_new, s_old = self.member @ new.sum(0), self.member @ old.sum(0)  # Eq. 7; both at r_i: 1 / r_i cancels
             growth = ((s_new - s_old) / s_old).mean()  # Eq. 6
             self.budget_rank.mul_(1 + s.lalora_gamma * growth).clamp_(L, r * L)  # Eq. 5
-        if s.lalora_score == "fisher":
-            c = self.member @ self.fisher.cumsum(1).gather(1, last).squeeze(1)
-        else:
-            above, below = {"step": (old, new), "truncation": (new, energy[:, :, -1].sqrt()), "initial": (initial, new),
-                            "off": (new, new)}[s.lalora_fidelity]
-            f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
-            c = self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
+        c = self.contribution(new, old, initial, norms[:, :, -1])
         if s.lalora_softmax == "relative" or s.lalora_score == "fisher":  # which has no natural scale
             c /= c.mean().clamp_min(1e-300)
         ranks = whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r)  # Eq. 8
         self.block_ranks.copy_(torch.where(self.ok, ranks, self.block_ranks))
-        self.energy.copy_(energy)
+        self.norms.copy_(norms)
         self.truncate()
         self.allocations += 1
         return False
+
+    def in_use(self, *sums):
+        """Each of `sums` (m, n, r), over the first 1..r components, at the ranks in use: (m, n)."""
+        last = self.block_ranks[self.block] - 1
+        return [every.gather(2, last.expand(len(every), -1)[:, :, None]).squeeze(2) for every in sums]
+
+    def contribution(self, new, old, initial, full):
+        """c of every block, (L,), from the norms (2, n) of A and B: after and before this step, at the start, untruncated.
+        """
+        if self.settings.lalora_score == "fisher":
+            return self.member @ self.in_use(self.fisher.cumsum(1)[None])[0][0]
+        above, below = {"step": (old, new), "truncation": (new, full), "initial": (initial, new),
+                        "off": (new, new)}[self.settings.lalora_fidelity]
+        f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
+        return self.member @ (f[0] * new[1] + f[1] * new[0])  # Eq. 9: A is W_dw, B is W_up
 
     def log(self):
         return {"lalora_budget": self.budget_rank}

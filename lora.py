@@ -43,11 +43,7 @@ class LoraLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(self.out_features, rank, **options))
         self.g = self.magnitude = self.start = None
         self.merged, self.enabled = False, True
-        self.reset()
-
-    def reset(self):
-        """Start LoRA afresh: A uniform as in nn.Linear, B zero (Hu et al. 2021, section 4.1)."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as in nn.Linear; B zero (Hu et al. 2021, section 4.1)
         nn.init.zeros_(self.B)
 
     @torch.no_grad()
@@ -78,29 +74,27 @@ class LoraLinear(nn.Module):
     def forward(self, x):  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (N, in)
         y = self.linear.forward(flat)
-        if not self.enabled:
-            y = y + self.split_off_part(flat)
-        elif not self.merged:
+        if self.enabled and not self.merged:
             h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
             y.addmm_(h, transposed(self.scaled_B(), x.dtype))  # in place: y is read once
+        elif not self.enabled and self.start is not None:  # the original W is this one and what was split off
+            A, B = (t.to(x.device, x.dtype) for t in self.start)
+            y = y + self.scale * (flat @ A.T @ B.T)
         return y.view(*x.shape[:-1], -1)
-
-    def split_off_part(self, x):
-        """What the frozen weight lacks of the original W's output: x (N, in) -> (N, out), 0 where it lacks nothing."""
-        if self.start is None:
-            return 0
-        A, B = (t.to(x.device, x.dtype) for t in self.start)
-        return self.scale * (x @ A.T @ B.T)
 
     @torch.no_grad()
     def delta(self):
         """The update s B diag(g) A that the layer adds to W, (out, in) float32."""
         return self.scaled_B() @ self.A
 
-    @torch.no_grad()
+    def let_through(self):
+        """Which components g lets through, (R,) bool."""
+        ones = torch.ones(self.rank, device=self.A.device)
+        return ones > 0 if self.g is None else ones * self.g != 0
+
     def active_rank(self):
         """How many components g lets through."""
-        return self.rank if self.g is None else int((self.g * torch.ones_like(self.A[:, 0]) != 0).sum())
+        return int(self.let_through().sum())
 
     @torch.no_grad()
     def factors(self):
@@ -110,19 +104,17 @@ class LoraLinear(nn.Module):
         B A - B0 A0 over the components that have moved: twice as many factors, at most the matrix's own rank.
         """
         A, B = self.A.detach(), self.B.detach()
-        if self.start is None and self.g is None:
-            return A, B
         if self.start is None:
-            kept = self.g * torch.ones_like(A[:, 0]) != 0
-            return A[kept], (B * self.g)[:, kept]
+            kept, g = self.let_through(), 1 if self.g is None else self.g
+            return A[kept], (B * g)[:, kept]
         A0, B0 = (t.to(A.device) for t in self.start)
         moved = (A != A0).any(1) | (B != B0).any(0)
         A, B = torch.cat([A[moved], A0[moved]]), torch.cat([B[:, moved], -B0[:, moved]], 1)
-        if len(A) <= min(self.out_features, self.in_features):
+        full = min(self.out_features, self.in_features)
+        if len(A) <= full:
             return A, B
-        if self.out_features < self.in_features:  # then the difference itself is smaller
-            return B @ A, torch.eye(self.out_features, device=A.device)
-        return torch.eye(self.in_features, device=A.device), B @ A
+        identity = torch.eye(full, device=A.device)  # the difference itself is smaller
+        return (B @ A, identity) if self.out_features < self.in_features else (identity, B @ A)
 
     def mask_updates(self, active):
         """Let the optimizer move only the components where `active` (R,) is 1; it is read anew at every step."""
@@ -158,7 +150,7 @@ class DoraLinear(LoraLinear):
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__(linear, rank, scale, dropout, device)
         self.square = self.row_squares()
-        self.magnitude = nn.Parameter(self.lengths())
+        self.magnitude = nn.Parameter(self.lengths(self.A, self.B))
 
     def split_off(self, A, B):
         super().split_off(A, B)
@@ -189,22 +181,17 @@ class DoraLinear(LoraLinear):
         return torch.linalg.vector_norm(W, dim=1, dtype=torch.float32) ** 2
 
     @torch.no_grad()
-    def lengths(self, A=None, B=None):
-        """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix.
-
-        A in W's dtype and B = s B diag(g) may be given, where they are there.
-        """
-        W = self.weight.to(self.A.device)
-        A, B = self.A.to(W.dtype) if A is None else A, self.scaled_B() if B is None else B
-        wide = A.float()
-        mixed = torch.addmm(F.linear(W, A).float(), B, wide @ wide.T, beta=2)  # (out, R)
-        square = self.square + (B * mixed).sum(1)
+    def lengths(self, A, scaled_B):
+        """Length of every row of W + s B diag(g) A, (out,) float32, without building that matrix."""
+        W, wide = self.weight.to(A.device), A.float()
+        mixed = torch.addmm(F.linear(W, A.to(W.dtype)).float(), scaled_B, wide @ wide.T, beta=2)  # (out, R)
+        square = self.square + (scaled_B * mixed).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros stays one
 
     @torch.no_grad()
     def delta(self):
         """The difference between the layer's matrix and W, (out, in) float32."""
-        factor = (self.magnitude / self.lengths())[:, None]
+        factor = (self.magnitude / self.lengths(self.A.to(self.weight.dtype), self.scaled_B()))[:, None]
         return factor * (self.weight.float() + super().delta()) - self.weight.float()
 
     def factors(self):
@@ -301,27 +288,15 @@ def stacked(parameters):
 
 
 class Stack:
-    """Adapters of one shape, {name: layer}: A (n, R, in) and B (n, out, R), and DoRA's magnitude (n, out) or None."""
+    """Adapters of one shape, {name: layer}: A (n, R, in), B (n, out, R) and, of DoRA's, magnitude (n, out)."""
 
     def __init__(self, layers):
         self.layers = layers
         self.A, self.B = (stacked([getattr(layer, key) for layer in layers.values()]) for key in "AB")
-        first = next(iter(layers.values()))
-        self.magnitude = None
-        if first.magnitude is not None:
+        self.parameters = [self.A, self.B]
+        if all(layer.magnitude is not None for layer in layers.values()):
             self.magnitude = stacked([layer.magnitude for layer in layers.values()])
-
-    def parameters(self):
-        """A, B and magnitude, those that there are."""
-        return [p for p in (self.A, self.B, self.magnitude) if p is not None]
-
-
-def stacks(layers):
-    """The Stacks of {name: layer}: one for each shape, in the order in which the shapes first occur."""
-    alike = {}
-    for name, layer in layers.items():
-        alike.setdefault((layer.A.shape, layer.B.shape), {})[name] = layer
-    return [Stack(group) for group in alike.values()]
+            self.parameters.append(self.magnitude)
 
 
 @torch.no_grad()
@@ -334,21 +309,16 @@ def gather_gradients(params):
             p.grad = grads if p.grad is None else p.grad + grads  # a penalty may use the stack itself
             for q in parts:
                 q.grad = None
-        if p.grad is not None and may_move(p) is not None:
-            p.grad.mul_(may_move(p))
-
-
-def trait(p, name, default):
-    """The attribute `name` of a parameter, which the parts of a stack have in common: lr_ratio, decays."""
-    return getattr(getattr(p, "parts", [p])[0], name, default)
+        mask = may_move(p)
+        if p.grad is not None and mask is not None:
+            p.grad.mul_(mask)
 
 
 def may_move(p):
     """The tensor of 0 and 1, broadcastable to the parameter, that says which of its components may move; None: all."""
-    parts = getattr(p, "parts", None)
-    masks = [getattr(q, "active", None) for q in parts or [p]]
+    masks = [getattr(part, "active", None) for part in getattr(p, "parts", [p])]
     given = [mask for mask in masks if mask is not None]
-    if not given or not parts:
+    if not given or not hasattr(p, "parts"):
         return masks[0]
     return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])
 
@@ -405,26 +375,26 @@ def hold_still(optimizer):
     """
     before, bad = {}, torch.zeros(())
 
+    def tensors(p):
+        return {"value": p.detach()} | {key: t for key, t in optimizer.state[p].items() if torch.is_tensor(t)}
+
     def remember(optimizer, *_):
         nonlocal bad
         bad = vars(optimizer).pop("found_inf", bad)  # some optimizers refuse to see it
         before.clear()
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            state = {key: value.clone() for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
-            before[p] = p.detach().clone(), state
+        for p in held(optimizer):
+            if p.grad is not None:
+                before[p] = {key: t.clone() for key, t in tensors(p).items()}
 
     @torch.no_grad()
     def restore(optimizer, *_):
         fine = 1 - bad
-        for p, (value, state) in before.items():
+        for p, old in before.items():
             mask = may_move(p)
             moves = (fine.to(p.device) * (1 if mask is None else mask)).bool()
-            p.copy_(torch.where(moves, p, value))
-            for key, now in optimizer.state[p].items():
-                if torch.is_tensor(now):
-                    old = state.get(key, torch.zeros_like(now))
-                    where = moves if now.shape == p.shape else fine.to(now.device).bool()
-                    now.copy_(torch.where(where, now, old))
+            for key, now in tensors(p).items():
+                where = moves if now.shape == p.shape else fine.to(now.device).bool()
+                now.copy_(torch.where(where, now, old.get(key, torch.zeros_like(now))))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(restore)
@@ -436,47 +406,53 @@ def follow(optimizer, groups):
 
     What is still there keeps its state, also as a part of another stack than before; what is new starts afresh.
     """
-    kept = {}
+    kept = dict(optimizer.state)
     for p, state in optimizer.state.items():
-        parts = getattr(p, "parts", None)
-        for i, q in enumerate(parts or [p]):
-            kept[q] = {key: value[i] if parts and value.dim() else value for key, value in state.items()}
+        for i, part in enumerate(getattr(p, "parts", ())):
+            kept[part] = {key: value[i] if value.dim() else value for key, value in state.items()}
     optimizer.state.clear()
     optimizer.param_groups[:] = [optimizer.defaults | group for group in groups]
-    for group in groups:
-        for p in group["params"]:
-            parts = getattr(p, "parts", None)
-            states = [kept[q] for q in parts or [p] if q in kept]
-            if states and len(states) == len(parts or [p]):
-                optimizer.state[p] = {key: torch.stack([state[key] for state in states])
-                                      if parts and value.dim() else value for key, value in states[0].items()}
+    for p in held(optimizer):
+        states = [kept.get(part) for part in getattr(p, "parts", ())]
+        if p in kept:
+            optimizer.state[p] = kept[p]
+        elif states and None not in states:
+            optimizer.state[p] = {key: torch.stack([state[key] for state in states]) if value.dim() else value
+                                  for key, value in states[0].items()}
+
+
+def held(optimizer):
+    """The parameters of all of an optimizer's groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizers_for(s, params):
     """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
     groups, options = groups_for(s, params), {"lr": s.lr, "weight_decay": s.weight_decay}
+    adamw = functools.partial(torch.optim.AdamW, fused=True)
+    if any(may_move(p) is not None for p in params):
+        adamw = AdamW
     if s.optimizer == "sgd":
         return [hold_still(torch.optim.SGD(groups[0], momentum=0.9, **options))]
-    adamw = AdamW if any(may_move(p) is not None for p in params) else torch.optim.AdamW
-    fused = {"fused": True} if adamw is torch.optim.AdamW else {}
     if s.optimizer == "adamw":
-        return [without_masks(adamw(groups[0], **options, **fused))]
+        return [without_masks(adamw(groups[0], **options))]
     muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
-    return [hold_still(on_parts(muon)), *[adamw(more, **options, **fused) for more in groups[1:]]]
+    return [hold_still(on_parts(muon)), *[adamw(more, **options) for more in groups[1:]]]
 
 
 def groups_for(s, params):
     """For each optimizer its parameter groups, by learning rate (LoRA+) and weight decay."""
     sets = [params]
     if s.optimizer == "muon":  # which takes matrices: the stacks' parts
-        stacks = [p for p in params if p.dim() == 3]
+        matrices = [part for p in params if p.dim() == 3 for part in p.parts]
         rest = [p for p in params if p.dim() != 3]
-        sets = [[part for p in stacks for part in p.parts], *[rest] * bool(rest)]
+        sets = [matrices, rest] if rest else [matrices]
     result = []
     for some in sets:
         groups = {}
         for p in some:
-            groups.setdefault((trait(p, "lr_ratio", 1), trait(p, "decays", True)), []).append(p)
+            first = getattr(p, "parts", [p])[0]  # the others are like it
+            groups.setdefault((getattr(first, "lr_ratio", 1), getattr(first, "decays", True)), []).append(p)
         result.append([{"params": group, "lr": s.lr, "lr_ratio": ratio, "weight_decay": s.weight_decay * decays}
                        for (ratio, decays), group in groups.items()])
     return result
@@ -485,7 +461,7 @@ def groups_for(s, params):
 def without_masks(optimizer):
     """Refuse, in its steps, masks that came after torch's AdamW, which does not know them, was chosen."""
     def check(optimizer, *_):
-        if any(may_move(p) is not None for group in optimizer.param_groups for p in group["params"]):
+        if any(may_move(p) is not None for p in held(optimizer)):
             raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in setup, too")
 
     if not isinstance(optimizer, AdamW):
@@ -496,17 +472,12 @@ def without_masks(optimizer):
 def on_parts(optimizer):
     """Let an optimizer that holds the parts of stacks, since it takes matrices, see their gradients in its steps."""
     def scatter(optimizer, *_):
-        for part in (p for group in optimizer.param_groups for p in group["params"]):
+        for part in held(optimizer):
             whole, i = part.place
             part.grad = None if whole.grad is None else whole.grad[i]
 
-    def clear(optimizer, *_):
-        for group in optimizer.param_groups:
-            for part in group["params"]:
-                part.grad = None
-
     optimizer.register_step_pre_hook(scatter)
-    optimizer.register_step_post_hook(clear)
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
     return optimizer
 
 
@@ -524,7 +495,7 @@ def children(thing, name):
     if isinstance(thing, nn.Module):
         return thing.state_dict()
     if isinstance(thing, torch.optim.Optimizer):
-        return {i: state for i, state in thing.state_dict()["state"].items()}
+        return thing.state_dict()["state"]
     names = [child for part in reversed(type(thing).__mro__) for child in vars(part).get("saved", ())]
     if not names:
         raise TypeError(f"{name}: a {type(thing).__name__} cannot be kept over a restart")
@@ -557,7 +528,7 @@ def restore(thing, state, name="run"):
             if key.startswith(f"{name}."):
                 i, entry = key[len(name) + 1:].split(".")
                 held.setdefault(int(i), {})[entry] = value
-        thing.load_state_dict({"state": held, "param_groups": thing.state_dict()["param_groups"]})
+        thing.load_state_dict(thing.state_dict() | {"state": held})
     else:
         for child, part in children(thing, name).items():
             at = f"{name}.{child}"
@@ -581,28 +552,26 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
     modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
     """
-    tensors, rank_of, alpha_of, dropout, layers = {}, {}, {}, 0.0, adapters(model)
+    tensors, rank_of, alpha_of, layers = {}, {}, {}, adapters(model)
     for path, names in matrices_by_path(model).items():
         if not layers.keys() & set(names):
             continue
         A, B, magnitude, scale = stack_factors([model.get_submodule(name) for name in names])
-        if len(A) == 0:
-            continue
-        rank_of[path], alpha_of[path] = len(A), scale * len(A)
-        dropout = next(layers[name].dropout for name in names if name in layers)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous().cpu()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous().cpu()
-        if magnitude is not None:
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude.cpu()
+        if len(A):
+            rank_of[path], alpha_of[path] = len(A), scale * len(A)
+            tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        if len(A) and magnitude is not None:
+            tensors[f"{path}.lora_magnitude_vector"] = magnitude
     heads = set()
     for name in whole_parts(model) if head else []:
         path = model.hf_name(name, module=True)
         heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
-        tensors[f"base_model.model.{path}"] = model.get_parameter(name).detach().contiguous().cpu()
+        tensors[path] = model.get_parameter(name).detach()
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
+        "r": r, "lora_alpha": alpha, "bias": "none",
+        "lora_dropout": max((layer.dropout for layer in layers.values()), default=0.0),
         "fan_in_fan_out": model.family == "gpt2",  # PEFT's word for GPT-2's transposed matrices
         "use_rslora": False, "use_dora": any("magnitude" in key for key in tensors), "init_lora_weights": True,
         "target_modules": sorted(rank_of),
@@ -610,6 +579,7 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "alpha_pattern": {path: own for path, own in alpha_of.items() if own != alpha},
         "modules_to_save": sorted(heads) or None,
     }
+    tensors = {f"base_model.model.{path}": tensor.contiguous().cpu() for path, tensor in tensors.items()}
     with whole_folder(Path(folder)) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -759,23 +729,20 @@ def read_adapter(folder):
     file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{file}: not found; name a folder with a PEFT adapter")
-    defaults = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
-    config = {**defaults, **{k: v for k, v in read_json(file).items() if v is not None}}
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; only LORA is")
+    config = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False,
+              "peft_type": None, "bias": "none", "init_lora_weights": True}
+    config |= {key: value for key, value in read_json(file).items() if value is not None}
     other = [key for key, value in config.items() if value and key not in PLAIN_KEYS]
-    other += ["bias"] if config.get("bias", "none") != "none" else []
+    other += [f"{key} {config[key]}" for key, only in (("peft_type", "LORA"), ("bias", "none")) if config[key] != only]
     if other:
         raise UserError(f"{file}: {', '.join(other)}: not supported, only plain LoRA, rsLoRA and DoRA are")
-    start = config.get("init_lora_weights", True)  # pissa, olora, corda, loftq ... also change the base's weights
-    if not (isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")):
+    start = config["init_lora_weights"]  # pissa, olora, corda, loftq ... also change the base's weights
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):
         raise UserError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
                         "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
-    patterns = config["alpha_pattern"]
-    values = patterns.values() if isinstance(patterns, dict) else ["no dict"]
-    numbers = [config["lora_alpha"], config["lora_dropout"], *values]
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in numbers) \
-            or not 0 <= numbers[1] < 1:
+    patterns, numbers = config["alpha_pattern"], [config["lora_dropout"], config["lora_alpha"]]
+    numbers += patterns.values() if isinstance(patterns, dict) else ["no dict"]
+    if not all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers) or not 0 <= numbers[0] < 1:
         raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers, and "
                         "lora_dropout from 0 to below 1")
     pickled = weights.with_suffix(".bin")

@@ -210,8 +210,7 @@ def test_masked_components_stand_still_and_keep_their_own_clock(stack):
     alone = [[torch.optim.AdamW(both, lr=1e-2, weight_decay=0.2) for both in zip(*some)] for some in zip(rows, columns)]
     held = [p for pair in pairs for p in pair]
     if stack:
-        (whole,) = lora.stacks(layers)
-        held = whole.parameters()
+        held = lora.Stack(layers).parameters
     optimizer = lora.AdamW(held, lr=1e-2, weight_decay=0.2)
     for step in range(60):
         masks.copy_(torch.rand(2, 4) < 0.4)
