@@ -112,7 +112,7 @@ class Allocator:
 
     # ------------------------------------------------------------------ adapters
 
-    def add(self, ranks, init=None, generation=None):
+    def add(self, ranks, init=None):
         """Give matrices an adapter, {name: rank}; it starts as the settings say, or as `init`.
 
         PiSSA (Meng et al. 2024, Eqs. 2-4) starts at the r largest singular components of W, MiLoRA (Wang et al. 2024)
@@ -128,14 +128,12 @@ class Allocator:
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
             _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
             layer.split_off(A[part], B[:, part])
-        self.take_over(layers, generation)
+        self.take_over(layers)
 
-    def take_over(self, layers, generation=None):
+    def take_over(self, layers):
         """Make adapters that are on the model, {name: layer}, this policy's."""
         s = self.settings
-        if generation is None:
-            self.calls += 1
-            generation = self.calls
+        self.calls += 1
         for name, layer in layers.items():
             layer.A.requires_grad_(not s.freeze_a)
             layer.B.lr_ratio = s.lora_plus_ratio
@@ -143,8 +141,8 @@ class Allocator:
                 layer.magnitude.lr_ratio = s.lora_plus_ratio
             if type(self).watch is not Allocator.watch:
                 layer.register_forward_pre_hook(functools.partial(self.see, name))
-            self.current[self.names.index(name)], self.made[name] = layer.rank, [layer.rank, generation]
-            layer.generation = generation
+            layer.generation = self.calls
+            self.current[self.names.index(name)], self.made[name] = layer.rank, [layer.rank, self.calls]
         self.restack(self.layers | layers)
 
     def see(self, name, layer, inputs):
@@ -171,14 +169,15 @@ class Allocator:
     def match_adapters(self):
         """After a restart: drop and add adapters until they are those that `made` names."""
         now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
-        saved, current = dict(self.made), self.current.clone()
+        saved, current, calls = dict(self.made), self.current.clone(), self.calls
         wrong = [name for name in self.names if saved[name] != now.get(name, [0, 0])]
-        if not wrong:  # the stacks stay those that the policy may hold
-            return
-        self.drop([name for name in wrong if name in self.layers])
+        if wrong:  # else the stacks stay those that the policy may hold
+            self.drop([name for name in wrong if name in self.layers])
         for generation in sorted({saved[name][1] for name in wrong} - {0}):
-            self.add({name: saved[name][0] for name in wrong if saved[name][1] == generation}, generation=generation)
+            self.calls = generation - 1
+            self.add({name: saved[name][0] for name in wrong if saved[name][1] == generation})
         self.current.copy_(current)
+        self.calls = calls
 
     def in_model_order(self, parts):
         """The rows of `parts`, one tensor (n_i, ...) for each of `stacks`, as one (n, ...) in the order of `layers`."""
@@ -220,10 +219,7 @@ class Allocator:
                                 f"{held} components through: change both together, and name in `saved` what g views")
 
     def budget(self):
-        """Trainable parameters in force, a 0-d float64 tensor: rank_i (in_i + out_i), or rank_i out_i if A is frozen.
-
-        DoRA's lengths are counted, too: out_i for every adapter.
-        """
+        """Trainable parameters in force, 0-d float64: rank_i (in_i + out_i), of A only if trained, and DoRA's out_i."""
         lengths = sum(layer.out_features for layer in self.layers.values()) if self.settings.dora else 0
         return (self.current * self.cost).sum() + lengths
 
@@ -406,7 +402,7 @@ class LaLora(Allocator):
         self.truncate()
         self.norms = self.squared_norms("data").cumsum(2).sqrt()  # (2, n, r): of A and B, their first 1..r components
         self.initial = self.norms.clone()
-        self.fisher = torch.zeros_like(self.norms[0])
+        self.fisher = torch.zeros_like(self.norms[:1])
 
     def truncate(self):
         """Make `block_ranks` the ranks in use (Eq. 3)."""
@@ -417,14 +413,14 @@ class LaLora(Allocator):
     def after_backward(self, step):
         """Empirical Fisher information: running mean of the squared gradients (inactive components have none)."""
         if self.settings.lalora_score == "fisher":
-            grads = self.squared_norms("grad").sum(0)
+            grads = self.squared_norms("grad").sum(0, keepdim=True)
             self.fisher.lerp_(grads.nan_to_num(posinf=0.0), 0.1 * self.ok.double())
 
     @torch.no_grad()
     def after_step(self, step):
         s, L, r = self.settings, *self.mask.shape
         norms = self.squared_norms("data").cumsum(2).sqrt()
-        new, old, initial = self.in_use(norms, self.norms, self.initial)
+        new, old, initial = self.at_ranks(norms, self.norms, self.initial)
         if s.lalora_budget == "grow":
             s_new, s_old = self.member @ new.sum(0), self.member @ old.sum(0)  # Eq. 7; both at r_i: 1 / r_i cancels
             growth = ((s_new - s_old) / s_old).mean()  # Eq. 6
@@ -439,16 +435,16 @@ class LaLora(Allocator):
         self.allocations += 1
         return False
 
-    def in_use(self, *sums):
+    def at_ranks(self, *sums):
         """Each of `sums` (m, n, r), over the first 1..r components, at the ranks in use: (m, n)."""
-        last = self.block_ranks[self.block] - 1
-        return [every.gather(2, last.expand(len(every), -1)[:, :, None]).squeeze(2) for every in sums]
+        last = self.block_ranks[self.block][:, None] - 1  # (n, 1)
+        return [every.gather(2, last.expand(len(every), -1, 1)).squeeze(2) for every in sums]
 
     def contribution(self, new, old, initial, full):
-        """c of every block, (L,), from the norms (2, n) of A and B: after and before this step, at the start, untruncated.
-        """
+        """c of every block, (L,), from norms (2, n) of A and B: at r_i now, before the step, at the start, and full."""
         if self.settings.lalora_score == "fisher":
-            return self.member @ self.in_use(self.fisher.cumsum(1)[None])[0][0]
+            (fisher,) = self.at_ranks(self.fisher.cumsum(2))
+            return self.member @ fisher[0]
         above, below = {"step": (old, new), "truncation": (new, full), "initial": (initial, new),
                         "off": (new, new)}[self.settings.lalora_fidelity]
         f = torch.where(below > 0, above / below, 1)  # Eq. 10; 0 / 0 counts as 1
@@ -462,9 +458,6 @@ class LaLora(Allocator):
         if share < 0.3:
             gamma = self.settings.lalora_gamma
             return f"La-LoRA's budget ended at {share:.0%} of the most, r L: raise --lalora-gamma ({gamma:g})"
-
-    def restored(self):
-        self.truncate()
 
 
 def whole_ranks(shares, total, r):
@@ -523,36 +516,41 @@ class WeightLora(Allocator):
     def after_step(self, step):
         if not self.own:
             return False
-        s, last = self.settings, step >= self.warmup
-        self.omega -= s.weightlora_lr * self.rate * self.own[0].grad[:, 0].double()
+        self.learn(self.own[0].grad[:, 0].double(), last=step >= self.warmup)
+        if step < self.warmup:
+            return False
+        ranks = self.final_ranks()
+        self.drop(self.names)
+        self.add(ranks)
+        self.own, self.allocations = [], 1
+        return True
+
+    def learn(self, gradient, last):
+        """Take a step of the warm-up by the gradients of the gates, (n,) float64."""
+        s = self.settings
+        self.omega -= s.weightlora_lr * self.rate * gradient
         if last or s.weightlora_threshold == "every":
             score = self.score()
             self.omega.masked_fill_(score < score.topk(self.keep).values[-1], float(s.weightlora_rank_by == "moved"))
         self.own[0].data.copy_(self.omega[:, None])
-        if last:
-            best = self.score().argsort(descending=True, stable=True)[:self.keep].tolist()
-            self.rebuild({name: self.final_rank * (i in best) for i, name in enumerate(self.names)})
-        return last
 
     def score(self):
         """What the matrices are ranked by, (n,)."""
         return {"value": self.omega, "magnitude": self.omega.abs(),
                 "moved": (self.omega - 1).abs()}[self.settings.weightlora_rank_by]
 
-    def rebuild(self, ranks):
-        """Give every matrix a fresh adapter of its rank in `ranks`, or with rank 0 its plain layer back."""
-        self.drop(self.names)
-        self.add(ranks)
-        self.own, self.allocations = [], 1
+    def final_ranks(self):
+        """{name: rank} after the warm-up; a matrix of rank 0 gets its plain layer back."""
+        best = self.score().argsort(descending=True, stable=True)[:self.keep].tolist()
+        return {name: self.final_rank * (i in best) for i, name in enumerate(self.names)}
 
     def log(self):
         selected = {} if self.own else {"selected": {name: int(name in self.layers) for name in self.names}}
         return {"omega": dict(zip(self.names, self.omega.tolist()))} | selected
 
     def restored(self):
-        self.own = self.own[:0] if self.allocations else self.own
-        for gates in self.own:
-            gates.data.copy_(self.omega[:, None])
+        if self.allocations:
+            self.own = []
 
 
 class RandomLora(Allocator):
@@ -582,9 +580,8 @@ class Credit(WeightLora):
         share_i = max(credit_i, 0)^power / cost_i
 
     cost_i is what a unit of rank costs: in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". What
-    uniform LoRA of rank r costs, times `credit_share`, is dealt out unit by unit, each to the largest
-    share_i / (units_i + 1) that may have one: at most `credit_cap` r, its own rank, and what is left. Then all start
-    afresh as plain LoRA, at one scale.
+    uniform LoRA of rank r costs, times `credit_share`, is dealt out unit by unit to the largest share_i / (units_i + 1)
+    that may have one: at most `credit_cap` r, its own rank, and what is left. Then plain LoRA starts, at one scale.
     """
 
     saved = ("credit",)
@@ -594,20 +591,15 @@ class Credit(WeightLora):
         self.start(self.settings.credit_steps or min(10, self.steps - 1))
         self.credit = torch.zeros_like(self.omega)
 
-    @torch.no_grad()
-    def after_step(self, step):
-        if not self.own:
-            return False
+    def learn(self, gradient, last):
+        self.credit -= gradient
+
+    def final_ranks(self):
         s = self.settings
-        self.credit -= self.own[0].grad[:, 0].double()
-        if step < self.warmup:
-            return False
         costs = self.cost.tolist() if s.credit_budget == "parameters" else [1.0] * len(self.names)
         shares = [max(credit, 0.0) ** s.credit_power / cost for credit, cost in zip(self.credit.tolist(), costs)]
         most = [min(*size, int(s.credit_cap * s.rank)) for size in self.sizes]
-        budget = s.credit_share * s.rank * sum(costs)
-        self.rebuild(dict(zip(self.names, dealt_units(shares, costs, most, budget))))
-        return True
+        return dict(zip(self.names, dealt_units(shares, costs, most, s.credit_share * s.rank * sum(costs))))
 
     def log(self):
         return {"credit": dict(zip(self.names, self.credit.tolist()))}
@@ -631,12 +623,11 @@ WINDOWS = ("first", "middle", "last")  # locations: the largest singular compone
 class LeLora(Allocator):
     """LeLoRA (Zhou et al. 2026, section 3): a policy network samples which singular components of W each step trains.
 
-    An adapter holds three windows of r_max components of W = U S V^T as A = sqrt(S) V^T and B = U sqrt(S), and the
-    frozen weight is W without them: scale 1, no dropout, which would drop parts of W. An action is a dimension r and a
-    location per matrix: r components of that window may move, all others stand still. `lelora_ablate` "rank" learns the
-    dimension alone, in the first window; "location" the window alone, at r_max (section 4.2.4, Fig. 5a); "random" no
-    policy at all, the control. The reward follows the falling loss more than the action: `lelora_baseline` "trend"
-    takes the change of the loss instead, less its running mean and over its running deviation.
+    An adapter holds three windows of r_max components of W = U S V^T as A = sqrt(S) V^T and B = U sqrt(S), which leave
+    the frozen weight; scale 1. An action is a dimension r and a location per matrix: r components of that window may
+    move, all others stand still. `lelora_ablate` "rank" learns the dimension alone, in the first window; "location" the
+    window alone, at r_max (section 4.2.4, Fig. 5a); "random" nothing, the control. The reward follows the falling loss
+    more than the action: `lelora_baseline` "trend" takes the loss's change, standardised by its running moments.
     """
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
@@ -645,16 +636,15 @@ class LeLora(Allocator):
              "optimizer", "generator")
 
     def setup(self):
-        s, n = self.settings, len(self.names)
-        self.dims, self.locations = candidates(self.settings)
+        s, n, widest = self.settings, len(self.names), max(min(size) for size in self.sizes)
+        self.dims, self.locations = candidates(s)
         R = self.dims[-1]
-        for name in self.names:
-            m = min(self.model.get_submodule(name).weight.shape)
+        for name, size in zip(self.names, self.sizes):
+            m = min(size)
             if m // 2 + R > m - R:
                 raise UserError(f"--lelora-dims (or --rank) {R}: the three windows of {name} overlap, as it has "
                                 f"{m} singular components; use at most {(m - m // 2) // 2}")
         self.add(dict.fromkeys(self.names, 3 * R))
-        widest = max(min(layer.weight.shape) for layer in self.layers.values())
         self.spectra = torch.zeros(n, widest, device=self.device)
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`
         self.active = torch.zeros(n, 3 * R, device=self.device)
@@ -687,7 +677,7 @@ class LeLora(Allocator):
     def characteristics(self):
         """What the policy sees of each matrix, (n, 1 + widest m): Frobenius norm and singular values (section 3.2).
 
-        A component in a window shows its current strength |B_k| |A_k|: at the start that is its singular value.
+        A component in a window shows its current strength |B_k| |A_k|, at first its singular value.
         """
         strength = self.squared_norms("data").prod(0).sqrt()
         spectra = self.spectra.scatter(1, self.where, strength.float())
@@ -707,10 +697,6 @@ class LeLora(Allocator):
             self.lowest.clamp_max_(self.entropy)
         draws = [p / torch.empty_like(p).exponential_(generator=self.generator) for p in heads]
         self.choice.copy_(torch.stack([draw.argmax(1) for draw in draws], 1))  # torch.multinomial would synchronise
-        self.activate()
-
-    def activate(self):
-        """Let the components of `choice` move, and only those."""
         self.active.copy_(self.masks[self.choice[:, 0], self.choice[:, 1]])
         self.current.copy_(self.active.sum(1))
 
@@ -754,7 +740,6 @@ class LeLora(Allocator):
 
     def restored(self):
         self.log_p = self.policy(self.place, self.features)
-        self.activate()
 
 
 class Policy(nn.Module):

@@ -24,11 +24,10 @@ TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical na
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a low-rank update of variable rank: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
 
-    weight W (out, in) and bias b (out) are those of `linear`, the frozen layer, a module of its own, so that FSDP finds
-    its weights where it put them. A (R, in) and B (out, R) are trainable and float32 whatever W's dtype, on
-    `device` (default: W's); they are computed in x's dtype. g, (R,) or (1,), scales or switches off components and is
-    what rank-allocation policies change; None is all ones. The scale s is alpha / r. `start` holds the (A, B) that were
-    split off W, for methods that train W's own components, so that the difference to W can be told; else None.
+    W (out, in) and b (out) are those of `linear`, the frozen layer, a module of its own, since FSDP looks for its
+    weights where it put them. A (R, in) and B (out, R), trainable, are float32 on `device` (default: W's) and computed
+    in x's dtype. g, (R,) or (1,), scales or switches off components, which is what policies change; None is all ones.
+    `start` holds the (A, B) that were split off W, for methods that train W's own components, else None.
     """
 
     weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
@@ -48,10 +47,10 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def split_off(self, A, B):
-        """Make the part B A of W the adapter, B (out, R) and A (R, in): it leaves the frozen weight.
+        """Make the part B A of W the adapter, B (out, R) and A (R, in), both over sqrt(s): it leaves the frozen weight.
 
-        Both are divided by sqrt(s); then A and s B are rounded to W's dtype, the one they are computed in, so that the
-        layer adds exactly what was taken off W. There is no dropout from here on, which would drop parts of W.
+        A and s B are rounded to W's dtype, in which they are computed, so that the layer adds what was taken off W.
+        There is no dropout from here on, which would drop parts of W.
         """
         if isinstance(self.linear, Int8Linear):
             raise UserError("--weights int8: weights that are kept as int8 cannot give components to an adapter, as "
@@ -142,9 +141,8 @@ def transposed(B, dtype):
 class DoraLinear(LoraLinear):
     """DoRA (Liu et al. 2024, Eq. 5): the rows of W + s B diag(g) A, scaled to trainable lengths `magnitude` (out,).
 
-    The paper's columns are rows here, W being (out, in). The lengths that are divided by are constants for the gradient
-    (section 4.3). Dropout is PEFT's: with z = drop(x) and c = magnitude / length, (c - 1) W z + c s B diag(g) A z is
-    what comes on top of W x + b.
+    The lengths that are divided by are constants for the gradient (section 4.3). Dropout is PEFT's: with z = drop(x)
+    and c = magnitude / length, (c - 1) W z + c s B diag(g) A z comes on top of W x + b.
     """
 
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
@@ -218,9 +216,8 @@ def sites(model, targets):
 def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", device=None, dora=False):
     """Put a LoraLinear (with `dora` a DoraLinear) in place of each projection in `ranks`; returns {name: layer}.
 
-    `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal for every matrix
-    (La-LoRA Eq. 4), or with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises UserError for a
-    rank below 0 or above the matrix's own.
+    `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal (La-LoRA Eq. 4), or
+    with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises UserError for an impossible rank.
     """
     if not 0 <= dropout < 1:
         raise UserError(f"LoRA dropout {dropout}: must be from 0 to below 1")
@@ -288,15 +285,13 @@ def stacked(parameters):
 
 
 class Stack:
-    """Adapters of one shape, {name: layer}: A (n, R, in), B (n, out, R) and, of DoRA's, magnitude (n, out)."""
+    """Adapters of one shape, {name: layer}; its parameters: A (n, R, in), B (n, out, R) and DoRA's lengths (n, out)."""
 
     def __init__(self, layers):
         self.layers = layers
-        self.A, self.B = (stacked([getattr(layer, key) for layer in layers.values()]) for key in "AB")
-        self.parameters = [self.A, self.B]
-        if all(layer.magnitude is not None for layer in layers.values()):
-            self.magnitude = stacked([layer.magnitude for layer in layers.values()])
-            self.parameters.append(self.magnitude)
+        parts = [[getattr(layer, key) for layer in layers.values()] for key in ("A", "B", "magnitude")]
+        self.parameters = [stacked(alike) for alike in parts if alike[0] is not None]
+        self.A, self.B = self.parameters[:2]
 
 
 @torch.no_grad()
@@ -327,10 +322,10 @@ def may_move(p):
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW in which a component that may not be updated does not move by one bit (DESIGN: La-LoRA, LeLoRA).
+    """AdamW in which a component that may not be updated does not move by one bit (La-LoRA, LeLoRA).
 
-    Where `may_move` is 0, value, momentum and decay stand still, and the component's own step count too, so that its
-    bias correction is right when it comes back. Without masks the steps are torch.optim.AdamW's.
+    Where `may_move` is 0, its value and moments stand still, and its own step count, so that the bias correction is
+    right when it comes back. Without masks the steps are torch.optim.AdamW's.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
@@ -370,8 +365,7 @@ class AdamW(torch.optim.Optimizer):
 def hold_still(optimizer):
     """Make any torch optimizer leave alone what may not move (`may_move`), and everything in a bad step (`found_inf`).
 
-    Values and state before its step come back where they may not change. What has a state of another shape than the
-    parameter's, such as a count of steps, is one for all components.
+    State of another shape than the parameter's, such as a count of steps, is one for all components.
     """
     before, bad = {}, torch.zeros(())
 
@@ -402,7 +396,7 @@ def hold_still(optimizer):
 
 
 def follow(optimizer, groups):
-    """Make the optimizer hold the parameters of `groups`, dicts with "params": state of what vanished is dropped.
+    """Make the optimizer hold the parameters of `groups`, dicts with "params".
 
     What is still there keeps its state, also as a part of another stack than before; what is new starts afresh.
     """
@@ -428,27 +422,23 @@ def held(optimizer):
 
 def optimizers_for(s, params):
     """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
-    groups, options = groups_for(s, params), {"lr": s.lr, "weight_decay": s.weight_decay}
-    adamw = functools.partial(torch.optim.AdamW, fused=True)
-    if any(may_move(p) is not None for p in params):
-        adamw = AdamW
+    groups, masked = groups_for(s, params), any(may_move(p) is not None for p in params)
+    adamw = AdamW if masked else functools.partial(torch.optim.AdamW, fused=True)
     if s.optimizer == "sgd":
-        return [hold_still(torch.optim.SGD(groups[0], momentum=0.9, **options))]
-    if s.optimizer == "adamw":
-        return [without_masks(adamw(groups[0], **options))]
-    muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw", **options)  # learning rates as AdamW's
-    return [hold_still(on_parts(muon)), *[adamw(more, **options) for more in groups[1:]]]
+        return [hold_still(torch.optim.SGD(groups[0], momentum=0.9))]
+    if s.optimizer == "muon":
+        muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw")  # learning rates as AdamW's
+        return [hold_still(on_parts(muon)), *map(adamw, groups[1:])]
+    return [adamw(groups[0]) if masked else without_masks(adamw(groups[0]))]
 
 
 def groups_for(s, params):
     """For each optimizer its parameter groups, by learning rate (LoRA+) and weight decay."""
     sets = [params]
     if s.optimizer == "muon":  # which takes matrices: the stacks' parts
-        matrices = [part for p in params if p.dim() == 3 for part in p.parts]
-        rest = [p for p in params if p.dim() != 3]
-        sets = [matrices, rest] if rest else [matrices]
+        sets = [[part for p in params if p.dim() == 3 for part in p.parts], [p for p in params if p.dim() != 3]]
     result = []
-    for some in sets:
+    for some in filter(None, sets):
         groups = {}
         for p in some:
             first = getattr(p, "parts", [p])[0]  # the others are like it
@@ -464,8 +454,7 @@ def without_masks(optimizer):
         if any(may_move(p) is not None for p in held(optimizer)):
             raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in setup, too")
 
-    if not isinstance(optimizer, AdamW):
-        optimizer.register_step_pre_hook(check)
+    optimizer.register_step_pre_hook(check)
     return optimizer
 
 
@@ -547,10 +536,10 @@ def restore(thing, state, name="run"):
 def save_adapter(model, folder, base, task_type=None, head=True):
     """Write the adapters of `model` in PEFT's layout into `folder`, which appears whole or not at all.
 
-    Gates are folded into B, so a file is plain LoRA whatever policy made it; scales stay in alpha_pattern, so that
-    training can go on from it. Matrices without active components are left out. `base` is the base model's Hub id or
-    path, `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
-    modules_to_save, and those of a pooler that the base lacks. Source of the layout: PEFT's LoraConfig and its files.
+    g is folded into B, so a file is plain LoRA whatever policy made it; scales stay in alpha_pattern, so that training
+    can go on from it. Matrices without active components are left out. `base` is the base model's Hub id or path,
+    `task_type` PEFT's ("SEQ_CLS", "CAUSAL_LM" or None); with `head` the parameters of `model.head` are written as
+    modules_to_save, and those of a pooler that the base lacks.
     """
     tensors, rank_of, alpha_of, layers = {}, {}, {}, adapters(model)
     for path, names in matrices_by_path(model).items():
@@ -559,11 +548,11 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         A, B, magnitude, scale = stack_factors([model.get_submodule(name) for name in names])
         if len(A):
             rank_of[path], alpha_of[path] = len(A), scale * len(A)
-            tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
-        if len(A) and magnitude is not None:
-            tensors[f"{path}.lora_magnitude_vector"] = magnitude
-    heads = set()
-    for name in whole_parts(model) if head else []:
+            parts = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": magnitude}
+            tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    whole, heads = [name for name, _ in model.head.named_parameters(prefix="head")], set()
+    whole += [name for name in model.fresh if name.startswith("pooler.")]
+    for name in whole if head else []:
         path = model.hf_name(name, module=True)
         heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
         tensors[path] = model.get_parameter(name).detach()
@@ -612,19 +601,12 @@ def stack_factors(layers):
     return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, scale
 
 
-def whole_parts(model):
-    """Names of the parameters that an adapter file holds whole: the head's, and a pooler's that the base lacks."""
-    head = [name for name, _ in model.head.named_parameters(prefix="head")]
-    return head + [name for name in model.fresh if name.startswith("pooler.")]
-
-
 def load_adapter(model, folder):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
-    The tensors say which matrices have an adapter and of what rank, whatever target_modules, layers_to_transform and
-    rank_pattern say; alpha_pattern, rsLoRA, DoRA, dropout and a head or pooler in modules_to_save are read. LoRA on a
-    pooler or a classification head is merged there. Raises UserError for a file that is missing, damaged, does not fit
-    the model, or uses what this project does not have.
+    The tensors say which matrices have an adapter and of what rank; alpha_pattern, rsLoRA, DoRA, dropout and a head or
+    pooler in modules_to_save are read. LoRA on a pooler or a classification head is merged there. Raises UserError for
+    a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
     matrices = matrices_by_path(model)
@@ -663,9 +645,8 @@ def load_adapter(model, folder):
         changed.add(f"{name}.weight")
     for name, layer in layers.items():
         _replace(model, name, layer)
-    pooler = [name for name in whole if name.startswith("pooler.")]
-    if changed.intersection(pooler):  # it is no longer the base's and goes with the adapter when that is saved
-        model.fresh += [name for name in pooler if name not in model.fresh]
+    if any(name.startswith("pooler.") for name in changed):  # no longer the base's: saved with the adapter from now on
+        model.fresh += [name for name in whole if name.startswith("pooler.") and name not in model.fresh]
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise UserError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
@@ -684,10 +665,9 @@ def _made_of(model, names, path, parts, config, file):
     alpha, layers = _pattern(config["alpha_pattern"], path, config["lora_alpha"]), {}
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     magnitudes = parts["magnitude"].split(rows) if config["use_dora"] else [None] * len(rows)
+    shared = len(names) > 1 and not config["use_dora"] and parts["B"].any()
     for name, linear, B, magnitude in zip(names, linears, parts["B"].split(rows), magnitudes):
-        used = list(range(rank))
-        if len(names) > 1 and magnitude is None and parts["B"].any():
-            used = [i for i, there in enumerate(B.any(0).tolist()) if there]  # the others are another matrix's
+        used = [i for i in range(rank) if not shared or B[:, i].any()]  # the others are another matrix's
         if not used:
             continue
         kind = LoraLinear if magnitude is None else DoraLinear
