@@ -388,7 +388,7 @@ def hold_still(optimizer):
             moves = (fine.to(p.device) * (1 if mask is None else mask)).bool()
             for key, now in tensors(p).items():
                 where = moves if now.shape == p.shape else fine.to(now.device).bool()
-                now.copy_(torch.where(where, now, old.get(key, torch.zeros_like(now))))
+                now.copy_(torch.where(where, now, old[key] if key in old else 0))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(restore)
@@ -557,10 +557,10 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
         tensors[path] = model.get_parameter(name).detach()
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
+    dropout = max((layer.dropout for layer in layers.values()), default=0.0)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": alpha, "bias": "none",
-        "lora_dropout": max((layer.dropout for layer in layers.values()), default=0.0),
+        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
         "fan_in_fan_out": model.family == "gpt2",  # PEFT's word for GPT-2's transposed matrices
         "use_rslora": False, "use_dora": any("magnitude" in key for key in tensors), "init_lora_weights": True,
         "target_modules": sorted(rank_of),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_lora import PEFT_TARGETS, TARGETS, batch, losses, pair, peft, peft_layers, same_in_peft
+from test_lora import FAMILIES, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters
 from tiny import Tiny, batches, settings, train, training_of, whole_and_resumed
 
 import allocators
@@ -63,13 +63,15 @@ def optimizers(theirs, allocator, s):
         other = loraplus.create_loraplus_optimizer(
             theirs, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=s.lora_plus_ratio,
             loraplus_weight_decay=s.weight_decay, eps=1e-4)
-    (own,) = training_of(allocator).optimizers
-    for group in own.param_groups:
+    training = training_of(allocator)
+    assert sum(p.numel() for p in training.params) == sum(p.numel() for p in trained)
+    for group in training.optimizers[0].param_groups:
         group.update(eps=1e-4, lr=s.lr * group["lr_ratio"])  # as Training.step does
-    return other, own
+    return other, training.optimizers[0]
 
 
 @pytest.mark.parametrize("family, changes", [
+    *((family, dict(scaling=scaling)) for family in ("roberta", "llama", "vit") for scaling in ("nominal", "rslora")),
     ("roberta", dict(init="pissa")), ("llama", dict(init="pissa")), ("llama", dict(init="pissa", dora=True)),
     ("roberta", dict(dora=True)), ("llama", dict(dora=True)), ("llama", dict(dora=True, dropout=0.3)),
     ("llama", dict(lora_plus_ratio=3.0)), ("llama", dict(lora_plus_ratio=3.0, dora=True)),
@@ -77,15 +79,16 @@ def optimizers(theirs, allocator, s):
 def test_training_is_pefts(family, changes, tmp_path):
     """Same start, losses and weights on the same batches with the same dropout; PEFT reads the adapter."""
     theirs, ours = pair(family, tmp_path / "base")
-    _, plain = pair(family, tmp_path / "base")
     decay = 0.0 if "init" in changes else 0.1  # train.py does not decay what is W's own
-    s = settings(targets=TARGETS[family], alpha=12.0, lr=5e-3, weight_decay=decay, **changes)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
-        r=4, lora_alpha=12, lora_dropout=s.dropout, target_modules=PEFT_TARGETS[family], use_dora=s.dora,
-        init_lora_weights="pissa" if s.init == "pissa" else True)).train()
-    allocator, wrapped = allocators.Allocator(ours.train(), s, 10), peft_layers(theirs)
+    s = settings(targets=FAMILIES[family].targets, alpha=12.0, lr=5e-3, weight_decay=decay, **changes)
     _, inputs, _ = batch(family, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(ours.eval()(**inputs), plain(**inputs), rtol=1e-4, atol=1e-4)
+    plain = ours(**inputs)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=12, lora_dropout=s.dropout, target_modules=FAMILIES[family].peft_targets, use_dora=s.dora,
+        use_rslora=s.scaling == "rslora", init_lora_weights="pissa" if s.init == "pissa" else True)).train()
+    allocator, wrapped = allocators.Allocator(ours, s, 10), peft_layers(theirs)
+    torch.testing.assert_close(ours(**inputs), plain, rtol=1e-4, atol=1e-4)
+    assert wrapped.keys() == allocator.layers.keys()
     same_start(allocator, wrapped)
     both, generator = optimizers(theirs, allocator, s), torch.Generator().manual_seed(1)
     starts = {p: p.detach().clone() for layer in allocator.layers.values() for p in (layer.A, layer.B)}
@@ -98,16 +101,13 @@ def test_training_is_pefts(family, changes, tmp_path):
         loss = losses(family, ours(**inputs), inputs, labels)
         assert loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
         (their_loss + loss).backward()
+        assert family != "llama" or all((p.grad is not None) == p.requires_grad for p in ours.parameters())
         lora.gather_gradients(allocator.parameters())
         for optimizer in both:
             optimizer.step()
             optimizer.zero_grad()
     for name, layer in allocator.layers.items():
-        pairs = [(layer.A, wrapped[name].lora_A.default.weight), (layer.B, wrapped[name].lora_B.default.weight)]
-        if layer.magnitude is not None:
-            pairs.append((layer.magnitude, wrapped[name].lora_magnitude_vector.default.weight))
-        for mine, other in pairs:
-            torch.testing.assert_close(mine, other, rtol=1e-3, atol=2e-4)
+        same_parameters(layer, wrapped[name], rtol=1e-3, atol=2e-4)
         assert ((layer.A - starts[layer.A]).abs().max() > 1e-3) != s.freeze_a
         assert (layer.B - starts[layer.B]).abs().max() > 1e-3
     if s.freeze_a:

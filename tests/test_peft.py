@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_lora import batch, losses, peft_layers
+from test_lora import (FAMILIES, TEXT, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters,
+                       transformers)
 from tiny import settings
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import allocators
 import eval as evaluation
 import lora
@@ -21,34 +19,9 @@ import model as models
 import train
 from model import UserError
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
-TEXT = dict(SMALL, vocab_size=60, max_position_embeddings=40, num_labels=3)
-STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
-FAMILIES = {  # transformers' class, its config, targets, PEFT's task type
-    "roberta": ("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT, **STILL), ["query", "value"], "SEQ_CLS"),
-    "bert": ("BertForSequenceClassification", transformers.BertConfig(**TEXT, **STILL), ["query", "out", "down"], "SEQ_CLS"),
-    "deberta": ("DebertaV2ForSequenceClassification", transformers.DebertaV2Config(
-        **TEXT, **STILL, relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=8,
-        norm_rel_ebd="layer_norm", position_biased_input=False), ["query", "key", "value", "out", "up", "down"], "SEQ_CLS"),
-    "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2), ["query", "value", "up", "down"],
-              "CAUSAL_LM"),
-    "vit": ("ViTForImageClassification", transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1,
-                                                                num_labels=3), ["query", "value"], None)}
 # a schedule for each policy in which all it does happens within 12 steps
 FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_orth=0.5),
          "lalora": dict(lalora_gamma=1.0, lalora_fidelity="step")}
-
-
-def pair(family, folder):
-    """The same random weights in transformers, saved in `folder`, and here."""
-    torch.manual_seed(7)
-    name, config, _, _ = FAMILIES[family]
-    theirs = getattr(transformers, name)(config)
-    theirs.save_pretrained(folder)
-    return theirs.eval(), models.load(folder, "lm" if family == "llama" else "classify", 3)
 
 
 def optimize(model, allocator, family, steps, generator, eps=1e-8):
@@ -79,14 +52,14 @@ def started_from(model, folder, steps, **changes):
 def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monkeypatch):
     """Logits of the trained model = PEFT's with the saved adapter = those after merge_and_unload = those loaded here."""
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
-    theirs, model = pair(family, tmp_path / "base")
-    _, _, targets, task_type = FAMILIES[family]
-    s = settings(**FLAGS.get(method, {}), method=method, targets=targets)
+    _, model = pair(family, tmp_path / "base")
     torch.manual_seed(0)
+    s = settings(**FLAGS.get(method, {}), method=method, targets=FAMILIES[family].targets)
     allocator = allocators.METHODS[method](model, s, 12)
     generator = torch.Generator().manual_seed(1)
-    _, held_inputs, held_labels = batch(family, generator)
-    allocator.validation_loss = lambda: losses(family, model(**held_inputs).detach(), held_inputs, held_labels)
+    _, inputs, labels = batch(family, generator)
+    plain = model(**inputs)
+    allocator.validation_loss = lambda: losses(family, model(**inputs).detach(), inputs, labels)
     optimize(model, allocator, family, 12, generator)
     for i, (name, layer) in enumerate(lora.adapters(model).items()):  # the updates of 12 steps are small
         if method == "adalora":
@@ -95,63 +68,34 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
             layer.B.data[:, allocator.active[allocator.names.index(name)] > 0] *= 1.5
         else:
             layer.B.data.mul_(10.0)
-    active = {name: layer.active_rank() for name, layer in lora.adapters(model).items()}
-    lora.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), task_type, head=family != "llama")
-
-    their_inputs, inputs, _ = batch(family, generator)
-    real = inputs["mask"] if family == "llama" else slice(None)
-    with torch.no_grad():
-        plain, expected = theirs(**their_inputs).logits[real], model(**inputs)[real]
-        loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-        torch.testing.assert_close(loaded(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
-        wrapped = peft_layers(loaded)
-        merged = loaded.merge_and_unload()
-        torch.testing.assert_close(merged(**their_inputs).logits[real], expected, rtol=0, atol=1e-4)
-        again = models.load(tmp_path / "base", model.head_kind, 3)
-        lora.load_adapter(again, tmp_path / "adapter")
-        torch.testing.assert_close(again(**inputs)[real], expected, rtol=0, atol=1e-4)
-    assert (plain - expected).abs().max() > 1e-2  # there is something to compare
+    assert (model.eval()(**inputs) - plain).abs().max() > 1e-2  # there is something to compare
+    active = {name: layer.active_rank() for name, layer in lora.adapters(model).items() if layer.active_rank()}
+    ranks = same_in_peft(model, tmp_path / "base", tmp_path / "adapter", family)
     if method != "lelora":  # the exact difference has twice the rank of what moved
-        assert {name: len(layer.lora_A.default.weight) for name, layer in wrapped.items()} == {n: r for n, r in active.items() if r}
-        assert method not in ("weightlora", "random") or len(wrapped) == len(allocator.names) // 2
+        assert ranks == active
+        assert method not in ("weightlora", "random") or len(ranks) == len(allocator.names) // 2
 
 
-def switch_off(model, blocks):
-    for name, layer in lora.adapters(model).items():
-        layer.B.data.normal_(std=0.3)
-        layer.g = torch.full((1,), float(int(name.split(".")[1]) not in blocks))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_without_rank_are_left_out(family, tmp_path):
-    theirs, model = pair(family, tmp_path / "base")
-    lora.attach(model, {name: 3 for name, _, _ in lora.sites(model, FAMILIES[family][2])}, alpha=6)
-    switch_off(model, {0, 2})
-    lora.save_adapter(model, tmp_path / "adapter", "base", FAMILIES[family][3], head=family != "llama")
-    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    assert {name.split(".")[1] for name in peft_layers(loaded)} == {"1"}
-    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(2))
-    real = inputs["mask"] if family == "llama" else slice(None)
-    torch.testing.assert_close(loaded(**their_inputs).logits[real], model(**inputs)[real], rtol=0, atol=1e-4)
+def agree(model, theirs, family="bert", tolerance=1e-4):
+    """Both give the same logits."""
+    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model.eval()(**inputs), theirs.eval()(**their_inputs).logits, rtol=0, atol=tolerance)
 
 
 def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
     """PEFT would otherwise put the adapter on transformers' own random pooler."""
     torch.manual_seed(0)
-    masked = transformers.BertForMaskedLM(FAMILIES["bert"][1])
-    masked.save_pretrained(tmp_path / "base")
-    model = models.load(tmp_path / "base", "classify", 3, seed=5)
+    transformers.BertForMaskedLM(FAMILIES["bert"].config).save_pretrained(tmp_path / "base")
+    model, again = (models.load(tmp_path / "base", "classify", 3, seed=seed) for seed in (5, 6))
     assert "pooler.weight" in model.fresh
     for layer in lora.attach(model, {"blocks.0.query": 2}, alpha=4).values():
         layer.B.data.normal_()
     lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
-    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(2))
     theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    torch.testing.assert_close(loaded(**their_inputs).logits, model(**inputs), rtol=0, atol=1e-4)
-    again = models.load(tmp_path / "base", "classify", 3, seed=6)
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     lora.load_adapter(again, tmp_path / "adapter")
-    torch.testing.assert_close(again(**inputs), model(**inputs), rtol=0, atol=1e-5)
+    agree(model, loaded)
+    agree(again, loaded)
 
 
 @pytest.fixture
@@ -228,16 +172,21 @@ def made_by_peft(theirs, folder, options):
     return wrapped
 
 
+@pytest.fixture
+def bert(tmp_path):
+    """Our model, and a function that gives PEFT's with the adapter of these options, saved in tmp_path / "adapter"."""
+    theirs, model = pair("bert", tmp_path / "base")
+    return model, lambda **options: made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"]) | options)
+
+
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_path):
     """The same logits; then six AdamW steps from there, head included, move every weight as PEFT's do."""
     theirs, model = pair(family, tmp_path / "base")
     wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
-    their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
     allocator = started_from(model, tmp_path / "adapter", 6, lr=5e-3, weight_decay=0.1)
-    torch.testing.assert_close(model(**inputs), wrapped.eval()(**their_inputs).logits, rtol=0, atol=1e-4)
-
+    agree(model, wrapped, family)
     theirs_by_name = peft_layers(wrapped)
     assert allocator.layers.keys() == theirs_by_name.keys()
     assert {name: rank for name, rank in allocator.ranks().items() if rank} == {
@@ -257,10 +206,7 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
         other.step()
         other.zero_grad()
     for name, layer in allocator.layers.items():
-        torch.testing.assert_close(layer.A, theirs_by_name[name].lora_A.default.weight, rtol=0, atol=1e-4)
-        torch.testing.assert_close(layer.B, theirs_by_name[name].lora_B.default.weight, rtol=0, atol=1e-4)
-        if layer.magnitude is not None:
-            torch.testing.assert_close(layer.magnitude, theirs_by_name[name].lora_magnitude_vector.default.weight, rtol=0, atol=1e-4)
+        same_parameters(layer, theirs_by_name[name], rtol=0, atol=1e-4)
     trained = dict(wrapped.named_parameters())
     for name, p in model.head.named_parameters(prefix="head"):
         (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "classifier" in n
@@ -272,12 +218,10 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
 def test_adapters_made_by_peft_for_deberta(tmp_path):
     """The projections serve positions, too, adapted as well; a base without a pooler is refused: PEFT saves none."""
     theirs, model = pair("deberta", tmp_path / "base")
-    targets = dict(target_modules=["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense"])
-    wrapped = made_by_peft(theirs, tmp_path / "adapter", targets)
-    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 5 * 3
-    their_inputs, inputs, _ = batch("deberta", torch.Generator().manual_seed(5))
-    torch.testing.assert_close(model(**inputs), wrapped.eval()(**their_inputs).logits, rtol=0, atol=1e-4)
-    pair("deberta", tmp_path / "base")[0].deberta.save_pretrained(tmp_path / "bare")
+    theirs.deberta.save_pretrained(tmp_path / "bare")
+    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=FAMILIES["deberta"].peft_targets))
+    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 6 * 3
+    agree(model, wrapped, "deberta")
     with pytest.raises(UserError, match="pooler.dense"):
         lora.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
 
@@ -325,34 +269,24 @@ def test_what_is_not_supported_is_one_line(name, tmp_path):
         p.data += 0.1 * p.requires_grad
     wrapped.save_pretrained(tmp_path / "adapter")
     if name == "layer_replication":  # PEFT makes such adapters for decoders alone
-        edit(tmp_path / "adapter", layer_replication=[[0, 2], [1, 3]])
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_replication": [[0, 2], [1, 3]]}))
     with pytest.raises(UserError, match=name) as caught:
         lora.load_adapter(model, tmp_path / "adapter")
     assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
-
-
-def edit(folder, **changes):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("options", [
     dict(target_modules="all-linear"), dict(target_modules=["pooler.dense", "value"], use_dora=True),
     dict(target_modules=["query"], modules_to_save=["pooler", "classifier"]),
     dict(target_modules=["query", "classifier"], modules_to_save=["pooler"], task_type=None, use_rslora=True)])
-def test_adapters_of_pooler_and_head(options, tmp_path):
+def test_adapters_of_pooler_and_head(options, bert, tmp_path):
     """They are merged where they are, and saved whole again."""
-    theirs, model = pair("bert", tmp_path / "base")
-    wrapped = made_by_peft(theirs, tmp_path / "adapter", options).eval()
+    model, adapter = bert
+    wrapped = adapter(**options)
     assert all(name.startswith("blocks.") for name in lora.load_adapter(model, tmp_path / "adapter"))
-    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
-    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
-    lora.save_adapter(model, tmp_path / "again", "base", "SEQ_CLS")
-    theirs, second = pair("bert", tmp_path / "base")
-    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "again").eval()
-    torch.testing.assert_close(loaded(**their_inputs).logits, model(**inputs), rtol=0, atol=1e-4)
-    lora.load_adapter(second, tmp_path / "again")
-    torch.testing.assert_close(second(**inputs), model(**inputs), rtol=0, atol=1e-5)
+    agree(model, wrapped)
+    same_in_peft(model, tmp_path / "base", tmp_path / "again", "bert")
 
 
 SPELLINGS = {"no base_model": ("base_model.model.", ""), "from AutoModel": ("bert.", ""), "DDP and default": ("lora_A", "lora_A.default"),
@@ -360,16 +294,15 @@ SPELLINGS = {"no base_model": ("base_model.model.", ""), "from AutoModel": ("ber
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_other_spellings_and_copies_of_the_base(spelling, tmp_path):
+def test_other_spellings_and_copies_of_the_base(spelling, bert, tmp_path):
     """Tensors that equal the base's own, which PEFT saves with some tokenizers, are no reason to refuse."""
-    theirs, model = pair("bert", tmp_path / "base")
-    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
-    file, key = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.bert.embeddings.word_embeddings.weight"
-    tensors = load_file(file) | {key: model.embed.weight.detach().clone()}
+    model, adapter = bert
+    wrapped, file = adapter(), tmp_path / "adapter" / "adapter_model.safetensors"
+    embedding = {"base_model.model.bert.embeddings.word_embeddings.weight": model.embed.weight.detach().clone()}
+    tensors = load_file(file) | embedding
     save_file({name.replace(*SPELLINGS[spelling]): tensor for name, tensor in tensors.items()}, file)
     lora.load_adapter(model, tmp_path / "adapter")
-    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
-    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
+    agree(model, wrapped)
 
 
 @pytest.mark.parametrize("key, shape, expected", [
@@ -378,9 +311,9 @@ def test_other_spellings_and_copies_of_the_base(spelling, tmp_path):
     ("classifier.weight", (5, 32), "another number of labels"), ("score.weight", (3, 32), "built for this task with classifier"),
     ("bert.encoder.layer.7.attention.self.query.lora_A.weight", (4, 32), "3 blocks; is it the adapter's base model"),
     ("bert.embeddings.word_embeddings.lora_embedding_A", (4, 60), "LoRA on .*word_embeddings is not supported")])
-def test_what_does_not_fit_has_its_own_answer(key, shape, expected, tmp_path):
-    theirs, model = pair("bert", tmp_path / "base")
-    made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"]))
+def test_what_does_not_fit_has_its_own_answer(key, shape, expected, bert, tmp_path):
+    model, adapter = bert
+    adapter()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file) | {f"base_model.model.{key}": torch.ones(shape)}, file)
     with pytest.raises(UserError, match=expected) as caught:
@@ -388,10 +321,9 @@ def test_what_does_not_fit_has_its_own_answer(key, shape, expected, tmp_path):
     assert "\n" not in str(caught.value) and key in str(caught.value)
 
 
-def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(tmp_path):
-    theirs, model = pair("bert", tmp_path / "base")
-    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
+def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(bert, tmp_path):
+    model, adapter = bert
+    wrapped, file = adapter(), tmp_path / "adapter" / "adapter_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     with pytest.raises(UserError, match="convert it") as caught:
@@ -399,8 +331,7 @@ def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(tmp_path)
     command = str(caught.value).partition("python -c ")[2]
     subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, timeout=120)
     lora.load_adapter(model, tmp_path / "adapter")
-    their_inputs, inputs, _ = batch("bert", torch.Generator().manual_seed(5))
-    torch.testing.assert_close(model(**inputs), wrapped(**their_inputs).logits, rtol=0, atol=1e-4)
+    agree(model, wrapped)
 
 
 @pytest.mark.parametrize("tied", [True, False])
