@@ -248,10 +248,7 @@ def given_ranks(s, names):
 
 
 class Static(Allocator):
-    """Fixed non-uniform shapes of the Adaptive LoRA paper, section 3.1; `settings.method` names the shape.
-
-    Ranks are floored to integers and clamped to [r_min, r_max]; `settings.rank` is the paper's r_base.
-    """
+    """Fixed shapes of the Adaptive LoRA paper, section 3.1, floored and clamped to [r_min, r_max]; r_base is --rank."""
 
     def setup(self):
         s = self.settings
@@ -298,8 +295,7 @@ class AdaLora(Allocator):
     A is Q, B is P and g is the trainable lambda. A pruned lambda goes on receiving gradients, so that its triplet may
     return at a later allocation; after the last one it is held at zero. Where the authors' code and PEFT's differ from
     the paper, whose equation numbers these are, this is their way: norms in `penalty` not squared, sensitivity taken
-    after the optimizer's step, scale alpha over the triplets that a matrix starts with. t_init and t_final default to
-    10 % and 50 % of the run, about what the paper takes for GLUE. Raises UserError for a schedule that cannot work.
+    after the optimizer's step, scale alpha over the triplets that a matrix starts with.
     """
 
     refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
@@ -332,9 +328,8 @@ class AdaLora(Allocator):
 
     def penalty(self, inputs, labels, outputs):
         """Orthogonality of P and Q (Eq. 4): the mean over all of them of ||Q Q^T - I||_F and ||P^T P - I||_F."""
-        grams = [product for stack in self.stacks for product in (stack.A @ stack.A.mT, stack.B.mT @ stack.B)]
-        gram = torch.cat(grams)  # (2 n, R, R)
-        norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device))
+        gram = torch.cat([gram for stack in self.stacks for gram in (stack.A @ stack.A.mT, stack.B.mT @ stack.B)])
+        norms = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[1], device=gram.device))  # (2 n,)
         return self.settings.adalora_orth * norms.mean()
 
     @torch.no_grad()
@@ -461,10 +456,7 @@ class LaLora(Allocator):
 
 
 def whole_ranks(shares, total, r):
-    """Integers in [1, r] that sum to round(total), nearest to `shares` (L,); needs L <= total <= r L.
-
-    After 1 for all, unit k of block i has priority share_i - (k - 1). One sort, no synchronisation.
-    """
+    """Integers in [1, r] that sum to round(total): after 1 for all, unit k of block i has priority share_i - (k - 1)."""
     unmet = shares[:, None] - torch.arange(1, r, device=shares.device)  # (L, r - 1): units 2 to r
     order = unmet.flatten().argsort(descending=True, stable=True)
     given = torch.arange(len(order), device=shares.device) < total.round() - len(shares)
@@ -478,8 +470,7 @@ class WeightLora(Allocator):
     rate's schedule as in the authors' code, then only the K largest stay, those tied with the K-th included; with
     `weightlora_threshold` "end" only after step T. What is not the largest by "moved", |omega - 1|, goes back to 1.
     Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and all others
-    are plain frozen layers again. Ties that step T leaves go to the matrix that comes first in the model. Raises
-    UserError for a K or T that cannot work.
+    are plain frozen layers again. Ties that step T leaves go to the matrix that comes first in the model.
     """
 
     dynamic = True
@@ -675,11 +666,8 @@ class LeLora(Allocator):
         self.act(0)
 
     def characteristics(self):
-        """What the policy sees of each matrix, (n, 1 + widest m): Frobenius norm and singular values (section 3.2).
-
-        A component in a window shows its current strength |B_k| |A_k|, at first its singular value.
-        """
-        strength = self.squared_norms("data").prod(0).sqrt()
+        """What the policy sees of each matrix, (n, 1 + widest m): Frobenius norm and singular values (section 3.2)."""
+        strength = self.squared_norms("data").prod(0).sqrt()  # |A_k| |B_k|, of the windows: S_k at the start
         spectra = self.spectra.scatter(1, self.where, strength.float())
         numbers = torch.cat([spectra.square().sum(1, keepdim=True).sqrt(), spectra], 1)
         if self.settings.lelora_inputs == "standardised":

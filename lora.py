@@ -99,8 +99,8 @@ class LoraLinear(nn.Module):
     def factors(self):
         """The difference to the original W as (A (r, in), B (out, r)) float32 with `scale` B A = difference.
 
-        Components that g switches off are left out. A layer that trains W's own components (`start` is set) gives
-        B A - B0 A0 over the components that have moved: twice as many factors, at most the matrix's own rank.
+        Components that g switches off are left out. Where W's own components are trained (`start` is set) it is
+        B A - B0 A0 over those that have moved: twice as many factors, at most the matrix's own rank.
         """
         A, B = self.A.detach(), self.B.detach()
         if self.start is None:
@@ -202,10 +202,7 @@ class DoraLinear(LoraLinear):
 
 
 def sites(model, targets):
-    """The projections of `model` that `targets` names: a list of (name, block index, kind), in model order.
-
-    `targets` is a sequence of canonical names (`TARGETS`). Raises UserError for a name that no block of the model has.
-    """
+    """[(name, block index, kind)] of the projections of these kinds (`TARGETS`), in model order; UserError if missing."""
     there = [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]
     missing = [kind for kind in targets if kind not in there]
     if missing or not targets:
@@ -610,11 +607,10 @@ def load_adapter(model, folder):
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
     matrices = matrices_by_path(model)
-    whole = []  # a language model's head stays as it is
-    if model.head_kind != "lm":
-        whole = [name for name, _ in model.named_parameters() if name.startswith(("head.", "pooler."))]
-        linears = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
-        matrices |= {model.hf_name(name, module=True): [name] for name in linears}
+    parts = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
+    whole = [name for name, _ in model.named_parameters() if name.startswith(parts)]
+    linears = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
+    matrices |= {model.hf_name(name, module=True): [name] for name in linears}
     paths = {spelling: path for path, names in matrices.items() for spelling in spellings(model, names[0])}
     parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
     if tied(model):
