@@ -61,7 +61,8 @@ class Allocator:
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         self.made = {name: [0, 0] for name in self.names}  # an adapter's R, and which call of `add` made it
-        self.layers, self.calls, self.own = {}, 0, []  # own: parameters that the policy moves itself
+        self.layers, self.stacks, self.calls = {}, [], 0
+        self.own = []  # parameters that the policy moves itself
         self.setup()
 
     # ------------------------------------------------------------------ what policies override

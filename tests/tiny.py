@@ -13,6 +13,7 @@ from safetensors.torch import load, load_file, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train as program
+from model import UserError
 
 
 class Block(nn.Module):
@@ -57,6 +58,14 @@ def settings(**changes):
     return program.Settings(**{**common, "weight_decay": 0.0, "device": "cpu", **changes})
 
 
+@contextlib.contextmanager
+def refused(message):
+    """A place for what ends with a UserError of one line that `message`, a regular expression, finds."""
+    with pytest.raises(UserError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
 def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
     """`steps` random batches (x, labels) of a task that can be learned: the labels are a linear map of x."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +87,17 @@ def train(training, data, first=1, watch=None):
         if watch:
             watch(step, loss)
     return training
+
+
+def components(allocator, optimizer):
+    """Sums over what belongs to each component, (n, R) in model order: of A, B, their moments and step counts."""
+    found = []
+    for key in ("data", "exp_avg", "exp_avg_sq", "steps"):
+        for name, dim in (("A", 2), ("B", 1)):
+            held = [getattr(stack, name) for stack in allocator.stacks]
+            parts = [p.data if key == "data" else optimizer.state[p].get(key, torch.zeros_like(p)) for p in held]
+            found.append(allocator.in_model_order([part.double().sum(dim) for part in parts]))
+    return found
 
 
 def checkpoint(training):
