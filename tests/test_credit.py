@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Tiny, batches, resumes_to_the_same_bits, settings, train, training_of
+from tiny import Tiny, batches, settings, train, training_of
 
 import allocators
 import lora
@@ -75,12 +75,6 @@ def test_dealing_by_hand():
     assert allocators.dealt_units([4.0, 2.0, 1.0, 0.0], [1] * 4, [2] * 4, 7) == [2, 2, 2, 1]
     assert allocators.dealt_units([4.0, 2.0], [5, 3], [9] * 2, 14) == [2, 1]  # a third does not fit
     assert allocators.dealt_units([0.0] * 3, [2] * 3, [9] * 3, 15) == [3, 2, 2]  # nobody earns: all alike
-
-
-@pytest.mark.parametrize("stop", [2, 4, 7])
-def test_resumed_run_is_the_same_to_the_bit(stop):
-    whole, parts = resumes_to_the_same_bits(lambda: build(targets=ALL, steps=12), list(batches(12)), stop)
-    assert parts.allocations == 1 and torch.equal(whole.credit, parts.credit)
 
 
 def test_flags():

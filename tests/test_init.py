@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters
-from tiny import Tiny, batches, settings, train, training_of, whole_and_resumed
+from tiny import Tiny, batches, settings, train, training_of
 
 import allocators
 import eval as evaluation
@@ -339,10 +339,3 @@ def test_a_step_that_is_not_finite_moves_nothing_and_teaches_nothing(method):
 def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         program.main(["--freeze-a", *flags.split(), "--out", str(tmp_path / "run")])
-
-
-@pytest.mark.parametrize("flags", ["--init pissa", "--init milora --method weightlora", "--dora --method lalora",
-                                   "--lora-plus-ratio 4 --method weightlora+", "--freeze-a --method weightlora",
-                                   "--optimizer muon --method lalora", "--optimizer sgd --method weightlora"])
-def test_an_interrupted_run_resumes_to_the_same_bits(flags, tmp_path):
-    whole_and_resumed([*flags.split(), "--dropout", "0.1", "--eval-every", "20"], tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import Tiny, batches, components, resumes_to_the_same_bits, settings, train, training_of
+from tiny import Tiny, batches, components, settings, train, training_of
 
 import allocators
 
@@ -172,10 +172,3 @@ def test_whole_ranks_are_exact_for_any_shares():
         oracle.D = total.item()
         assert ranks.tolist() == oracle.whole(shares.tolist())
         assert ranks.sum() == round(total.item()) and ranks.min() >= 1 and ranks.max() <= r
-
-
-@pytest.mark.parametrize("score", ["norm", "fisher"])
-def test_resumes_to_the_same_bits(score):
-    whole, _ = resumes_to_the_same_bits(
-        lambda: build(rank=6, lr=2e-2, weight_decay=0.1, dropout=0.1, lalora_score=score), list(batches(60)), 23)
-    assert whole.block_ranks.unique().numel() > 1 and whole.allocations == 60

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Tiny, batches, components, refused, resumes_to_the_same_bits, settings, train, training_of
+from tiny import Tiny, batches, components, refused, settings, train, training_of
 
 import allocators
 
@@ -396,11 +396,3 @@ def test_collapsed_policy_is_named():
     assert run(60, of=60, lelora_policy_optimizer="adam")[0] is None  # later than a tenth: allowed
     text, _ = run(60, of=600, lelora_policy_optimizer="adam", lelora_policy_lr=1e-2, lelora_ablate="location")
     assert "entropy of location fell" in text
-
-
-@pytest.mark.parametrize("stop", [0, 13])
-@pytest.mark.parametrize("changes", [dict(), dict(lelora_policy_optimizer="adam", lelora_every=2)], ids=str)
-def test_resumes_to_the_same_bits(changes, stop):
-    data = list(batches(30, dim=DIM))
-    whole, _ = resumes_to_the_same_bits(lambda: build(steps=30, lr=1e-2, weight_decay=0.1, **changes), data, stop)
-    assert whole.allocations >= 15

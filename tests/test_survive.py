@@ -141,6 +141,8 @@ RESUMED = {method: ["--method", method] for method in (*METHODS, "bitfit")} | {
     "lalora sgd dora": ["--method", "lalora", "--optimizer", "sgd", "--dora"],
     "lalora muon": ["--method", "lalora", "--optimizer", "muon", "--lora-plus-ratio", "4"],
     "lelora muon": ["--method", "lelora", "--optimizer", "muon"],
+    "credit": ["--method", "credit"],
+    "lelora adam": ["--method", "lelora", "--lelora-policy-optimizer", "adam", "--lelora-every", "2"],
     "weightlora sgd": ["--method", "weightlora", "--optimizer", "sgd", "--freeze-a"],
     "weightlora+ pissa": ["--method", "weightlora+", "--init", "pissa", "--dropout", "0"],
     "weightlora+ muon": ["--method", "weightlora+", "--optimizer", "muon"],

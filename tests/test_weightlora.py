@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tiny import Tiny, batches, refused, resumes_to_the_same_bits, settings, train, training_of
+from tiny import Tiny, batches, refused, settings, train, training_of
 
 import allocators
 import lora
@@ -210,15 +210,6 @@ def test_warm_up_is_half_a_percent_but_at_least_five_steps(steps, expected):
 def test_what_cannot_work_is_refused(method, changes, flag):
     with refused(flag):
         build(method, **changes)
-
-
-@pytest.mark.parametrize("method", ["weightlora", "weightlora+"])
-@pytest.mark.parametrize("threshold", ["every", "end"])
-@pytest.mark.parametrize("stop", [1, 3, 6, 7, 12])
-def test_resumed_run_is_the_same_to_the_bit_in_both_phases(method, threshold, stop):
-    options = dict(method=method, steps=18, weightlora_steps=6, weightlora_threshold=threshold)
-    whole, parts = resumes_to_the_same_bits(lambda: build(**options), list(batches(18)), stop)
-    assert parts.allocations == 1 and parts.log() == whole.log()
 
 
 def test_warm_up_steps_see_enough_examples():
