@@ -25,6 +25,9 @@ from tqdm import tqdm
 import lora
 from model import UserError, cache_folder, own_module
 
+# a progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B
+decomposing = functools.partial(tqdm, desc="singular values", unit="matrix", leave=False, disable=None)
+
 
 class Allocator:
     """Uniform LoRA, and what every policy starts from: one adapter of the nominal rank per target matrix.
@@ -457,7 +460,7 @@ class LaLora(Allocator):
 
 
 def whole_ranks(shares, total, r):
-    """Integers in [1, r] that sum to round(total): after 1 for all, unit k of block i has priority share_i - (k - 1)."""
+    """Integers in [1, r] that sum to round(total): after 1 for all, unit k of block i has priority share_i - k + 1."""
     unmet = shares[:, None] - torch.arange(1, r, device=shares.device)  # (L, r - 1): units 2 to r
     order = unmet.flatten().argsort(descending=True, stable=True)
     given = torch.arange(len(order), device=shares.device) < total.round() - len(shares)
@@ -771,11 +774,6 @@ def candidates(s):
 def window_indices(m, R):
     """Indices of the first, the middle and the last R of m singular components, (3 R,); large windows overlap."""
     return torch.cat([torch.arange(R) + start for start in (0, min(m // 2, m - R), m - R)])
-
-
-def decomposing(layers):
-    """A progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B."""
-    return tqdm(layers, "singular values", unit="matrix", leave=False, disable=None)
 
 
 def singular_windows(weight, R):

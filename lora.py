@@ -24,10 +24,10 @@ TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical na
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a low-rank update of variable rank: y = x W^T + b + s ((drop(x) A^T) * g) B^T.
 
-    W (out, in) and b (out) are those of `linear`, the frozen layer, a module of its own, since FSDP looks for its
-    weights where it put them. A (R, in) and B (out, R), trainable, are float32 on `device` (default: W's) and computed
-    in x's dtype. g, (R,) or (1,), scales or switches off components, which is what policies change; None is all ones.
-    `start` holds the (A, B) that were split off W, for methods that train W's own components, else None.
+    W (out, in) and b (out) are those of `linear`, the frozen layer, left where FSDP looks for them. A (R, in) and
+    B (out, R), trainable, are float32 on `device` (default: W's) and computed in x's dtype. g, (R,) or (1,), is what
+    policies change: it scales or switches off components; None is all ones. `start` holds the (A, B) that were split
+    off W, for methods that train W's own components, else None.
     """
 
     weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
@@ -202,7 +202,7 @@ class DoraLinear(LoraLinear):
 
 
 def sites(model, targets):
-    """[(name, block index, kind)] of the projections of these kinds (`TARGETS`), in model order; UserError if missing."""
+    """[(name, block index, kind)] of the projections of these kinds (TARGETS), in model order; UserError if missing."""
     there = [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]
     missing = [kind for kind in targets if kind not in there]
     if missing or not targets:
@@ -393,10 +393,7 @@ def hold_still(optimizer):
 
 
 def follow(optimizer, groups):
-    """Make the optimizer hold the parameters of `groups`, dicts with "params".
-
-    What is still there keeps its state, also as a part of another stack than before; what is new starts afresh.
-    """
+    """Make the optimizer hold `groups`: what was there keeps its state, also in another stack; what is new has none."""
     kept = dict(optimizer.state)
     for p, state in optimizer.state.items():
         for i, part in enumerate(getattr(p, "parts", ())):
@@ -509,12 +506,12 @@ def restore(thing, state, name="run"):
     elif isinstance(thing, torch.Generator):
         thing.set_state(state[name].cpu())
     elif isinstance(thing, torch.optim.Optimizer):
-        held = {}
+        entries = {}
         for key, value in state.items():
             if key.startswith(f"{name}."):
                 i, entry = key[len(name) + 1:].split(".")
-                held.setdefault(int(i), {})[entry] = value
-        thing.load_state_dict(thing.state_dict() | {"state": held})
+                entries.setdefault(int(i), {})[entry] = value
+        thing.load_state_dict(thing.state_dict() | {"state": entries})
     else:
         for child, part in children(thing, name).items():
             at = f"{name}.{child}"

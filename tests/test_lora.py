@@ -190,7 +190,8 @@ def same_in_peft(model, base, folder, family, tolerance=1e-4):
     assert {name: layer.rank for name, layer in lora.load_adapter(again, folder).items()} == ranks
     with torch.no_grad():
         expected = model(**inputs)[real]
-        for logits in (loaded(**their_inputs).logits, loaded.merge_and_unload()(**their_inputs).logits, again(**inputs)):
+        found = [loaded(**their_inputs).logits, loaded.merge_and_unload()(**their_inputs).logits, again(**inputs)]
+        for logits in found:
             torch.testing.assert_close(logits[real], expected, rtol=0, atol=tolerance)
     return ranks
 
