@@ -72,7 +72,8 @@ def optimizers(theirs, allocator, s):
 
 @pytest.mark.parametrize("family, changes", [
     *((family, dict(scaling=scaling)) for family in ("roberta", "llama", "vit") for scaling in ("nominal", "rslora")),
-    ("roberta", dict(init="pissa")), ("llama", dict(init="pissa")), ("llama", dict(init="pissa", dora=True)),
+    ("llama", dict(dropout=0.3)), ("roberta", dict(init="pissa")), ("llama", dict(init="pissa")),
+    ("llama", dict(init="pissa", dora=True)),
     ("roberta", dict(dora=True)), ("llama", dict(dora=True)), ("llama", dict(dora=True, dropout=0.3)),
     ("llama", dict(lora_plus_ratio=3.0)), ("llama", dict(lora_plus_ratio=3.0, dora=True)),
     ("llama", dict(freeze_a=True))], ids=str)
@@ -137,24 +138,29 @@ def test_milora_starts_at_the_smallest_components(rank, scaling):
     torch.testing.assert_close(model.train()(x), plain(x), rtol=1e-5, atol=1e-5)  # dropout would drop parts of W
 
 
-@pytest.mark.parametrize("init", ["pissa", "milora"])
-def test_what_was_split_off_can_be_put_back(init):
-    """Detaching gives W; in bfloat16 the layer adds what was taken off, but for the rounding of the weight."""
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-        plain = Tiny().to(dtype)
-        model = copy.deepcopy(plain)
-        allocator = allocators.Allocator(model, settings(init=init, alpha=12.0), 10)
-        for name, layer in allocator.layers.items():
-            W = plain.get_submodule(name).weight
-            assert (layer.weight - W).abs().max() > 1e-3
-            torch.testing.assert_close(layer.weight.float() + layer.delta(), W.float(), rtol=0, atol=tolerance)
-            assert torch.equal(layer.A, layer.A.to(dtype).float())
-            if name.endswith("value"):  # merged, it stays what it has become
-                layer.B.data.normal_(std=0.1)
-                W = layer.weight + layer.delta()
-                layer.merge()
-            lora.detach(model, name)
-            torch.testing.assert_close(model.get_submodule(name).weight, W.to(dtype), rtol=0, atol=tolerance)
+@pytest.mark.parametrize("init", ["lora", "pissa", "milora"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, dtype, tolerance):
+    """In bfloat16 the layer adds what was taken off W, but for the rounding of the weight."""
+    plain, x = Tiny().to(dtype), torch.randn(3, 12, dtype=dtype)
+    model = copy.deepcopy(plain)
+    allocator = allocators.Allocator(model, settings(init=init, alpha=12.0), 10)
+    for name, layer in allocator.layers.items():
+        W = plain.get_submodule(name).weight
+        assert torch.equal(layer.weight, W) == (init == "lora") and layer.A.dtype == layer.B.dtype == torch.float32
+        torch.testing.assert_close(layer.weight.float() + layer.delta(), W.float(), rtol=0, atol=tolerance)
+        assert init == "lora" or torch.equal(layer.A, layer.A.to(dtype).float())
+        if name.endswith("value"):
+            layer.B.data.normal_(std=0.1)
+            W, y = (layer.weight.float() + layer.delta()).to(dtype), layer(x)
+            layer.merge()
+            layer.merge()  # once is enough
+            assert torch.equal(layer.weight, W)
+            torch.testing.assert_close(layer(x), y, rtol=25 * tolerance, atol=25 * tolerance)
+        lora.detach(model, name)
+        now = model.get_submodule(name).weight
+        torch.testing.assert_close(now, W, rtol=0, atol=0 if init == "lora" or name.endswith("value") else tolerance)
+    assert not lora.adapters(model) and model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_weightloras_survivors_start_at_w_again():

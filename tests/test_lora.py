@@ -97,46 +97,6 @@ def test_g_switches_off_and_scales_components():
         torch.testing.assert_close(layer.delta(), update, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_on_the_adapters_input_only():
-    torch.manual_seed(0)
-    layer = lora.LoraLinear(torch.nn.Linear(64, 16), 4, 1.0, dropout=0.5).train()
-    x = torch.randn(500, 64)
-    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    assert torch.equal(layer(x), plain)  # B is zero: nothing but the frozen path, undropped
-    layer.B.data.normal_()
-    torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.5)
-    torch.manual_seed(3)
-    torch.testing.assert_close(layer(x), plain + dropped @ layer.A.T @ layer.B.T)
-    layer.eval()
-    torch.testing.assert_close(layer(x), plain + x @ layer.A.T @ layer.B.T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_detach(dtype):
-    model = Tiny().to(dtype)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    layers = lora.attach(model, {name: 4 for name, _, _ in lora.sites(model, ["query", "up"])}, alpha=8)
-    for layer in layers.values():
-        layer.B.data.normal_(std=0.05)
-        assert layer.A.dtype == layer.B.dtype == torch.float32
-    x = torch.randn(3, 12, dtype=dtype)
-    plain = model(x)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    for name, layer in layers.items():
-        merged = layer.weight.float() + layer.delta()
-        layer.merge()
-        layer.merge()  # once is enough
-        assert torch.equal(layer.weight, merged.to(dtype))
-    torch.testing.assert_close(model(x), plain, rtol=tolerance, atol=tolerance)
-
-    other = Tiny().to(dtype)
-    for name in lora.attach(other, dict.fromkeys(layers, 4), alpha=8):
-        lora.detach(other, name)
-    assert not lora.adapters(other) and other.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-
-
 @pytest.mark.parametrize("stack, masked", [(False, True), (True, True), (True, False)])
 def test_masked_components_stand_still_and_keep_their_own_clock(stack, masked):
     """A component behaves as under torch's AdamW fed only the steps at which it was active, also within a stack."""
