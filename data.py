@@ -6,7 +6,11 @@
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
-A new task is a new row, or a Task in a file of your own: --task my_tasks.py:MY_TASK (papers/tasks.py is such a file).
+A new task is a new row of TASKS, or a Task in a file of your own for --task my_tasks.py:MY_TASK, as papers/tasks.py:
+
+    from data import Task, own, read_texts
+    MY_TASK = Task("mine", "classify", ("accuracy",), read_texts, files=own(".csv"), columns=("said", None, "mood"))
+
 What is foreign is used, is listed in IRRELEVANT, or is named in one line on stderr.
 """
 
@@ -718,7 +722,7 @@ def last_number(text, reference=False):
 
 @dataclass(frozen=True)
 class Task:
-    """One row of TASKS; base, large and steps default to values of ours, for tasks that no paper has."""
+    """One row of TASKS, or of a file of your own; base, large and steps default to values of ours."""
     name: str
     kind: str                        # "classify", "regress", "span", "lm" (an instruction and its answer) or "image"
     metrics: tuple                   # the first is the headline
