@@ -198,7 +198,7 @@ def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, cha
 @pytest.mark.parametrize("place", ["none/x.jsonl", "."])
 def test_samples_need_a_place(checkpoints, tmp_path, place):
     with pytest.raises(UserError, match="no file can be there; name another place"):
-        evaluation.main([str(checkpoints / "llama"), "--task", f"{PAPERS}humaneval", "--samples", str(tmp_path / place)])
+        evaluation.main([f"{checkpoints}/llama", "--task", PAPERS + "humaneval", "--samples", str(tmp_path / place)])
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
