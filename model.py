@@ -9,9 +9,11 @@ import importlib.util
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,94 +88,74 @@ def sync(path):
         os.close(handle)
 
 
-def sizes(*values, **other):
-    """The first keys of a config.json in this order, the others by name."""
-    keys = ["model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
-            "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    return {**dict(zip(keys, values)), **other}
-
-
-def gpt2(width, layers, heads):
-    """GPT-2's own names for its sizes."""
-    return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers,
-            "n_head": heads}
-
-
-ROBERTA, LLAMA = dict(type_vocab_size=1, layer_norm_eps=1e-5), dict(rms_norm_eps=1e-5)
-LLAMA3 = dict(LLAMA, rope_theta=5e5, rope_scaling=dict(
-    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
-LLAMA31 = dict(LLAMA3, rope_scaling=dict(LLAMA3["rope_scaling"], factor=8.0))
-LLAMA32 = dict(LLAMA3, tie_word_embeddings=True)
+# what the config.json of the models of a series have in common
+BERT, VIT = dict(model_type="bert"), dict(model_type="vit", image_size=224)
+ROBERTA = dict(model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5)
+XLM = dict(ROBERTA, model_type="xlm-roberta")
+DEBERTA = dict(model_type="deberta-v2", relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True,
+               position_buckets=256, norm_rel_ebd="layer_norm", position_biased_input=False, layer_norm_eps=1e-7)
+GPT2 = dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+GPT2_MEDIUM = dict(GPT2, n_embd=1024, n_layer=24, n_head=16)
+LLAMA = dict(model_type="llama", rms_norm_eps=1e-5)
+STRETCHED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                 original_max_position_embeddings=8192)
+LLAMA31 = dict(LLAMA, rope_theta=5e5, rope_scaling=STRETCHED)
+LLAMA32 = dict(LLAMA31, rope_scaling=dict(STRETCHED, factor=32.0), tie_word_embeddings=True)
 SMOL = dict(LLAMA, rope_theta=1e5, tie_word_embeddings=True)
-OLMO2 = dict(rope_theta=5e5, rms_norm_eps=1e-6)
-QWEN2, QWEN3 = dict(rope_theta=1e6), dict(rope_theta=1e6, head_dim=128)
+MISTRAL = dict(model_type="mistral", rms_norm_eps=1e-5, sliding_window=4096)
+OLMO2 = dict(model_type="olmo2", rms_norm_eps=1e-6, rope_theta=5e5)
+QWEN2 = dict(model_type="qwen2", rope_theta=1e6)
+QWEN3 = dict(model_type="qwen3", rope_theta=1e6, head_dim=128)
 TIED2, TIED3 = dict(QWEN2, tie_word_embeddings=True), dict(QWEN3, tie_word_embeddings=True)
-DEBERTA = dict(relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=256,
-               norm_rel_ebd="layer_norm", position_biased_input=False, layer_norm_eps=1e-7)
-# short name -> Hub id and what its config.json says, so that `weights="random"` needs neither files nor network
-NAMED = {
-    "minilm": ("sentence-transformers/all-MiniLM-L6-v2", sizes("bert", 30522, 512, 384, 1536, 6, 12)),
-    "bert-base": ("google-bert/bert-base-uncased", sizes("bert", 30522, 512, 768, 3072, 12, 12)),
-    "bert-large": ("google-bert/bert-large-uncased", sizes("bert", 30522, 512, 1024, 4096, 24, 16)),
-    "roberta-base": ("FacebookAI/roberta-base", sizes("roberta", 50265, 514, 768, 3072, 12, 12, **ROBERTA)),
-    "roberta-large": ("FacebookAI/roberta-large", sizes("roberta", 50265, 514, 1024, 4096, 24, 16, **ROBERTA)),
-    "xlm-roberta-base": ("FacebookAI/xlm-roberta-base", sizes(
-        "xlm-roberta", 250002, 514, 768, 3072, 12, 12, **ROBERTA)),
-    "xlm-roberta-large": ("FacebookAI/xlm-roberta-large", sizes(
-        "xlm-roberta", 250002, 514, 1024, 4096, 24, 16, **ROBERTA)),
-    "deberta-v3-xsmall": ("microsoft/deberta-v3-xsmall", sizes(
-        "deberta-v2", 128100, 512, 384, 1536, 12, 6, **DEBERTA)),
-    "deberta-v3-small": ("microsoft/deberta-v3-small", sizes("deberta-v2", 128100, 512, 768, 3072, 6, 12, **DEBERTA)),
-    "deberta-v3-base": ("microsoft/deberta-v3-base", sizes("deberta-v2", 128100, 512, 768, 3072, 12, 12, **DEBERTA)),
-    "deberta-v3-large": ("microsoft/deberta-v3-large", sizes(
-        "deberta-v2", 128100, 512, 1024, 4096, 24, 16, **DEBERTA)),
-    "gpt2": ("openai-community/gpt2", gpt2(768, 12, 12)),
-    "gpt2-medium": ("openai-community/gpt2-medium", gpt2(1024, 24, 16)),
-    "dialogpt-medium": ("microsoft/DialoGPT-medium", gpt2(1024, 24, 16)),
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", sizes("llama", 49152, 8192, 576, 1536, 30, 9, 3,
-                                                            pad_token_id=2, **SMOL)),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", sizes("llama", 49152, 8192, 576, 1536, 30, 9, 3, **SMOL)),
-    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", sizes("llama", 49152, 8192, 960, 2560, 32, 15, 5, **SMOL)),
-    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", sizes(
-        "llama", 49152, 8192, 2048, 8192, 24, 32, 32, **{**SMOL, "rope_theta": 1.3e5})),
-    "llama2-7b": ("meta-llama/Llama-2-7b-hf", sizes("llama", 32000, 4096, 4096, 11008, 32, 32, 32, **LLAMA)),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", sizes("llama", 32000, 4096, 5120, 13824, 40, 40, 40, **LLAMA)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", sizes(
-        "llama", 128256, 8192, 4096, 14336, 32, 32, 8, rope_theta=5e5, **LLAMA)),
-    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", sizes("llama", 128256, 131072, 4096, 14336, 32, 32, 8, **LLAMA31)),
-    "llama3.2-1b": ("meta-llama/Llama-3.2-1B", sizes("llama", 128256, 131072, 2048, 8192, 16, 32, 8, **LLAMA32)),
-    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", sizes("llama", 128256, 131072, 3072, 8192, 28, 24, 8, **LLAMA32)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", sizes(
-        "mistral", 32000, 32768, 4096, 14336, 32, 32, 8, sliding_window=4096, **LLAMA)),
-    "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", sizes(
-        "mistral", 32768, 32768, 4096, 14336, 32, 32, 8, sliding_window=None, rope_theta=1e6, **LLAMA)),
-    "olmo2-1b": ("allenai/OLMo-2-0425-1B", sizes("olmo2", 100352, 4096, 2048, 8192, 16, 16, 16, **OLMO2)),
-    "olmo2-7b": ("allenai/OLMo-2-1124-7B", sizes("olmo2", 100352, 4096, 4096, 11008, 32, 32, 32, **OLMO2)),
-    "qwen2-7b": ("Qwen/Qwen2-7B", sizes("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, **QWEN2)),
-    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", sizes("qwen2", 151936, 32768, 896, 4864, 24, 14, 2, **TIED2)),
-    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", sizes("qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, **TIED2)),
-    "qwen2.5-3b": ("Qwen/Qwen2.5-3B", sizes("qwen2", 151936, 32768, 2048, 11008, 36, 16, 2, **TIED2)),
-    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", sizes("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, **QWEN2)),
-    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", sizes("qwen3", 151936, 40960, 1024, 3072, 28, 16, 8, **TIED3)),
-    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", sizes("qwen3", 151936, 40960, 2048, 6144, 28, 16, 8, **TIED3)),
-    "qwen3-4b": ("Qwen/Qwen3-4B", sizes("qwen3", 151936, 40960, 2560, 9728, 36, 32, 8, **TIED3)),
-    "qwen3-8b": ("Qwen/Qwen3-8B", sizes("qwen3", 151936, 40960, 4096, 12288, 36, 32, 8, **QWEN3)),
-    "gemma-7b": ("google/gemma-7b", sizes("gemma", 256000, 8192, 3072, 24576, 28, 16, 16, head_dim=256)),
-    "vit-b16": ("google/vit-base-patch16-224-in21k", sizes("vit", 0, 0, 768, 3072, 12, 12, image_size=224)),
-    "vit-l16": ("google/vit-large-patch16-224-in21k", sizes("vit", 0, 0, 1024, 4096, 24, 16, image_size=224)),
-}
-HUB = {name: hub_id for name, (hub_id, _) in NAMED.items()}
-CONFIGS = {name: raw for name, (_, raw) in NAMED.items()}
-# model_type -> what its classes are called in transformers
-CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "deberta-v2": "DebertaV2",
-           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT",
-           "gpt2": "GPT2", "olmo2": "Olmo2"}
-# of model_types; all others are decoders
-KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-ROPE = {"default": [], "linear": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+GEMMA = dict(model_type="gemma", head_dim=256)
+SIZES = ["vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads"]
+# short name, Hub id and what its config.json says, so that `weights="random"` needs neither files nor network
+NAMED = [
+    ("minilm", "sentence-transformers/all-MiniLM-L6-v2", BERT, 30522, 512, 384, 1536, 6, 12),
+    ("bert-base", "google-bert/bert-base-uncased", BERT, 30522, 512, 768, 3072, 12, 12),
+    ("bert-large", "google-bert/bert-large-uncased", BERT, 30522, 512, 1024, 4096, 24, 16),
+    ("roberta-base", "FacebookAI/roberta-base", ROBERTA, 50265, 514, 768, 3072, 12, 12),
+    ("roberta-large", "FacebookAI/roberta-large", ROBERTA, 50265, 514, 1024, 4096, 24, 16),
+    ("xlm-roberta-base", "FacebookAI/xlm-roberta-base", XLM, 250002, 514, 768, 3072, 12, 12),
+    ("xlm-roberta-large", "FacebookAI/xlm-roberta-large", XLM, 250002, 514, 1024, 4096, 24, 16),
+    ("deberta-v3-xsmall", "microsoft/deberta-v3-xsmall", DEBERTA, 128100, 512, 384, 1536, 12, 6),
+    ("deberta-v3-small", "microsoft/deberta-v3-small", DEBERTA, 128100, 512, 768, 3072, 6, 12),
+    ("deberta-v3-base", "microsoft/deberta-v3-base", DEBERTA, 128100, 512, 768, 3072, 12, 12),
+    ("deberta-v3-large", "microsoft/deberta-v3-large", DEBERTA, 128100, 512, 1024, 4096, 24, 16),
+    ("gpt2", "openai-community/gpt2", GPT2),
+    ("gpt2-medium", "openai-community/gpt2-medium", GPT2_MEDIUM),
+    ("dialogpt-medium", "microsoft/DialoGPT-medium", GPT2_MEDIUM),
+    ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", dict(SMOL, pad_token_id=2), 49152, 8192, 576, 1536, 30, 9, 3),
+    ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", SMOL, 49152, 8192, 576, 1536, 30, 9, 3),
+    ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", SMOL, 49152, 8192, 960, 2560, 32, 15, 5),
+    ("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", dict(SMOL, rope_theta=1.3e5), 49152, 8192, 2048, 8192, 24, 32, 32),
+    ("llama2-7b", "meta-llama/Llama-2-7b-hf", LLAMA, 32000, 4096, 4096, 11008, 32, 32, 32),
+    ("llama2-13b", "meta-llama/Llama-2-13b-hf", LLAMA, 32000, 4096, 5120, 13824, 40, 40, 40),
+    ("llama3-8b", "meta-llama/Meta-Llama-3-8B", dict(LLAMA, rope_theta=5e5), 128256, 8192, 4096, 14336, 32, 32, 8),
+    ("llama3.1-8b", "meta-llama/Llama-3.1-8B", LLAMA31, 128256, 131072, 4096, 14336, 32, 32, 8),
+    ("llama3.2-1b", "meta-llama/Llama-3.2-1B", LLAMA32, 128256, 131072, 2048, 8192, 16, 32, 8),
+    ("llama3.2-3b", "meta-llama/Llama-3.2-3B", LLAMA32, 128256, 131072, 3072, 8192, 28, 24, 8),
+    ("mistral-7b", "mistralai/Mistral-7B-v0.1", MISTRAL, 32000, 32768, 4096, 14336, 32, 32, 8),
+    ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", dict(MISTRAL, sliding_window=None, rope_theta=1e6),
+     32768, 32768, 4096, 14336, 32, 32, 8),
+    ("olmo2-1b", "allenai/OLMo-2-0425-1B", OLMO2, 100352, 4096, 2048, 8192, 16, 16, 16),
+    ("olmo2-7b", "allenai/OLMo-2-1124-7B", OLMO2, 100352, 4096, 4096, 11008, 32, 32, 32),
+    ("qwen2-7b", "Qwen/Qwen2-7B", QWEN2, 152064, 131072, 3584, 18944, 28, 28, 4),
+    ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", TIED2, 151936, 32768, 896, 4864, 24, 14, 2),
+    ("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", TIED2, 151936, 131072, 1536, 8960, 28, 12, 2),
+    ("qwen2.5-3b", "Qwen/Qwen2.5-3B", TIED2, 151936, 32768, 2048, 11008, 36, 16, 2),
+    ("qwen2.5-7b", "Qwen/Qwen2.5-7B", QWEN2, 152064, 131072, 3584, 18944, 28, 28, 4),
+    ("qwen3-0.6b", "Qwen/Qwen3-0.6B", TIED3, 151936, 40960, 1024, 3072, 28, 16, 8),
+    ("qwen3-1.7b", "Qwen/Qwen3-1.7B", TIED3, 151936, 40960, 2048, 6144, 28, 16, 8),
+    ("qwen3-4b", "Qwen/Qwen3-4B", TIED3, 151936, 40960, 2560, 9728, 36, 32, 8),
+    ("qwen3-8b", "Qwen/Qwen3-8B", QWEN3, 151936, 40960, 4096, 12288, 36, 32, 8),
+    ("gemma-7b", "google/gemma-7b", GEMMA, 256000, 8192, 3072, 24576, 28, 16, 16),
+    ("vit-b16", "google/vit-base-patch16-224-in21k", VIT, 0, 0, 768, 3072, 12, 12),
+    ("vit-l16", "google/vit-large-patch16-224-in21k", VIT, 0, 0, 1024, 4096, 24, 16),
+]
+HUB = {name: hub_id for name, hub_id, *_ in NAMED}
+CONFIGS = {name: {**series, **dict(zip(SIZES, numbers))} for name, _, series, *numbers in NAMED}
 
 
 def resolve(name, weights=True):
@@ -209,16 +191,53 @@ def resolve(name, weights=True):
     return folder
 
 
-class Config(SimpleNamespace):
-    """What the forward passes need to know, the same for every family; see `normalise`.
+# model_type -> what its classes are called in transformers
+CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "deberta-v2": "DebertaV2",
+           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT",
+           "gpt2": "GPT2", "olmo2": "Olmo2"}
+# all others are decoders
+KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
+# what others call by GPT-2's names
+GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
+             "layer_norm_epsilon": "layer_norm_eps", "embd_pdrop": "embedding_dropout",
+             "resid_pdrop": "hidden_dropout_prob", "attn_pdrop": "attention_dropout"}
+# transformers' defaults where a family has its own
+DEFAULTS = {"gpt2": dict(max_position_embeddings=1024, layer_norm_eps=1e-5, hidden_act="gelu_new", embedding_dropout=0.1,
+                         hidden_dropout_prob=0.1, attention_dropout=0.1, tie_word_embeddings=True),
+            "gemma": dict(head_dim=256, tie_word_embeddings=True), "qwen3": dict(head_dim=128),
+            "olmo2": dict(rms_norm_eps=1e-5), "deberta-v2": dict(layer_norm_eps=1e-7, type_vocab_size=0),
+            "roberta": dict(pad_token_id=1), "vit": dict(hidden_dropout_prob=0.0)}
+# Keys of config.json with which transformers computes what is not built here, unless they have the value given,
+FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+         "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
+         "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+         "conv_kernel_size": 0, "pooler_hidden_act": "gelu"}
+# and those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs), or
+# that would show in the shapes of tensors
+IRRELEVANT = re.compile(
+    r"_.*|.*_token_ids?|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|prefix|"
+    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|auto_map|"
+    r"directionality|pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|unsloth_.*|mask_.*|"
+    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|transformers\.js_config|n_ctx|"
+    r"tie_encoder_decoder|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
+    r"(max|min)_(length|new_tokens)|.*num_beam.*|num_return_sequences|typical_p|length_penalty|early_stopping|"
+    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|summary_.*|"
+    r"(begin_)?suppress_tokens|exponential_decay_length_penalty|reorder_and_upcast_attn|label2id|embedding_size|"
+    r"attention_head_size|legacy|max_position_embeddings|tie_word_embeddings")
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ROPE = {"default": [], "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
 
-    family, kind ("encoder", "decoder" or "vit"), vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads,
-    head_dim, activation, norm_eps, initializer_range, num_labels, pad_id, hidden_dropout, attention_dropout,
-    classifier_dropout, embedding_dropout (gpt2 only), type_vocab_size (0: no table);
-    max_positions: rows of an encoder's or gpt2's position table, 0 without one; relative: `relative_attention`'s,
-    deberta only; qkv_bias, out_bias, mlp_bias; tied: lm_head is the embedding;
-    windows: per layer how many tokens a query sees, itself included, or None for all; rope: rope_theta, rope_type and
-    that type's own settings; image_size (channels, height, width); patch_size (height, width); raw: config.json.
+
+class Config(SimpleNamespace):
+    """What the forward passes need to know, the same for every family; made by `normalise`, where units are evident.
+
+    kind: "encoder", "decoder" or "vit"; pad_id: None without; max_positions, type_vocab_size: rows of these tables, 0
+    without one; relative: `relative_attention`'s, deberta only; rope: rope_theta, rope_type and that type's own
+    settings, None without rotary embedding; windows: per layer how many tokens a query sees, itself included, or None
+    for all; tied: lm_head is the embedding; image_size (channels, height, width); patch_size (height, width).
     """
 
 
@@ -227,15 +246,10 @@ def find_config(name, weights="checkpoint"):
     if weights == "random" and name in CONFIGS and not Path(name).is_dir():
         return normalise(dict(CONFIGS[name]), f"built-in config of {name}"), None
     folder = resolve(name, weights=weights != "random")
-    return read_config(folder), folder
-
-
-def read_config(folder):
-    """Read `folder/config.json` into a Config; raises UserError for anything missing, malformed or unsupported."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
-    return normalise(read_json(path), path)
+    return normalise(read_json(path), path), folder
 
 
 def read_json(path):
@@ -249,157 +263,123 @@ def read_json(path):
     return raw
 
 
-# Keys of config.json that `normalise` reads,
-READ = re.compile(
-    "model_type|architectures|id2label|label2id|num_labels|vocab_size|hidden_size|intermediate_size|num_hidden_layers|"
-    "num_attention_heads|num_key_value_heads|head_dim|max_position_embeddings|type_vocab_size|pad_token_id|hidden_act|"
-    "hidden_activation|rms_norm_eps|layer_norm_eps|initializer_range|hidden_dropout_prob|attention_probs_dropout_prob|"
-    "attention_dropout|classifier_dropout|rope_theta|rope_scaling|rope_parameters|sliding_window|use_sliding_window|"
-    "max_window_layers|layer_types|attention_bias|mlp_bias|qkv_bias|tie_word_embeddings|image_size|patch_size|"
-    "num_channels|embedding_dropout|relative_attention|pos_att_type|position_buckets|max_relative_positions|"
-    "share_att_key|norm_rel_ebd|position_biased_input|cls_dropout|embedding_size|attention_head_size|legacy")
-# those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs),
-IRRELEVANT = re.compile(
-    r"_.*|.*_token_ids?|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|prefix|"
-    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|auto_map|"
-    r"directionality|pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|unsloth_.*|mask_.*|"
-    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|transformers\.js_config|n_ctx|"
-    r"tie_encoder_decoder|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
-    r"(max|min)_(length|new_tokens)|.*num_beam.*|num_return_sequences|typical_p|length_penalty|early_stopping|"
-    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|summary_.*|"
-    r"(begin_)?suppress_tokens|exponential_decay_length_penalty|reorder_and_upcast_attn")
-# and those with which transformers computes what is not built here, unless they have the value given
-FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
-         "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
-         "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-         "conv_kernel_size": 0, "pooler_hidden_act": "gelu"}
-# what others call by GPT-2's names, and its defaults where they are its own
-GPT2 = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
-        "layer_norm_epsilon": "layer_norm_eps", "embd_pdrop": "embedding_dropout", "resid_pdrop": "hidden_dropout_prob",
-        "attn_pdrop": "attention_dropout"}
-GPT2_DEFAULTS = {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "embedding_dropout": 0.1, "hidden_dropout_prob": 0.1,
-                 "attention_dropout": 0.1, "max_position_embeddings": 1024, "tie_word_embeddings": True}
-
-
 def normalise(raw, path):
     """Turn the dict of a config.json into a Config, with transformers' defaults; `path` is for error messages."""
-    config_json = raw
-    if raw.get("model_type") == "gpt2":
-        raw = GPT2_DEFAULTS | {GPT2.get(key, key): value for key, value in raw.items()}
+    family, asked = raw.get("model_type"), {"model_type", *FIXED}
+    ours = GPT2_KEYS if family == "gpt2" else {}
+    given = {ours.get(key, key): value for key, value in raw.items()}
 
     def refuse(key, expected):
-        raise UserError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
+        raise UserError(f"{path}: '{key}' is {given.get(key, 'missing')!r}, expected {expected}")
+
+    def ask(key, default=None):
+        asked.add(key)
+        value = given.get(key)
+        return DEFAULTS.get(family, {}).get(key, default) if value is None else value
 
     def get(key, default=None, low=1, high=2**20, kind=int):
-        value = default if raw.get(key) is None else raw[key]
+        value = ask(key, default)
         if not isinstance(value, (int, kind)) or isinstance(value, bool) or not low <= value <= high:
             refuse(key, f"{kind.__name__} from {low} to {high}")
         return value
 
-    family = raw.get("model_type")
     if not isinstance(family, str) or family not in CLASSES:
         refuse("model_type", f"one of {', '.join(CLASSES)}")
     family = "roberta" if family == "xlm-roberta" else family  # which differs in its vocabulary and its class's name
+    kind, deberta, gpt2 = KINDS.get(family, "decoder"), family == "deberta-v2", family == "gpt2"
+    rotary = kind == "decoder" and not gpt2
     for key, expected in {"architectures": list, "id2label": dict}.items():
-        if not isinstance(raw.get(key) or expected(), expected):
+        if not isinstance(ask(key) or expected(), expected):
             refuse(key, f"a {expected.__name__}")
-    kind, qwen, deberta = KINDS.get(family, "decoder"), family in ("qwen2", "qwen3"), family == "deberta-v2"
-    gpt2 = family == "gpt2"
-    text, vit, decoder = (kind == name for name in ("encoder", "vit", "decoder"))
     for key, only in FIXED.items():
-        if raw.get(key) not in (None, only):
+        if given.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
-    if raw.get("problem_type") == "multi_label_classification":
+    if ask("problem_type") == "multi_label_classification":
         refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
-    unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {}) and key not in FIXED
-              and key != "problem_type" and not READ.fullmatch(key) and not IRRELEVANT.fullmatch(key)]
-    if unread:
-        note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
 
     hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
-    kv_heads = get("num_key_value_heads", heads) if decoder else heads
-    head_dim = {"qwen3": 128, "gemma": 256}.get(family, hidden // heads)
-    head_dim = get("head_dim", head_dim) if decoder else head_dim
-    if heads % kv_heads or hidden % heads and head_dim == hidden // heads or decoder and head_dim % 2:
+    kv_heads = get("num_key_value_heads", heads) if rotary else heads
+    head_dim = get("head_dim", hidden // heads, 0) if rotary else hidden // heads
+    if heads % kv_heads or hidden % heads and head_dim == hidden // heads or kind == "decoder" and head_dim % 2:
         raise UserError(f"{path}: num_attention_heads {heads} must divide hidden_size {hidden} and be a multiple of "
                          f"num_key_value_heads {kv_heads}, head_dim {head_dim} must be even")
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("silu" if decoder else "gelu")
+    activation = ask("hidden_activation") or ask("hidden_act", "silu" if rotary else "gelu")
     if family == "gemma" and activation in ("gelu", "silu"):  # its first releases say "gelu" and mean the tanh form
         activation = "gelu_pytorch_tanh"
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
 
     # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = {"rope_theta": raw.get("rope_theta") or 10000.0, **(rope if isinstance(rope, dict) else {"type": rope})}
+    rope = rotary and (ask("rope_scaling") or ask("rope_parameters")) or {}
+    rope = {"rope_theta": ask("rope_theta", 1e4), **(rope if isinstance(rope, dict) else {"type": rope})}
     rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
     numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
-    if decoder and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
-                        and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
+    if rotary and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
+                       and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
         raise UserError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
                          + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
 
-    window = None
-    if family == "mistral" and raw.get("sliding_window", 4096) or qwen and raw.get("use_sliding_window"):
-        window = get("sliding_window", 4096, high=2**31)
+    qwen, window = family in ("qwen2", "qwen3"), get("sliding_window", 4096, high=2**31)
+    windowed = qwen and ask("use_sliding_window") or family == "mistral" and raw.get("sliding_window", True)
     first = get("max_window_layers", 28, 0) if qwen else 0
-    kinds = qwen and raw.get("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(layers)]
+    kinds = qwen and ask("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers:
         refuse("layer_types", f"{layers} entries, one per layer")
     image, patch = (tuple(size) if isinstance(size, list) else (size, size)
-                    for size in (raw.get("image_size", 224), raw.get("patch_size", 16)))
-    if vit and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
-                                                          for n, p in zip(image, patch))):
+                    for size in (ask("image_size", 224), ask("patch_size", 16)))
+    if not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
+                                                  for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
-    bias = not decoder or gpt2 or bool(raw.get("attention_bias")) and family in ("llama", "qwen3", "gemma", "olmo2")
-    dropout, pad = get("hidden_dropout_prob", 0.1 if text else 0.0, 0, 1, float), get("pad_token_id", -1, -1, 2**24)
-    positions = get("max_position_embeddings", low=3) if text or gpt2 else 0
-    relative = relative_attention(raw, get, refuse, positions) if deberta else None
-    head_dropout = get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float)
-    eps_name = "rms_norm_eps" if decoder and not gpt2 else "layer_norm_eps"
-    eps = {"deberta-v2": 1e-7, "olmo2": 1e-5}.get(family, 1e-6 if decoder else 1e-12)
-    return Config(
-        family=family, kind=kind, vocab_size=0 if vit else get("vocab_size", high=2**24), hidden_size=hidden,
-        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+    bias = not rotary or family in ("llama", "qwen3", "gemma", "olmo2") and bool(ask("attention_bias"))
+    dropout, text = 0.0 if rotary else get("hidden_dropout_prob", 0.1, 0, 1, float), kind == "encoder"
+    positions = 0 if rotary or kind == "vit" else get("max_position_embeddings", low=3)
+    pad = get("pad_token_id", 0 if text else -1, 0 if text else -1, 2**24)
+    config = Config(
+        family=family, kind=kind, vocab_size=0 if kind == "vit" else get("vocab_size", high=2**24), hidden_size=hidden,
+        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, activation=activation,
         intermediate_size=get("intermediate_size", 4 * hidden if gpt2 else None),
-        max_positions=0 if deberta and raw.get("position_biased_input") is False else positions,
-        type_vocab_size=get("type_vocab_size", 0 if deberta else 2, 0 if deberta else 1) if text else 0,
-        pad_id=get("pad_token_id", int(family == "roberta"), 0) if text else None if pad < 0 else pad,
-        num_labels=len(raw.get("id2label") or ()) or get("num_labels", 2), activation=activation,
-        norm_eps=get(eps_name, eps, 0, kind=float), relative=relative,
-        embedding_dropout=get("embedding_dropout", 0.0, 0, 1, float),
+        relative=relative_attention(ask, get, refuse, positions) if deberta else None,
+        max_positions=0 if deberta and ask("position_biased_input") is False else positions,
+        type_vocab_size=get("type_vocab_size", 2, 0) if text else 0, pad_id=None if pad < 0 else pad,
+        num_labels=len(ask("id2label") or ()) or get("num_labels", 2),
+        norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if rotary else get("layer_norm_eps", 1e-12, 0, kind=float),
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
-        attention_dropout=get("attention_dropout" if decoder else "attention_probs_dropout_prob", dropout, 0, 1, float),
-        classifier_dropout=head_dropout, out_bias=bias,
-        qkv_bias=family == "qwen2" or bias and bool(raw.get("qkv_bias", True)),
-        mlp_bias=not decoder or gpt2 or bool(raw.get("mlp_bias")) and family == "llama",
-        tied=decoder and bool(raw.get("tie_word_embeddings", family == "gemma")), rope=rope, raw=config_json,
-        windows=[window if kind == "sliding_attention" else None for kind in kinds],
+        embedding_dropout=get("embedding_dropout", 0.0, 0, 1, float) if gpt2 else 0.0,
+        attention_dropout=get("attention_dropout" if kind == "decoder" else "attention_probs_dropout_prob", dropout, 0,
+                              1, float),
+        classifier_dropout=get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float),
+        qkv_bias=family == "qwen2" or bias and (kind != "vit" or bool(ask("qkv_bias", True))), out_bias=bias,
+        mlp_bias=not rotary or family == "llama" and bool(ask("mlp_bias")),
+        tied=kind == "decoder" and bool(ask("tie_word_embeddings")), rope=rope if rotary else None, raw=raw,
+        windows=[window if windowed and kind == "sliding_attention" else None for kind in kinds],
         image_size=(get("num_channels", 3), *image), patch_size=patch)
+    unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {})
+              and ours.get(key, key) not in asked and not IRRELEVANT.fullmatch(key)]
+    if unread:
+        note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
+    return config
 
 
-def relative_attention(raw, get, refuse, positions):
+def relative_attention(ask, get, refuse, positions):
     """DeBERTa's disentangled attention, as config.json sets it; what does not show in the shapes of tensors is checked.
 
     c2p, p2c: whether content is compared with the key's position, the query's; buckets: of distances, 0 = each its own;
     furthest: where the last one ends; span: buckets on either side; shared: positions are projected as content is.
     """
-    types = raw.get("pos_att_type") or []
+    types = ask("pos_att_type")
     types = [part.strip() for part in types.lower().split("|")] if isinstance(types, str) else types
     if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
         refuse("pos_att_type", "c2p, p2c or both")
-    if raw.get("relative_attention") is not True:
+    if ask("relative_attention") is not True:
         refuse("relative_attention", "true: nothing else is supported")
-    reach = get("max_relative_positions", -1, -1)
+    reach, buckets = get("max_relative_positions", -1, -1), max(0, get("position_buckets", -1, -1))
     reach = positions if reach < 1 else reach
-    buckets = max(0, get("position_buckets", -1, -1))
     if buckets and not 2 <= buckets < 2 * (reach - 1):
         refuse("position_buckets", f"from 2 to {2 * reach - 3}, or -1")
     return SimpleNamespace(c2p="c2p" in types, p2c="p2c" in types, buckets=buckets, furthest=reach - 1,
-                           span=buckets or reach, shared=bool(raw.get("share_att_key")),
-                           norm="layer_norm" in str(raw.get("norm_rel_ebd")).lower(),
+                           span=buckets or reach, shared=bool(ask("share_att_key")),
+                           norm="layer_norm" in str(ask("norm_rel_ebd")).lower(),
                            pooler_dropout=get("pooler_dropout", 0.0, 0, 1, float))
 
 
@@ -514,14 +494,6 @@ class Int8Linear(nn.Module):
         return linear
 
 
-def quantise(model, name):
-    """Keep the parameter `name` as int8 if it is the matrix of a projection in a block."""
-    path, _, leaf = name.rpartition(".")
-    parent, _, child = path.rpartition(".")
-    if name.startswith("blocks.") and leaf == "weight" and isinstance(model.get_submodule(path), Linear):
-        setattr(model.get_submodule(parent), child, Int8Linear(model.get_submodule(path)))
-
-
 def dropout(x, p):
     """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
     if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
@@ -536,10 +508,10 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
-def attention(q, k, v, mask, causal, p, scale=None):
+def attention(q, k, v, mask, causal, p, scale):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
-    A mask of floats (B, H, T, S) is added to the scores; these are q k^T times `scale`, by default 1 / sqrt(D).
+    A mask of floats (B, H, T, S) is added to the scores, q k^T times `scale`.
     Each key/value head serves H / G query heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with
     repeated k and v; CUDA: the flash kernel). CUDA's masked kernels know no groups and would fall back to slow generic
     code, so there k and v are repeated. A single query token needs neither: its heads become the rows of one query.
@@ -554,7 +526,7 @@ def attention(q, k, v, mask, causal, p, scale=None):
     elif G < H:
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
     if plain:
-        scores = (q * (scale or D ** -0.5)) @ k.mT  # (B, H, T, S)
+        scores = (q * scale) @ k.mT  # (B, H, T, S)
         seen = torch.ones(T, T, dtype=torch.bool).tril() if causal else mask
         if seen is not None and seen.dtype == torch.bool:
             seen = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
@@ -569,230 +541,6 @@ def attention(q, k, v, mask, causal, p, scale=None):
 
 def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
-
-
-class Transformer(nn.Module):
-    """What the three model classes share: names in transformers' checkpoints, and the loop over the blocks."""
-
-    module_names = {}
-
-    def __init__(self, config, head):
-        super().__init__()
-        self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
-        self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
-        self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
-        self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
-        self.decoding = None  # what `generate` says about the checkpoint's own settings
-
-    def hf_name(self, name, module=False):
-        """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3.query.weight" or "blocks.3".
-
-        module=True: its path in transformers' model, as in PEFT's files. They differ for vit only: transformers 5 has
-        vit.layers.3.attention.q_proj for what its files still call vit.encoder.layer.3.attention.attention.query.
-        """
-        for ours, theirs in self.head_names.items():
-            if name.startswith(ours):
-                return name.replace(ours, theirs, 1)
-        first, *rest = name.split(".")
-        names = {**self.names, **(self.module_names if module else {})}
-        return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
-
-    def classify(self, x):
-        """Logits of the head, which is float32 whatever the model's dtype: x (..., D) -> (..., num_labels)."""
-        return self.head(x.to(next(self.head.parameters()).dtype))
-
-    def run_blocks(self, x, *inputs, first_token_only=False):
-        """Every block in turn, x (B, T, D) -> (B, T, D).
-
-        With `first_token_only` the last block computes no more than the first token, (B, 1, D), unless a hook on it or
-        in it wants to see all.
-        """
-        for i, block in enumerate(self.blocks, 1):
-            last = {}
-            if first_token_only and i == len(self.blocks) and not has_hooks(block):
-                last["first_token_only"] = True
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, *inputs, **last, use_reentrant=False)
-            else:
-                x = block(x, *inputs, **last)
-        return x
-
-
-def has_hooks(module):
-    """Whether a forward or backward hook sits on the module or on a module in it."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-               for m in module.modules())
-
-
-class EncoderBlock(nn.Module):
-    """Block of bert, roberta and deberta (norms after the residual sums) and of vit (norms before attention and MLP).
-
-    deberta's attention is disentangled (He et al. 2021, https://arxiv.org/abs/2006.03654, Eq. 4): tokens are compared
-    by content, and the content of each with the position of the other relative to it.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        D, bias = config.hidden_size, config.qkv_bias
-        self.query, self.key, self.value = (Linear(D, D, bias=bias) for _ in range(3))
-        self.out = Linear(D, D)
-        self.norm1, self.norm2 = (nn.LayerNorm(D, eps=config.norm_eps) for _ in range(2))
-        self.up, self.down = Linear(D, config.intermediate_size), Linear(config.intermediate_size, D)
-        self.dropout = Dropout(config.hidden_dropout)
-        self.attention_dropout, self.head_dim = config.attention_dropout, config.head_dim
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm_first, self.relative = config.family == "vit", config.relative
-        products = 1 + self.relative.c2p + self.relative.p2c if self.relative else 1
-        self.scale = (self.head_dim * products) ** -0.5
-        if self.relative and not self.relative.shared:
-            self.position_key = Linear(D, D) if self.relative.c2p else None
-            self.position_query = Linear(D, D) if self.relative.p2c else None
-
-    def forward(self, x, mask, bucket=None, table=None, first_token_only=False):
-        """x (B, T, D), mask (B, 1, 1 or T, T) or None -> (B, T or 1, D); bucket and table: see position_scores."""
-        y = self.norm1(x) if self.norm_first else x
-        k, v = split_heads(self.key(y), self.head_dim), split_heads(self.value(y), self.head_dim)
-        if first_token_only:  # it attends to all tokens; nobody reads the others' outputs
-            x, y = x[:, :1], y[:, :1]
-        q = split_heads(self.query(y), self.head_dim)
-        if self.relative:
-            mask = self.position_scores(q, k, mask, bucket, table)
-        y = attention(q, k, v, mask, False, self.attention_dropout if self.training else 0.0, self.scale)
-        x = x + self.dropout(self.out(y))
-        x = x if self.norm_first else self.norm1(x)
-        y = self.norm2(x) if self.norm_first else x
-        x = x + self.dropout(self.down(self.activation(self.up(y))))
-        return x if self.norm_first else self.norm2(x)
-
-    def position_scores(self, q, k, mask, bucket, table):
-        """Content-to-position and position-to-content scores of q (B, H, Q, D) and k (B, H, T, D): (B, H, Q, T).
-
-        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j.
-        Each token is compared with the table's R rows, not with T vectors of its own. What `mask` (B, 1, T, T) hides
-        gets the lowest number, so that padding, which sees nothing, averages over all tokens as in transformers.
-        """
-        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], []
-        bucket = bucket[:Q].expand(B, H, -1, -1)
-        if self.relative.c2p:
-            position = self.key(table) if self.relative.shared else self.position_key(table)
-            position = split_heads(position * self.scale, self.head_dim)  # (1, H, R, D)
-            scores.append((q @ position.mT).gather(-1, bucket))
-        if self.relative.p2c:
-            position = self.query(table) if self.relative.shared else self.position_query(table)
-            position = split_heads(position * self.scale, self.head_dim)
-            scores.append((k @ position.mT).gather(-1, bucket.mT).mT)
-        scores = sum(scores[1:], scores[0])
-        return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
-
-
-class DenseHead(nn.Module):
-    """Classification head of roberta and deberta: dropout, dense, tanh or gelu, dropout, out_proj."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.num_labels)
-        self.dropout = Dropout(config.classifier_dropout)
-        self.first_dropout = Dropout(config.relative.pooler_dropout) if config.relative else self.dropout
-        self.activation = F.gelu if config.relative else torch.tanh
-
-    def forward(self, x):
-        return self.out_proj(self.dropout(self.activation(self.dense(self.first_dropout(x)))))
-
-
-class Encoder(Transformer):
-    """bert, roberta and deberta-v2 with a head for classification, regression (num_labels = 1) or spans."""
-
-    head_names = {"head": "classifier"}
-    names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
-             "types": "embeddings.token_type_embeddings", "embed_norm": "embeddings.LayerNorm",
-             "blocks": "encoder.layer", "pooler": "pooler.dense", "query": "attention.self.query",
-             "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
-             "norm1": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
-             "norm2": "output.LayerNorm"}
-    deberta = {"query": "attention.self.query_proj", "key": "attention.self.key_proj",
-               "value": "attention.self.value_proj", "position_key": "attention.self.pos_key_proj",
-               "position_query": "attention.self.pos_query_proj", "relative_embed": "encoder.rel_embeddings",
-               "relative_norm": "encoder.LayerNorm"}
-
-    def __init__(self, config, head):
-        super().__init__(config, head)
-        D, self.prefix = config.hidden_size, config.family
-        if config.relative:
-            self.prefix, self.names = "deberta", {**self.names, **self.deberta}
-            self.relative_embed = nn.Embedding(2 * config.relative.span, D)
-            self.relative_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.relative.norm else nn.Identity()
-        self.embed = nn.Embedding(config.vocab_size, D)
-        self.positions = nn.Embedding(config.max_positions, D) if config.max_positions else None
-        self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
-        self.embed_norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.dropout, self.pooled_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        if head == "span":
-            self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
-        elif config.family == "bert":
-            self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
-        else:
-            self.head = DenseHead(config)
-        if head == "classify" and config.relative:
-            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
-        self.max_length = config.max_positions or math.inf
-        if config.family == "roberta":  # counts positions from pad_id + 1
-            self.max_length -= config.pad_id + 1
-
-    def forward(self, tokens, mask=None, types=None):
-        """Logits (B, num_labels) of the first token, [CLS] or <s>; see `hidden_states` for the inputs.
-
-        span: of every token (B, T, 2), as the first and as the last of an answer.
-        """
-        if self.head_kind == "span":
-            return self.classify(self.hidden_states(tokens, mask, types))
-        x = self.hidden_states(tokens, mask, types, first_token_only=True)[:, 0]  # (B, D)
-        return self.classify(self.pooled_dropout(torch.tanh(self.pooler(x))) if self.family == "bert" else x)
-
-    def hidden_states(self, tokens, mask=None, types=None, first_token_only=False):
-        """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> (B, T, D).
-
-        With `first_token_only` what comes back may be the first token alone, which is faster. Raises UserError when T
-        exceeds the position table.
-        """
-        T, pad = tokens.shape[1], self.config.pad_id
-        if T > self.max_length:
-            raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
-        x = self.embed(tokens)
-        if self.types is not None:
-            x = x + (self.types.weight[0] if types is None else self.types(types))
-        if self.family == "roberta":  # padding has position pad
-            real = tokens != pad
-            x = x + self.positions(real.cumsum(1) * real + pad)
-        elif self.positions is not None:
-            x = x + self.positions.weight[:T]
-        x = self.embed_norm(x)
-        visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
-        if self.config.relative is None:
-            inputs = (visible,)
-        elif mask is None:
-            inputs = (None, *self.relative_positions(T))
-        else:
-            x = x * mask[..., None]
-            inputs = (visible & visible.mT, *self.relative_positions(T))  # padding sees nothing, either
-        return self.run_blocks(self.dropout(x), *inputs, first_token_only=first_token_only)
-
-    def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for EncoderBlock: the part of the table that T tokens need, and their rows.
-
-        The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
-        """
-        relative, at = self.config.relative, torch.arange(T, device=self.embed.weight.device)
-        bucket, middle = at[:, None] - at, relative.buckets // 2  # query - key
-        if middle:
-            far = bucket.abs().clamp(min=middle) / middle
-            far = torch.log(far) / torch.log(torch.tensor(relative.furthest / middle)) * (middle - 1)  # float32 decides
-            far = bucket.sign() * (middle + far.ceil())
-            bucket = torch.where(bucket.abs() <= middle, bucket, far).long()
-        near = T if T <= (middle or relative.span) else relative.span
-        table = self.relative_embed.weight[relative.span - near:relative.span + near]
-        return (bucket + near).clamp(0, 2 * near - 1), self.relative_norm(table)
 
 
 class RMSNorm(nn.Module):
@@ -844,40 +592,70 @@ class Cache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-class DecoderBlock(nn.Module):
-    """Block of the LLaMA family: rotary grouped-query attention and a gated MLP, RMS norms before both.
+def make_norm(config):
+    """The norm between the parts of the family's blocks: RMSNorm with rotary embedding, else LayerNorm."""
+    D = config.hidden_size
+    return RMSNorm(D, config) if config.rope else nn.LayerNorm(D, eps=config.norm_eps)
 
-    olmo2 has the norms after both, before the residual sums; gpt2 has LayerNorm, no rotary embedding and no gate.
+
+class Block(nn.Module):
+    """Attention and MLP, with norms before both: in olmo2 after them, in kind "encoder" after the residual sums.
+
+    With rotary embedding the MLP is gated. deberta's attention is disentangled (He et al. 2021,
+    https://arxiv.org/abs/2006.03654, Eq. 4): tokens are compared by content, and the content of each with the position
+    of the other relative to it.
     """
 
     def __init__(self, config, index):
         super().__init__()
-        D, inner, dim, gpt2 = config.hidden_size, config.intermediate_size, config.head_dim, config.family == "gpt2"
-        self.query = Linear(D, config.heads * dim, bias=config.qkv_bias)
-        self.key, self.value = (Linear(D, config.kv_heads * dim, bias=config.qkv_bias) for _ in range(2))
-        self.out = Linear(config.heads * dim, D, bias=config.out_bias)
-        if not gpt2:
+        D, inner, dim, self.relative = config.hidden_size, config.intermediate_size, config.head_dim, config.relative
+        q, kv = config.heads * dim, config.kv_heads * dim
+        self.query = Linear(D, q, bias=config.qkv_bias)
+        self.key, self.value = (Linear(D, kv, bias=config.qkv_bias) for _ in range(2))
+        self.out = Linear(q, D, bias=config.out_bias)
+        if config.rope:
             self.gate = Linear(D, inner, bias=config.mlp_bias)
-        self.up = Linear(D, inner, bias=config.mlp_bias)
-        self.down = Linear(inner, D, bias=config.mlp_bias)
-        self.norm1, self.norm2 = (nn.LayerNorm(D, config.norm_eps) if gpt2 else RMSNorm(D, config) for _ in range(2))
+        self.up, self.down = Linear(D, inner, bias=config.mlp_bias), Linear(inner, D, bias=config.mlp_bias)
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
         if config.family == "qwen3":  # one norm for all heads, of each head
             self.query_norm, self.key_norm = RMSNorm(dim, config), RMSNorm(dim, config)
         elif config.family == "olmo2":  # of all heads together
-            self.query_norm, self.key_norm = (RMSNorm(heads * dim, config) for heads in (config.heads, config.kv_heads))
-        self.index, self.window, self.head_dim, self.family = index, config.windows[index], dim, config.family
-        self.attention_dropout, self.dropout = config.attention_dropout, Dropout(config.hidden_dropout)
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm_last = config.family == "olmo2"
+            self.query_norm, self.key_norm = RMSNorm(q, config), RMSNorm(kv, config)
+        products = 1
+        if self.relative:
+            products += self.relative.c2p + self.relative.p2c
+        if self.relative and not self.relative.shared:
+            self.position_key = Linear(D, D) if self.relative.c2p else None
+            self.position_query = Linear(D, D) if self.relative.p2c else None
+        self.index, self.window, self.family = index, config.windows[index], config.family
+        self.head_dim, self.scale = dim, (dim * products) ** -0.5
+        self.dropout, self.attention_dropout = Dropout(config.hidden_dropout), config.attention_dropout
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.rope is not None
+        self.norm_sum, self.norm_last = config.kind == "encoder", config.family == "olmo2"
+        self.norm_first = not (self.norm_sum or self.norm_last)
 
-    def forward(self, x, angles, masks, cache=None):  # x (B, T, D), angles (cos, sin) or None, masks {window: mask}
-        y = self.attend(x if self.norm_last else self.norm1(x), angles, masks, cache)
-        x = x + (self.norm1(y) if self.norm_last else y)
-        y = self.transform(x if self.norm_last else self.norm2(x))
-        return x + (self.norm2(y) if self.norm_last else y)
+    def forward(self, x, masks, first_token_only=False, **inputs):
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) of the first token; for masks and inputs see `attend`."""
+        y = self.attend(self.norm1(x) if self.norm_first else x, masks, first_token_only, **inputs)
+        if first_token_only:  # nobody reads the others' outputs
+            x = x[:, :1]
+        x = self.add(x, self.dropout(self.out(y)), self.norm1)
+        y = self.norm2(x) if self.norm_first else x
+        y = self.activation(self.gate(y)) * self.up(y) if self.gated else self.activation(self.up(y))
+        return self.add(x, self.dropout(self.down(y)), self.norm2)
 
-    def attend(self, x, angles, masks, cache):  # (B, T, D) -> (B, T, D)
-        q, k, v = self.query(x), self.key(x), self.value(x)
+    def add(self, x, y, norm):
+        if self.norm_sum:
+            return norm(x + y)
+        return x + (norm(y) if self.norm_last else y)
+
+    def attend(self, x, masks, first_token_only, angles=None, cache=None, bucket=None, table=None):
+        """x (B, T, D) -> (B, T or 1, heads * head_dim).
+
+        masks: {window: (mask (B or 1, 1, 1 or T, S) or None, is_causal)}; angles: (cos, sin) of rotary embedding;
+        bucket and table: see `position_scores`.
+        """
+        q, k, v = self.query(x[:, :1] if first_token_only else x), self.key(x), self.value(x)
         if self.family == "olmo2":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (split_heads(t, self.head_dim) for t in (q, k, v))
@@ -888,13 +666,29 @@ class DecoderBlock(nn.Module):
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mask, causal = masks[self.window]
-        y = attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0)
-        return self.dropout(self.out(y))
+        if self.relative:
+            mask = self.position_scores(q, k, mask, bucket, table)
+        return attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
 
-    def transform(self, x):  # the MLP, (B, T, D) -> (B, T, D)
-        if self.family == "gpt2":
-            return self.dropout(self.down(self.activation(self.up(x))))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+    def position_scores(self, q, k, mask, bucket, table):
+        """Content-to-position and position-to-content scores of q (B, H, Q, D) and k (B, H, T, D): (B, H, Q, T).
+
+        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j.
+        Each token is compared with the table's R rows, not with T vectors of its own. What `mask` (B, 1, T, T) hides
+        gets the lowest number, so that padding, which sees nothing, averages over all tokens as in transformers.
+        """
+        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], []
+        bucket = bucket[:Q].expand(B, H, -1, -1)
+        if self.relative.c2p:
+            position = self.key(table) if self.relative.shared else self.position_key(table)
+            position = split_heads(position * self.scale, self.head_dim)  # (1, H, R, D)
+            scores.append((q @ position.mT).gather(-1, bucket))
+        if self.relative.p2c:
+            position = self.query(table) if self.relative.shared else self.position_query(table)
+            position = split_heads(position * self.scale, self.head_dim)
+            scores.append((k @ position.mT).gather(-1, bucket.mT).mT)
+        scores = sum(scores[1:], scores[0])
+        return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
 
 
 def causal_mask(mask, start, length, window, device):
@@ -911,9 +705,152 @@ def causal_mask(mask, start, length, window, device):
     return (seen[None, None] if mask is None else seen & mask[:, None, None, :end] | (k == q)), False
 
 
+class Transformer(nn.Module):
+    """What the three model classes share: names in transformers' checkpoints, and the loop over the blocks."""
+
+    module_names = {}
+
+    def __init__(self, config, head):
+        super().__init__()
+        self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
+        self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
+        self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
+        self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
+        self.decoding = None  # what `generate` says about the checkpoint's own settings
+
+    def hf_name(self, name, module=False):
+        """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3.query.weight" or "blocks.3".
+
+        module=True: its path in transformers' model, as in PEFT's files. They differ for vit only: transformers 5 has
+        vit.layers.3.attention.q_proj for what its files still call vit.encoder.layer.3.attention.attention.query.
+        """
+        for ours, theirs in self.head_names.items():
+            if name.startswith(ours):
+                return name.replace(ours, theirs, 1)
+        first, *rest = name.split(".")
+        names = {**self.names, **(self.module_names if module else {})}
+        return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
+
+    def classify(self, x):
+        """Logits of the head, which is float32 whatever the model's dtype: x (..., D) -> (..., num_labels)."""
+        return self.head(x.to(next(self.head.parameters()).dtype))
+
+    def run_blocks(self, x, masks, first_token_only=False, **inputs):
+        """Every block in turn, x (B, T, D) -> (B, T, D); see `Block.attend` for masks and inputs.
+
+        With `first_token_only` the last block computes no more than the first token, (B, 1, D), unless a hook on it or
+        in it wants to see all.
+        """
+        first_token_only = first_token_only and not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in self.blocks[-1].modules())
+        for block in self.blocks:
+            run = block
+            if self.checkpointing and self.training:
+                run = functools.partial(checkpoint, block, use_reentrant=False)
+            x = run(x, masks, first_token_only and block is self.blocks[-1], **inputs)
+        return x
+
+
+class Encoder(Transformer):
+    """bert, roberta and deberta-v2 with a head for classification, regression (num_labels = 1) or spans."""
+
+    heads = {"classify": "SequenceClassification", "span": "QuestionAnswering"}
+    head_names = {"head": "classifier"}
+    names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
+             "types": "embeddings.token_type_embeddings", "embed_norm": "embeddings.LayerNorm",
+             "blocks": "encoder.layer", "pooler": "pooler.dense", "query": "attention.self.query",
+             "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
+             "norm1": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
+             "norm2": "output.LayerNorm"}
+    deberta = {"query": "attention.self.query_proj", "key": "attention.self.key_proj",
+               "value": "attention.self.value_proj", "position_key": "attention.self.pos_key_proj",
+               "position_query": "attention.self.pos_query_proj", "relative_embed": "encoder.rel_embeddings",
+               "relative_norm": "encoder.LayerNorm"}
+
+    def __init__(self, config, head):
+        super().__init__(config, head)
+        D, self.prefix = config.hidden_size, config.family
+        if config.relative:
+            self.prefix, self.names = "deberta", {**self.names, **self.deberta}
+            self.relative_embed = nn.Embedding(2 * config.relative.span, D)
+            self.relative_norm = make_norm(config) if config.relative.norm else nn.Identity()
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.positions = nn.Embedding(config.max_positions, D) if config.max_positions else None
+        self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
+        self.embed_norm = make_norm(config)
+        self.dropout, head_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        if head == "span":
+            self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
+        elif config.family == "bert":
+            self.pooler, self.pooled_dropout, self.head = Linear(D, D), head_dropout, Linear(D, config.num_labels)
+        else:
+            first = Dropout(config.relative.pooler_dropout) if config.relative else head_dropout
+            self.head = nn.Sequential(OrderedDict(
+                first_dropout=first, dense=Linear(D, D), activation=nn.GELU() if config.relative else nn.Tanh(),
+                dropout=head_dropout, out_proj=Linear(D, config.num_labels)))
+        if head == "classify" and config.relative:
+            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
+        self.max_length = config.max_positions or math.inf
+        if config.family == "roberta":  # counts positions from pad_id + 1
+            self.max_length -= config.pad_id + 1
+
+    def forward(self, tokens, mask=None, types=None):
+        """Logits (B, num_labels) of the first token, [CLS] or <s>; see `hidden_states` for the inputs.
+
+        span: of every token (B, T, 2), as the first and as the last of an answer.
+        """
+        if self.head_kind == "span":
+            return self.classify(self.hidden_states(tokens, mask, types))
+        x = self.hidden_states(tokens, mask, types, first_token_only=True)[:, 0]  # (B, D)
+        return self.classify(self.pooled_dropout(torch.tanh(self.pooler(x))) if self.family == "bert" else x)
+
+    def hidden_states(self, tokens, mask=None, types=None, first_token_only=False):
+        """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> (B, T, D).
+
+        With `first_token_only` what comes back may be the first token alone, which is faster. Raises UserError when T
+        exceeds the position table.
+        """
+        T, pad = tokens.shape[1], self.config.pad_id
+        if T > self.max_length:
+            raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
+        x = self.embed(tokens)
+        if self.types is not None:
+            x = x + (self.types.weight[0] if types is None else self.types(types))
+        if self.family == "roberta":  # padding has position pad
+            real = tokens != pad
+            x = x + self.positions(real.cumsum(1) * real + pad)
+        elif self.positions is not None:
+            x = x + self.positions.weight[:T]
+        x, visible, inputs = self.embed_norm(x), None if mask is None else mask[:, None, None], {}  # (B, 1, 1, T)
+        if self.config.relative:
+            inputs["bucket"], inputs["table"] = self.relative_positions(T)
+            if mask is not None:
+                x, visible = x * mask[..., None], visible & visible.mT  # padding sees nothing, either
+        return self.run_blocks(self.dropout(x), {None: (visible, False)}, first_token_only, **inputs)
+
+    def relative_positions(self, T):
+        """(bucket (T, T), table (R, D)) for `Block.position_scores`: the part of the table that T tokens need, and their rows.
+
+        The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
+        """
+        relative, at = self.config.relative, torch.arange(T, device=self.embed.weight.device)
+        bucket, middle = at[:, None] - at, relative.buckets // 2  # query - key
+        if middle:
+            far = bucket.abs().clamp(min=middle) / middle
+            far = torch.log(far) / torch.log(torch.tensor(relative.furthest / middle)) * (middle - 1)  # float32 decides
+            far = bucket.sign() * (middle + far.ceil())
+            bucket = torch.where(bucket.abs() <= middle, bucket, far).long()
+        near = T if T <= (middle or relative.span) else relative.span
+        table = self.relative_embed.weight[relative.span - near:relative.span + near]
+        return (bucket + near).clamp(0, 2 * near - 1), self.relative_norm(table)
+
+
 class Decoder(Transformer):
     """The LLaMA family and gpt2 with a next-token ("lm") or a sequence classification head."""
 
+    heads = {"lm": "CausalLM", "classify": "SequenceClassification"}
     prefix = "model"
     names = {"embed": "embed_tokens", "blocks": "layers", "norm": "norm", "query": "self_attn.q_proj",
              "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
@@ -928,12 +865,12 @@ class Decoder(Transformer):
     def __init__(self, config, head):
         super().__init__(config, head)
         self.head_names = {"head": "lm_head" if head == "lm" else "score"}
-        D, gpt2 = config.hidden_size, config.family == "gpt2"
+        D = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, D)
-        self.blocks = nn.ModuleList(DecoderBlock(config, i) for i in range(config.layers))
-        self.norm = nn.LayerNorm(D, config.norm_eps) if gpt2 else RMSNorm(D, config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = make_norm(config)
         self.head = Linear(D, config.vocab_size if head == "lm" else config.num_labels, bias=False)
-        if gpt2:
+        if config.family == "gpt2":
             self.prefix, self.names, self.max_length = "transformer", self.gpt2_names, config.max_positions
             self.positions = nn.Embedding(config.max_positions, D)
             self.dropout = Dropout(config.embedding_dropout)
@@ -952,10 +889,9 @@ class Decoder(Transformer):
         `position_ids` (B, T) are 0..T-1 by default (rotary embeddings are relative: left padding moves all alike;
         gpt2's are not). With a `cache`, tokens are the next T of each row and the mask covers all so far.
         """
-        T, start = tokens.shape[1], 0 if cache is None else cache.length
+        T, start, angles = tokens.shape[1], 0 if cache is None else cache.length, None
         x = self.embed(tokens)
         at = torch.arange(start, start + T, device=x.device) if position_ids is None else position_ids
-        angles = None
         if self.family == "gpt2":
             if start + T > self.max_length:
                 raise UserError(f"{start + T} tokens, but the model has {self.max_length} positions: "
@@ -969,23 +905,24 @@ class Decoder(Transformer):
             x = x * x.new_full((), self.config.hidden_size ** 0.5)  # a tensor: rounded to the dtype before multiplying
         padding = None if right_padded else mask
         masks = {w: causal_mask(padding, start, T, w, x.device) for w in dict.fromkeys(self.config.windows)}
-        x = self.run_blocks(x, angles, masks, cache)
+        x = self.run_blocks(x, masks, angles=angles, cache=cache)
         if cache is not None:
             cache.length += T
         if self.head_kind == "classify":
             last = T - 1 if mask is None else (torch.arange(T, device=x.device) * mask).argmax(1)
-            x = x[torch.arange(len(x), device=x.device), last]
-        elif positions is not None:
+            return self.classify(self.norm(x[torch.arange(len(x), device=x.device), last]))
+        if positions is not None:
             x = x.flatten(0, 1)[positions]
-        if labels is not None:
-            W = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
-            return TokenLoss.apply(self.norm(x), W, labels)
-        return self.head(self.norm(x)) if self.head_kind == "lm" else self.classify(self.norm(x))
+        if labels is None:
+            return self.head(self.norm(x))
+        W = self.head.weight if torch.is_grad_enabled() else self.head.weight.detach()
+        return TokenLoss.apply(self.norm(x), W, labels)
 
 
 class ViT(Transformer):
     """Vision transformer with an image classification head on the class token."""
 
+    heads = {"classify": "ImageClassification"}
     prefix, head_names = "vit", {"head": "classifier"}
     names = {"cls_token": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
              "patch": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer", "norm": "layernorm",
@@ -1002,8 +939,8 @@ class ViT(Transformer):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.positions = nn.Parameter(torch.zeros(1, (height // patch[0]) * (width // patch[1]) + 1, D))
         self.dropout = Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = make_norm(config)
         self.head = Linear(D, config.num_labels)
 
     def forward(self, pixels):
@@ -1017,7 +954,7 @@ class ViT(Transformer):
             raise UserError(f"images of shape {tuple(pixels.shape[1:])}, but the model takes {self.config.image_size}")
         x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.positions
-        return self.run_blocks(self.dropout(x), None, first_token_only=first_token_only)
+        return self.run_blocks(self.dropout(x), {None: (None, False)}, first_token_only)
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
@@ -1035,15 +972,12 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     """
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
-    saved_as = str((config.raw.get("architectures") or [""])[0])
-    heads = {"encoder": ["classify", "span"], "vit": ["classify"], "decoder": ["lm", "classify"]}[config.kind]
     if head is None:
-        ends = {"Classification": "classify", "QuestionAnswering": "span"}
-        head = next((kind for end, kind in ends.items() if saved_as.endswith(end)), heads[0])
-    if head not in heads:
-        raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only {' or '.join(heads)}")
-    num_labels = 2 if head == "span" else num_labels
-    there = config.num_labels  # outputs of the checkpoint's head, by its config.json
+        saved_as = str((config.raw.get("architectures") or [""])[0])
+        head = next((ours for ours, theirs in kind.heads.items() if saved_as.endswith(theirs)), [*kind.heads][0])
+    if head not in kind.heads:
+        raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only {' or '.join(kind.heads)}")
+    there, num_labels = config.num_labels, 2 if head == "span" else num_labels  # by its config.json, the head's outputs
     config.num_labels = there if num_labels is None else num_labels
     if outputs is None:
         there, outputs = config.num_labels, list(range(config.num_labels))
@@ -1051,19 +985,16 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")
     with torch.device("meta"):
         model = kind(config, head)
-    random = weights == "random"
     model.plain_names = [key for key, _ in model.named_parameters()]
-    if random:
+    if weights == "random":
         model.fresh = [key for key in model.plain_names if not (tied(model) and key == "head.weight")]
     else:
-        model.fresh = read_weights(model, folder, dtype, device, mapped, there, outputs, int8)
+        model.fresh = read_weights(model, folder, there, outputs, dtype=dtype, device=device, mapped=mapped, int8=int8)
         model.decoding = other_decoding(folder)
     # a new head is the same on every device; a whole random model is drawn where that is fast
-    generator = torch.Generator(device if random else "cpu").manual_seed(seed)
+    generator = torch.Generator(device if weights == "random" else "cpu").manual_seed(seed)
     for parameter in model.fresh:
-        initialise(place(model, parameter, dtype, device), parameter, config, generator)
-        if int8:
-            quantise(model, parameter)
+        place(model, parameter, initial(model, parameter, generator), dtype, device, int8)
     if tied(model):
         model.head.weight = model.embed.weight
         model.plain_names.remove("head.weight")
@@ -1076,31 +1007,34 @@ def tied(model):
     return model.head_kind == "lm" and model.config.tied
 
 
-def place(model, name, dtype, device):
-    """Replace parameter `name`, on the meta device, by an uninitialised frozen one on `device`; returns it.
+def place(model, name, value, dtype, device, int8=False, mapped=False):
+    """Make a copy of `value` the frozen parameter `name`; see `load` for the options.
 
     A head other than a language model's is float32 whatever the model's dtype: it is trained, and small steps on
     bfloat16 are lost.
     """
     path, _, leaf = name.rpartition(".")
     dtype = torch.float32 if path.startswith("head") and model.head_kind != "lm" else dtype
-    empty = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-    setattr(model.get_submodule(path), leaf, nn.Parameter(empty, requires_grad=False))
-    return model.get_parameter(name)
+    if not (mapped and value.dtype == dtype and value.is_contiguous()):
+        value = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    module = model.get_submodule(path)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    if int8 and name.startswith("blocks.") and leaf == "weight" and isinstance(module, Linear):
+        model.set_submodule(path, Int8Linear(module))
 
 
-def initialise(parameter, name, config, generator):
+def initial(model, name, generator):
     """transformers' initialisation: biases 0, norms 1 (gemma's 0), normal(0, initializer_range), padding row 0."""
+    config, shape = model.config, model.get_parameter(name).shape
     if name.endswith("bias") or "norm" in name:
-        parameter.fill_(0.0 if name.endswith("bias") or config.family == "gemma" else 1.0)
-    else:
-        draw = torch.empty(parameter.shape, device=generator.device)
-        std = config.initializer_range
-        if config.family == "gpt2" and name.startswith("blocks.") and ("out" in name or "down" in name):
-            std /= math.sqrt(2 * config.layers)  # Radford et al. 2019, section 2.3: there are 2 residual sums per block
-        parameter.copy_(draw.normal_(0, std, generator=generator))
-        if name == "embed.weight" and config.pad_id is not None:
-            parameter[config.pad_id:][:1] = 0
+        return torch.full(shape, 0.0 if name.endswith("bias") or config.family == "gemma" else 1.0)
+    std = config.initializer_range
+    if config.family == "gpt2" and name.startswith("blocks.") and ("out" in name or "down" in name):
+        std /= math.sqrt(2 * config.layers)  # Radford et al. 2019, section 2.3: there are 2 residual sums per block
+    value = torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
+    if name == "embed.weight" and config.pad_id is not None:
+        value[config.pad_id:][:1] = 0
+    return value
 
 
 def weight_files(folder, config):
@@ -1114,12 +1048,10 @@ def weight_files(folder, config):
             raise UserError(f"{path}: refused, since unpickling runs code; convert it where you trust it: python -c \""
                              f"from transformers import {kind} as M; M.from_pretrained('.').save_pretrained('.')\"")
         raise UserError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not a checkpoint index ({type(error).__name__}); download it again") from None
+    files = read_json(index).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else [f"weight_map {files}"]
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or not (folder / name).is_file():
+        if not re.fullmatch(r"\w[\w.-]*", name) or not (folder / name).is_file():
             raise UserError(f"{index}: names {name!r}, which is no file inside the folder; download it")
     return [folder / name for name in names]
 
@@ -1146,57 +1078,47 @@ def open_weights(path):
         raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
 
 
-def read_weights(model, folder, dtype, device, mapped, there, outputs, int8):
+def read_weights(model, folder, there, outputs, **options):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have.
 
     Of a classification head with `there` outputs, those at the indices `outputs` are used; of another one, none.
+    `options`: `place`'s.
     """
-    config, files, stored = model.config, weight_files(folder, model.config), []
+    config, files, stored, others = model.config, weight_files(folder, model.config), set(), []
+    where, trained_head = files[0] if len(files) == 1 else folder, model.head_kind != "lm"
     for path in files:
         with open_weights(path) as file:
-            stored += file.keys()
-    names = stored_names(model, True) | stored_names(model)
-    if config.tied and not set(stored).intersection(spellings(model, "embed.weight")):
+            stored.update(file.keys())
+    names, missing = stored_names(model, every_spelling=True), set(model.plain_names)
+    if config.tied and stored.isdisjoint(spellings(model, "embed.weight")):
         names["lm_head.weight"] = ["embed.weight"]
-    missing, trained_head, others = set(model.plain_names), model.head_kind != "lm", set()
+    body = {model.prefix, *(name.split(".")[0] for name in model.names.values())}  # where all tensors have to be known
     for path in files:
         with open_weights(path) as file:
             for key in file.keys():
                 hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                ours = names.get(hf) or names.get(f"{model.prefix}.{hf}", [])  # the latter: saved without a head
-                if not ours and not of_blocks(model, hf):
-                    others |= set() if IGNORED.search(hf) else {key}
+                ours, expected = names.get(hf, []), None
+                if not ours and (IGNORED.search(hf) or hf.split(".")[0] not in body):
+                    others += [] if IGNORED.search(hf) else [key]
                     continue
                 kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
-                parameters = [model.get_parameter(name) for name in ours if name in missing]
-                rows, transposed, expected = [len(parameter) for parameter in parameters], False, None
-                if parameters:
-                    transposed = is_transposed(model, ours[0])
-                    expected = [sum(rows), *parameters[0].shape[1:]]
-                    expected = expected[::-1] if transposed else expected
+                if ours and missing.issuperset(ours):
+                    expected = list(as_stored(model, ours).shape)
                 of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
-                if of_outputs and shape[1:] == expected[1:]:
-                    if shape[0] != there or not outputs:
+                if of_outputs:
+                    expected[0] = there
+                    if shape[1:] == expected[1:] and (shape != expected or not outputs):
                         model.unused_outputs = shape[0]
                         continue  # starts afresh
-                    shape = expected
                 if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                      + (f"one of floats {expected}" if expected else "none, or it is here twice"))
                 tensor = file.get_tensor(key)  # a view of the file
-                tensor = tensor.T if transposed else tensor
-                tensor = tensor[outputs] if of_outputs else tensor
-                for name, part in zip(ours, tensor.split(rows)):
-                    parameter = place(model, name, dtype, device)
-                    if mapped and parameter.dtype == part.dtype and part.is_contiguous():
-                        parameter.data = part
-                    else:  # copied even if nothing changes
-                        parameter.copy_(part)
-                    missing.remove(name)
-                    if int8:
-                        quantise(model, name)
+                tensor = tensor[outputs] if of_outputs else tensor.T if is_transposed(model, ours[0]) else tensor
+                for name, part in zip(ours, tensor.split([len(model.get_parameter(name)) for name in ours])):
+                    place(model, name, part, **options)
+                missing -= {*ours}
                 del tensor, part  # before the next one is read
-    where = files[0] if len(files) == 1 else folder
     if others:
         some = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
         note(f"{where}: {len(others)} tensors of another head are not used, as in transformers: {some}")
@@ -1214,15 +1136,16 @@ def read_weights(model, folder, dtype, device, mapped, there, outputs, int8):
 
 def spellings(model, name):
     """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
-    names = [model.hf_name(name, module=spelling) for spelling in (False, True)]
-    return names + [name.removeprefix(f"{model.prefix}.") for name in names]
+    names = {model.hf_name(name), model.hf_name(name, module=True)}
+    return names | {name.removeprefix(f"{model.prefix}.") for name in names}
 
 
-def stored_names(model, module=False):
-    """{name in transformers' checkpoint: our parameters in it, one below the other}; see `hf_name` for `module`."""
+def stored_names(model, every_spelling=False):
+    """{name in transformers' checkpoint: our parameters in it, one below the other}, also under its other spellings."""
     names = {}
     for name in model.plain_names:
-        names.setdefault(model.hf_name(name, module), []).append(name)
+        for theirs in spellings(model, name) if every_spelling else [model.hf_name(name)]:
+            names.setdefault(theirs, []).append(name)
     return names
 
 
@@ -1231,32 +1154,32 @@ def is_transposed(model, name):
     return model.family == "gpt2" and name.startswith("blocks.") and plain_tensor(model, name).dim() == 2
 
 
-def of_blocks(model, key):
-    """Whether a tensor that no parameter is named for belongs to the model's body, where all have to be known."""
-    body = {key.split(".")[0] for key in model.names.values()} | {model.prefix}
-    return key.split(".")[0] in body and not IGNORED.search(key)
+def plain_tensor(model, name):
+    """The values of the parameter `name`, of an adapted or int8 layer, too."""
+    return operator.attrgetter(name)(model).detach()
+
+
+def as_stored(model, names):
+    """The tensor of transformers' checkpoint that our parameters make up, one below the other."""
+    parts = [plain_tensor(model, name) for name in names]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
+    return tensor.T if is_transposed(model, names[0]) else tensor
 
 
 # settings of generation_config.json that change what transformers decodes, with the values that do not
-DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0,
-            "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "min_length": 0,
-            "forced_bos_token_id": None,
-            "forced_eos_token_id": None, "min_new_tokens": None, "sequence_bias": None, "guidance_scale": 1,
-            "exponential_decay_length_penalty": None, "penalty_alpha": None, "stop_strings": None}
+DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
+            "guidance_scale": 1, **dict.fromkeys([
+                "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "penalty_alpha",
+                "forced_eos_token_id", "min_new_tokens", "sequence_bias", "exponential_decay_length_penalty",
+                "stop_strings"])}
 
 
 def other_decoding(folder):
     """A line on the settings with which transformers would not decode greedily, or None."""
-    path = folder / "generation_config.json"
+    path = Path(folder) / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
     other = [f"{key} {raw[key]}" for key, plain in DECODING.items() if raw.get(key) not in (None, plain)]
     return f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
-
-
-def plain_tensor(model, name):
-    """The values of the parameter `name`, of an adapted or int8 layer, too."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf).detach()
 
 
 def save(model, folder, shard_bytes=5_000_000_000):
@@ -1264,7 +1187,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
 
     Raises UserError when adapters are not merged. Earlier weights in the folder are removed.
     """
-    folder, config = Path(folder), model.config
+    folder, config, stored = Path(folder), model.config, stored_names(model)
     adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
     if adapted:
         raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint "
@@ -1272,38 +1195,26 @@ def save(model, folder, shard_bytes=5_000_000_000):
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    shards, used, total = [{}], 0, 0
-    for hf, names in stored_names(model).items():
-        size = sum(plain_tensor(model, name).nbytes for name in names)
-        used, total = used + size, total + size
-        if used > shard_bytes and shards[-1]:
-            shards, used = [*shards, {}], size
-        shards[-1][hf] = names
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for hf, names in shard.items():
-            parts = [plain_tensor(model, name).cpu() for name in names]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
-            tensors[hf] = (tensor.T if is_transposed(model, names[0]) else tensor).contiguous()
+    from huggingface_hub import split_state_dict_into_shards_factory  # here, not above: see `resolve`
+    shards = split_state_dict_into_shards_factory(
+        stored, get_storage_size=lambda names: sum(plain_tensor(model, name).nbytes for name in names),
+        filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
+    for file, keys in shards.filename_to_tensors.items():
+        tensors = {key: as_stored(model, stored[key]).cpu().contiguous() for key in keys}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
 
-    lm, raw = model.head_kind == "lm", dict(config.raw)
-    classification = "ForImageClassification" if config.family == "vit" else "ForSequenceClassification"
-    kind = {"lm": "ForCausalLM", "span": "ForQuestionAnswering", "classify": classification}[model.head_kind]
-    raw["architectures"] = [(CLASSES[raw["model_type"]] + kind).replace("GPT2ForCausalLM", "GPT2LMHeadModel")]
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    raw = dict(config.raw)
+    kind = f"{CLASSES[raw['model_type']]}For{model.heads[model.head_kind]}"
+    raw["architectures"] = [kind.replace("GPT2ForCausalLM", "GPT2LMHeadModel")]
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if not lm and len(raw.get("id2label") or ()) != config.num_labels:
+    if model.head_kind != "lm" and len(raw.get("id2label") or ()) != config.num_labels:
         raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         raw["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     raw.pop("num_labels", None)  # transformers counts id2label
-    texts = {"config.json": raw}
-    if len(shards) > 1:
-        texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for file, text in texts.items():
-        (folder / file).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -1319,11 +1230,7 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     if model.decoding:
         note(model.decoding)
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
-    position_ids = None
-    mask = None if mask is None or mask.all() else mask.bool()
-    if mask is not None:
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        mask = F.pad(mask, (0, max_new_tokens), value=True)
+    padding, mask = {}, None if mask is None or mask.all() else F.pad(mask.bool(), (0, max_new_tokens), value=True)
     cache = Cache(model, B, T + max_new_tokens)
     generated = torch.full((B, max_new_tokens), pad_id, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -1331,8 +1238,10 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     total, rows = torch.zeros(B, device=device), torch.arange(B, device=device)
     ends = (rows + 1) * T - 1  # flat index of each row's last token
     for step in range(max_new_tokens):
-        so_far = None if mask is None else mask[:, :T + step]
-        logits = model(tokens, so_far, positions=ends, cache=cache, position_ids=position_ids)  # (B, V)
+        if mask is not None:
+            places = (mask[:, :T + step].cumsum(1) - 1).clamp(min=0)
+            padding = {"mask": mask[:, :T + step], "position_ids": places[:, cache.length:]}
+        logits = model(tokens, positions=ends, cache=cache, **padding)  # (B, V)
         largest, chosen = logits.max(-1)
         total += largest
         generated[:, step] = torch.where(done, pad_id, chosen)
@@ -1344,7 +1253,6 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
                 generated = generated[:, :step + 1]
                 break
         tokens, ends = generated[:, step:step + 1], rows
-        position_ids = None if position_ids is None else position_ids[:, -1:] + 1
     require_finite(total, model)
     return generated
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-from model import UserError, generate, load, read_config, resolve, save  # noqa: E402
+from model import UserError, generate, load, resolve, save  # noqa: E402
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
@@ -804,7 +804,7 @@ def test_save_new_head_dtype_and_adapters(tmp_path):
     oracle = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype="auto")
     assert oracle.config.num_labels == 5 and oracle.dtype == torch.bfloat16
     assert type(oracle).__name__ == "BertForSequenceClassification"
-    assert read_config(tmp_path / "saved").num_labels == 5
+    assert models.find_config(tmp_path / "saved")[0].num_labels == 5
 
 
 # ---- what is refused
@@ -867,7 +867,7 @@ def test_layer_types_and_window(tmp_path):
     edit_config(tmp_path, layer_types=["full_attention"])
     refused("layer_types", "3", args=(tmp_path,))
     edit_config(tmp_path, layer_types=..., max_window_layers=2)
-    assert read_config(tmp_path).windows == [None, None, 3]
+    assert models.find_config(tmp_path)[0].windows == [None, None, 3]
     assert transformers.AutoConfig.from_pretrained(tmp_path).layer_types[1:] == ["full_attention", "sliding_attention"]
     edit_config(tmp_path, sliding_window=-3)
     refused("sliding_window", "-3", args=(tmp_path,))
