@@ -496,7 +496,7 @@ def save_model(model, processor, folder):
     raw = model.config.raw
     if model.head_kind == "classify" and processor.tokenizer and raw.get("pad_token_id") is None:
         raw["pad_token_id"] = processor.tokenizer.pad_id  # else transformers' decoders classify one text at a time
-    with models.whole_folder(folder) as part:
+    with models.publish(folder) as part:
         models.save(model, part)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
                      "merges.txt", "added_tokens.json", "chat_template.jinja",

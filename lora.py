@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import Int8Linear, UserError, open_weights, read_json, spellings, tied, whole_folder
+from model import Int8Linear, UserError, open_weights, publish, read_json, spellings
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -563,7 +563,7 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "modules_to_save": sorted(heads) or None,
     }
     tensors = {f"base_model.model.{path}": tensor.contiguous().cpu() for path, tensor in tensors.items()}
-    with whole_folder(Path(folder)) as part:
+    with publish(Path(folder)) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -610,7 +610,7 @@ def load_adapter(model, folder):
     matrices |= {model.hf_name(name, module=True): [name] for name in linears}
     paths = {spelling: path for path, names in matrices.items() for spelling in spellings(model, names[0])}
     parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
-    if tied(model):
+    if model.tied:
         parameters["lm_head.weight"] = "embed.weight"
     found, changed = {}, set()
     for key, tensor in tensors.items():

@@ -50,33 +50,25 @@ def own_module(flag, place):
 
 
 @contextlib.contextmanager
-def whole_folder(final):
-    """An empty folder to write to, which then takes the name `final`; after an error nothing of it is left."""
+def publish(final, folder=True):
+    """A path to write a folder's contents or a file to, which then takes the name `final`, on the disk for good.
+
+    What had that name is replaced; after an error nothing of the new is there.
+    """
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir(parents=True)
+    if folder:
+        part.mkdir(parents=True)
     try:
         yield part
-        publish(part, final)
+        for path in [*part.glob("*"), part]:  # contents before the name
+            sync(path)
+        if final.is_dir():
+            shutil.rmtree(final)
+        part.replace(final)
+        sync(final.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def whole_file(final, text):
-    """Write a text file, which appears or changes whole or not at all."""
-    part = final.with_name(f"{final.name}.part")
-    part.write_text(text, encoding="utf-8")
-    publish(part, final)
-
-
-def publish(part, final):
-    """Give the finished file or folder `part` its final name, on the disk for good; what had that name is replaced."""
-    for path in [*part.glob("*"), part]:  # contents before the name
-        sync(path)
-    if final.is_dir():
-        shutil.rmtree(final)
-    part.replace(final)
-    sync(final.parent)
 
 
 def sync(path):
@@ -198,16 +190,16 @@ CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "d
 # all others are decoders
 KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
 # what others call by GPT-2's names
-GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-             "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
-             "layer_norm_epsilon": "layer_norm_eps", "embd_pdrop": "embedding_dropout",
-             "resid_pdrop": "hidden_dropout_prob", "attn_pdrop": "attention_dropout"}
+GPT2_KEYS = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
+             "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
+             "attn_pdrop": "attention_dropout", "resid_pdrop": "hidden_dropout_prob", "embd_pdrop": "embedding_dropout",
+             "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}
 # transformers' defaults where a family has its own
-DEFAULTS = {"gpt2": dict(max_position_embeddings=1024, layer_norm_eps=1e-5, hidden_act="gelu_new", embedding_dropout=0.1,
-                         hidden_dropout_prob=0.1, attention_dropout=0.1, tie_word_embeddings=True),
-            "gemma": dict(head_dim=256, tie_word_embeddings=True), "qwen3": dict(head_dim=128),
-            "olmo2": dict(rms_norm_eps=1e-5), "deberta-v2": dict(layer_norm_eps=1e-7, type_vocab_size=0),
-            "roberta": dict(pad_token_id=1), "vit": dict(hidden_dropout_prob=0.0)}
+DEFAULTS = {"roberta": dict(pad_token_id=1), "deberta-v2": dict(layer_norm_eps=1e-7, type_vocab_size=0),
+            "qwen3": dict(head_dim=128), "gemma": dict(head_dim=256, tie_word_embeddings=True),
+            "olmo2": dict(rms_norm_eps=1e-5), "vit": dict(hidden_dropout_prob=0.0),
+            "gpt2": dict(max_position_embeddings=1024, layer_norm_eps=1e-5, hidden_act="gelu_new",
+                         attention_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=True)}
 # Keys of config.json with which transformers computes what is not built here, unless they have the value given,
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
@@ -216,15 +208,13 @@ FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_
 # and those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs), or
 # that would show in the shapes of tensors
 IRRELEVANT = re.compile(
-    r"_.*|.*_token_ids?|.*_token|transformers_version|.*torch_?dtype|dtype|torchscript|use_cache|use_bfloat16|prefix|"
-    r"tf_legacy_loss|return_dict|output_.*|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|auto_map|"
-    r"directionality|pooler_.*|encoder_stride|finetuning_task|task_specific_params|tokenizer_class|unsloth_.*|mask_.*|"
-    r"is_llama_config|max_sequence_length|model_max_length|rope_interleaved|use_mrope|transformers\.js_config|n_ctx|"
-    r"tie_encoder_decoder|initializer_factor|cross_attention_hidden_size|cls_token.*|temperature|top_[kp]|do_sample|"
-    r"(max|min)_(length|new_tokens)|.*num_beam.*|num_return_sequences|typical_p|length_penalty|early_stopping|"
-    r".*repetition_penalty|.*no_repeat_ngram_size|diversity_penalty|remove_invalid_values|bad_words_ids|summary_.*|"
-    r"(begin_)?suppress_tokens|exponential_decay_length_penalty|reorder_and_upcast_attn|label2id|embedding_size|"
-    r"attention_head_size|legacy|max_position_embeddings|tie_word_embeddings")
+    r"_.*|.*_tokens?(_ids?)?|.*_length|.*_penalty|.*dtype|.*beam.*|.*_ngram_size|output_.*|pooler_.*|summary_.*|"
+    r"mask_.*|cls_token.*|unsloth_.*|tokenizer_class|transformers_version|transformers\.js_config|torchscript|prefix|"
+    r"use_(cache|bfloat16|mrope)|tf_legacy_loss|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|n_ctx|"
+    r"directionality|encoder_stride|finetuning_task|task_specific_params|is_llama_config|rope_interleaved|return_dict|"
+    r"tie_(word_embeddings|encoder_decoder)|initializer_factor|cross_attention_hidden_size|temperature|top_[kp]|legacy|"
+    r"typical_p|do_sample|num_return_sequences|early_stopping|remove_invalid_values|bad_words_ids|auto_map|label2id|"
+    r"reorder_and_upcast_attn|embedding_size|attention_head_size|max_position_embeddings")
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 ROPE = {"default": [], "linear": ["factor"],
@@ -289,7 +279,7 @@ def normalise(raw, path):
     kind, deberta, gpt2 = KINDS.get(family, "decoder"), family == "deberta-v2", family == "gpt2"
     rotary = kind == "decoder" and not gpt2
     for key, expected in {"architectures": list, "id2label": dict}.items():
-        if not isinstance(ask(key) or expected(), expected):
+        if not isinstance(ask(key, expected()), expected):
             refuse(key, f"a {expected.__name__}")
     for key, only in FIXED.items():
         if given.get(key) not in (None, only):
@@ -327,8 +317,8 @@ def normalise(raw, path):
         refuse("layer_types", f"{layers} entries, one per layer")
     image, patch = (tuple(size) if isinstance(size, list) else (size, size)
                     for size in (ask("image_size", 224), ask("patch_size", 16)))
-    if not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
-                                                  for n, p in zip(image, patch))):
+    if kind == "vit" and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
+                                                                    for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
     bias = not rotary or family in ("llama", "qwen3", "gemma", "olmo2") and bool(ask("attention_bias"))
@@ -342,7 +332,7 @@ def normalise(raw, path):
         relative=relative_attention(ask, get, refuse, positions) if deberta else None,
         max_positions=0 if deberta and ask("position_biased_input") is False else positions,
         type_vocab_size=get("type_vocab_size", 2, 0) if text else 0, pad_id=None if pad < 0 else pad,
-        num_labels=len(ask("id2label") or ()) or get("num_labels", 2),
+        num_labels=len(ask("id2label", ())) or get("num_labels", 2),
         norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if rotary else get("layer_norm_eps", 1e-12, 0, kind=float),
         initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
         embedding_dropout=get("embedding_dropout", 0.0, 0, 1, float) if gpt2 else 0.0,
@@ -404,10 +394,7 @@ def has_frozen_product(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that trains with the faster product on a CPU in float32 while it is frozen.
-
-    Without gradients it is F.linear, so that evaluations round as everybody's do.
-    """
+    """nn.Linear that trains with `FrozenProduct` where it can; evaluations round as everybody's do."""
 
     def forward(self, x):
         if torch.is_grad_enabled() and has_frozen_product(x, self.weight, self.bias):
@@ -425,9 +412,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, chunk=2**25):
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        product = F.linear
-        if needs_x and has_frozen_product(x, weight):
-            product = FrozenProduct.apply
+        product = FrozenProduct.apply if needs_x and has_frozen_product(x, weight) else F.linear
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -511,19 +496,18 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, mask, causal, p, scale):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
-    A mask of floats (B, H, T, S) is added to the scores, q k^T times `scale`.
-    Each key/value head serves H / G query heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with
-    repeated k and v; CUDA: the flash kernel). CUDA's masked kernels know no groups and would fall back to slow generic
-    code, so there k and v are repeated. A single query token needs neither: its heads become the rows of one query.
-    In training the CPU's kernel is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
+    A mask of floats (B, H, T, S) is added to the scores, q k^T times `scale`. Each key/value head serves H / G query
+    heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with repeated k and v; CUDA: the flash
+    kernel). CUDA's masked kernels know no groups and would fall back to slow generic code, so there k and v are
+    repeated. A single query token needs neither: its heads become the rows of one query. In training the CPU's kernel
+    is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
     """
-    (B, H, T, D), G, grouped = q.shape, k.shape[1], {}
+    (B, H, T, D), G = q.shape, k.shape[1]
     plain = q.device.type == "cpu" and torch.is_grad_enabled() and (p > 0 or q.dtype == torch.bfloat16)
+    grouped = G < H and T > 1 and mask is None and not plain
     if G < H and T == 1:
         q, causal = q.reshape(B, G, H // G, D), False
-    elif G < H and mask is None and not plain:
-        grouped["enable_gqa"] = True
-    elif G < H:
+    elif G < H and not grouped:
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
     if plain:
         scores = (q * scale) @ k.mT  # (B, H, T, S)
@@ -535,7 +519,7 @@ def attention(q, k, v, mask, causal, p, scale):
         y = dropout(scores.softmax(-1), p) @ v
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale,
-                                           **grouped)
+                                           enable_gqa=grouped)
     return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -561,14 +545,14 @@ def rope_frequencies(config):
     """Angular frequencies of the rotary embedding, float32 (head_dim / 2,), scaled as `config.rope` says."""
     rope = config.rope
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim)
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
+    if rope["rope_type"] == "default":
+        return frequencies
+    blend = 0.0
     if rope["rope_type"] == "llama3":  # waves longer than the old context are stretched, short ones stay, others blend
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * frequencies / rope["factor"] + blend * frequencies
-    return frequencies
+    return (1 - blend) * frequencies / rope["factor"] + blend * frequencies
 
 
 def rotate(x, cos, sin):
@@ -599,12 +583,7 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Attention and MLP, with norms before both: in olmo2 after them, in kind "encoder" after the residual sums.
-
-    With rotary embedding the MLP is gated. deberta's attention is disentangled (He et al. 2021,
-    https://arxiv.org/abs/2006.03654, Eq. 4): tokens are compared by content, and the content of each with the position
-    of the other relative to it.
-    """
+    """Attention and MLP with norms before both; in olmo2 after both, in bert, roberta and deberta after the sums."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -621,9 +600,7 @@ class Block(nn.Module):
             self.query_norm, self.key_norm = RMSNorm(dim, config), RMSNorm(dim, config)
         elif config.family == "olmo2":  # of all heads together
             self.query_norm, self.key_norm = RMSNorm(q, config), RMSNorm(kv, config)
-        products = 1
-        if self.relative:
-            products += self.relative.c2p + self.relative.p2c
+        products = 1 + self.relative.c2p + self.relative.p2c if self.relative else 1
         if self.relative and not self.relative.shared:
             self.position_key = Linear(D, D) if self.relative.c2p else None
             self.position_query = Linear(D, D) if self.relative.p2c else None
@@ -671,8 +648,9 @@ class Block(nn.Module):
         return attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
 
     def position_scores(self, q, k, mask, bucket, table):
-        """Content-to-position and position-to-content scores of q (B, H, Q, D) and k (B, H, T, D): (B, H, Q, T).
+        """Scores (B, H, Q, T) of contents q (B, H, Q, D) and k (B, H, T, D) with the other token's relative position.
 
+        Disentangled attention (He et al. 2021, https://arxiv.org/abs/2006.03654, Eq. 4) without its term q k^T.
         `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j.
         Each token is compared with the table's R rows, not with T vectors of its own. What `mask` (B, 1, T, T) hides
         gets the lowest number, so that padding, which sees nothing, averages over all tokens as in transformers.
@@ -713,6 +691,7 @@ class Transformer(nn.Module):
     def __init__(self, config, head):
         super().__init__()
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
+        self.tied = head == "lm" and config.tied  # the head is the embedding
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
@@ -721,8 +700,7 @@ class Transformer(nn.Module):
     def hf_name(self, name, module=False):
         """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3.query.weight" or "blocks.3".
 
-        module=True: its path in transformers' model, as in PEFT's files. They differ for vit only: transformers 5 has
-        vit.layers.3.attention.q_proj for what its files still call vit.encoder.layer.3.attention.attention.query.
+        module=True: its path in transformers' model, as in PEFT's files, which is another one for vit (`module_names`).
         """
         for ours, theirs in self.head_names.items():
             if name.startswith(ours):
@@ -738,8 +716,7 @@ class Transformer(nn.Module):
     def run_blocks(self, x, masks, first_token_only=False, **inputs):
         """Every block in turn, x (B, T, D) -> (B, T, D); see `Block.attend` for masks and inputs.
 
-        With `first_token_only` the last block computes no more than the first token, (B, 1, D), unless a hook on it or
-        in it wants to see all.
+        `first_token_only`: (B, 1, D), unless a hook on the last block or in it wants to see all tokens.
         """
         first_token_only = first_token_only and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
@@ -831,7 +808,7 @@ class Encoder(Transformer):
         return self.run_blocks(self.dropout(x), {None: (visible, False)}, first_token_only, **inputs)
 
     def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for `Block.position_scores`: the part of the table that T tokens need, and their rows.
+        """(bucket (T, T), table (R, D)) for `Block.attend`: the part of the table that T tokens need, and their rows.
 
         The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
         """
@@ -962,13 +939,11 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
-    as the checkpoint has); None is what the checkpoint was saved as. Weights go tensor by tensor to `device` and
-    `dtype`; weights="random" needs none, and for the names in `CONFIGS` no file. `model.fresh` names the parameters
-    that were initialised from `seed`. `outputs` are the indices of those of the checkpoint's outputs that become the
-    model's, [] none: its head starts afresh; by default all, if they are as many. `mapped` leaves on the CPU what
-    already has the `dtype` in the file: pages that all processes of a machine share and that are read when they are
-    used. With `int8` the matrices of the blocks are kept as Int8Linear, each from the moment it is read. Raises
-    UserError for anything wrong with the name or the checkpoint.
+    as the checkpoint has); None is what the checkpoint was saved as. weights="random" needs none, and for the names in
+    `CONFIGS` no file. `model.fresh` names the parameters that were initialised from `seed`. `mapped` leaves on the CPU
+    what has the `dtype` in the file: pages that all processes of a machine share. `outputs`: indices of those of the
+    checkpoint's outputs that become the model's, [] for a new head; by default all, if they are as many. `int8` keeps
+    the matrices of the blocks as Int8Linear. Raises UserError for anything wrong with the name or the checkpoint.
     """
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
@@ -987,7 +962,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         model = kind(config, head)
     model.plain_names = [key for key, _ in model.named_parameters()]
     if weights == "random":
-        model.fresh = [key for key in model.plain_names if not (tied(model) and key == "head.weight")]
+        model.fresh = [key for key in model.plain_names if not (model.tied and key == "head.weight")]
     else:
         model.fresh = read_weights(model, folder, there, outputs, dtype=dtype, device=device, mapped=mapped, int8=int8)
         model.decoding = other_decoding(folder)
@@ -995,7 +970,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     generator = torch.Generator(device if weights == "random" else "cpu").manual_seed(seed)
     for parameter in model.fresh:
         place(model, parameter, initial(model, parameter, generator), dtype, device, int8)
-    if tied(model):
+    if model.tied:
         model.head.weight = model.embed.weight
         model.plain_names.remove("head.weight")
     for buffer, value in list(model.named_buffers()):
@@ -1003,17 +978,9 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     return model.eval()
 
 
-def tied(model):
-    return model.head_kind == "lm" and model.config.tied
-
-
 def place(model, name, value, dtype, device, int8=False, mapped=False):
-    """Make a copy of `value` the frozen parameter `name`; see `load` for the options.
-
-    A head other than a language model's is float32 whatever the model's dtype: it is trained, and small steps on
-    bfloat16 are lost.
-    """
-    path, _, leaf = name.rpartition(".")
+    """Make a copy of `value` the frozen parameter `name`; see `load` for the options."""
+    path, _, leaf = name.rpartition(".")  # a head that is trained stays float32, since small steps on bfloat16 are lost
     dtype = torch.float32 if path.startswith("head") and model.head_kind != "lm" else dtype
     if not (mapped and value.dtype == dtype and value.is_contiguous()):
         value = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -1114,7 +1081,7 @@ def read_weights(model, folder, there, outputs, **options):
                     raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
                                      + (f"one of floats {expected}" if expected else "none, or it is here twice"))
                 tensor = file.get_tensor(key)  # a view of the file
-                tensor = tensor[outputs] if of_outputs else tensor.T if is_transposed(model, ours[0]) else tensor
+                tensor = tensor[outputs] if of_outputs else turned(model, ours[0], tensor)
                 for name, part in zip(ours, tensor.split([len(model.get_parameter(name)) for name in ours])):
                     place(model, name, part, **options)
                 missing -= {*ours}
@@ -1122,11 +1089,11 @@ def read_weights(model, folder, there, outputs, **options):
     if others:
         some = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
         note(f"{where}: {len(others)} tensors of another head are not used, as in transformers: {some}")
-    if tied(model) and "head.weight" in missing:
+    if model.tied and "head.weight" in missing:
         missing.remove("head.weight")
-    elif tied(model) and not torch.equal(model.head.weight, model.embed.weight):
+    elif model.tied and not torch.equal(model.head.weight, model.embed.weight):
         note(f"{where}: lm_head.weight differs from the embedding, though config.json ties them: both are used")
-        config.tied = config.raw["tie_word_embeddings"] = False
+        model.tied = config.raw["tie_word_embeddings"] = False
     fresh = [name for name in model.plain_names if name in missing]
     for name in fresh:
         if not (trained_head and name.startswith(("head.", "pooler."))):
@@ -1149,29 +1116,23 @@ def stored_names(model, every_spelling=False):
     return names
 
 
-def is_transposed(model, name):
-    """Whether transformers stores the parameter transposed, as GPT-2's Conv1D does: (in, out)."""
-    return model.family == "gpt2" and name.startswith("blocks.") and plain_tensor(model, name).dim() == 2
-
-
-def plain_tensor(model, name):
-    """The values of the parameter `name`, of an adapted or int8 layer, too."""
-    return operator.attrgetter(name)(model).detach()
+def turned(model, name, tensor):
+    """Our parameter as transformers stores it, or back again: GPT-2's Conv1D has matrices (in, out)."""
+    return tensor.t() if model.family == "gpt2" and name.startswith("blocks.") else tensor
 
 
 def as_stored(model, names):
     """The tensor of transformers' checkpoint that our parameters make up, one below the other."""
-    parts = [plain_tensor(model, name) for name in names]
-    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
-    return tensor.T if is_transposed(model, names[0]) else tensor
+    parts = [operator.attrgetter(name)(model).detach() for name in names]  # of adapted or int8 layers, too
+    return turned(model, names[0], parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 # settings of generation_config.json that change what transformers decodes, with the values that do not
-DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
-            "guidance_scale": 1, **dict.fromkeys([
-                "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "penalty_alpha",
-                "forced_eos_token_id", "min_new_tokens", "sequence_bias", "exponential_decay_length_penalty",
-                "stop_strings"])}
+DECODING = dict.fromkeys(["bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+                          "forced_eos_token_id", "min_new_tokens", "sequence_bias", "penalty_alpha", "stop_strings",
+                          "exponential_decay_length_penalty"])
+DECODING |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
+             "guidance_scale": 1}
 
 
 def other_decoding(folder):
@@ -1197,7 +1158,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
         old.unlink()
     from huggingface_hub import split_state_dict_into_shards_factory  # here, not above: see `resolve`
     shards = split_state_dict_into_shards_factory(
-        stored, get_storage_size=lambda names: sum(plain_tensor(model, name).nbytes for name in names),
+        stored, get_storage_size=lambda names: as_stored(model, names).nbytes,
         filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
     for file, keys in shards.filename_to_tensors.items():
         tensors = {key: as_stored(model, stored[key]).cpu().contiguous() for key in keys}

@@ -859,7 +859,7 @@ class Survival:
         try:
             for old in folder.parent.glob("*.part"):  # left by a run that was killed here
                 shutil.rmtree(old)
-            with models.whole_folder(folder) as part:
+            with models.publish(folder) as part:
                 save_file({name: value.cpu().clone().contiguous() for name, value in state.items()},  # views, of one
                           part / "state.safetensors")
                 about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
@@ -922,7 +922,9 @@ def cut_logs(out, step):
     for file in (Path(out) / "metrics.jsonl", Path(out) / "ranks.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
-        models.whole_file(file, "".join(line for about, line in logged if about["step"] < step + ("eval" not in about)))
+        kept = [line for about, line in logged if about["step"] < step + ("eval" not in about)]
+        with models.publish(file, folder=False) as part:
+            part.write_text("".join(kept), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -995,7 +997,8 @@ def run(s):
             result["warning"] = warning
             say("warning: " + warning)
         evaluation.write_cards(out, train_rows)
-        models.whole_file(out / "result.json", evaluation.to_json(result, indent=2) + "\n")  # the last: it is finished
+        with models.publish(out / "result.json", folder=False) as part:  # the last: it is finished
+            part.write_text(evaluation.to_json(result, indent=2) + "\n", encoding="utf-8")
         return result
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import operator
 import os
 import re
 import subprocess
@@ -370,9 +371,8 @@ def test_gradients(name, checkpointing, tmp_path):
     for n, gradient in zip(names, gradients):
         path = ours.hf_name(n, module=True)
         expected, = torch.autograd.grad((theirs * weights).sum(), their_parameters[path], retain_graph=True)
-        if models.is_transposed(ours, n):
-            together = models.stored_names(ours)[path]
-            expected = expected.T.chunk(len(together))[together.index(n)]
+        together = models.stored_names(ours).get(path, [n])
+        expected = models.turned(ours, n, expected).chunk(len(together))[together.index(n)]
         assert expected.abs().max() > 0
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1), n
 
@@ -1103,7 +1103,7 @@ def test_int8(name, tmp_path):
     ours = load(tmp_path, int8=True)
     inputs = inputs_for(name)[0][0]
     for n in plain.plain_names:
-        exact, kept = plain.get_parameter(n), models.plain_tensor(ours, n)
+        exact, kept = plain.get_parameter(n), operator.attrgetter(n)(ours)
         step = exact.abs().amax(-1, keepdim=True) / 127
         assert ((kept - exact).abs() <= step / 2 + 1e-6).all() if n.startswith("blocks.") else kept.equal(exact)
         exact.data.copy_(kept)
