@@ -51,10 +51,7 @@ def own_module(flag, place):
 
 @contextlib.contextmanager
 def publish(final, folder=True):
-    """A path to write a folder's contents or a file to, which then takes the name `final`, on the disk for good.
-
-    What had that name is replaced; after an error nothing of the new is there.
-    """
+    """A place to write a folder or file, which takes the name `final` on the disk for good; not after an error."""
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     if folder:
@@ -63,8 +60,7 @@ def publish(final, folder=True):
         yield part
         for path in [*part.glob("*"), part]:  # contents before the name
             sync(path)
-        if final.is_dir():
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)
         part.replace(final)
         sync(final.parent)
     finally:
@@ -74,10 +70,8 @@ def publish(final, folder=True):
 def sync(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # what the config.json of the models of a series have in common
@@ -153,9 +147,8 @@ CONFIGS = {name: {**series, **dict(zip(SIZES, numbers))} for name, _, series, *n
 def resolve(name, weights=True):
     """Return the checkpoint folder of a local path, `vit-digits`, a short name of `HUB` or a Hub id `org/name`.
 
-    An existing folder wins. Hub files go to huggingface_hub's cache (resumable; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE
-    and HF_TOKEN apply). Pickled weights are never fetched, with `weights=False` none at all. Raises UserError when the
-    name is unknown or the files cannot be had.
+    An existing folder wins. Hub files go to huggingface_hub's cache (its HF_* variables apply). Pickled weights are
+    never fetched, with `weights=False` none at all. Raises UserError when the files cannot be had.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -187,8 +180,7 @@ def resolve(name, weights=True):
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "deberta-v2": "DebertaV2",
            "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT",
            "gpt2": "GPT2", "olmo2": "Olmo2"}
-# all others are decoders
-KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}
+KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}  # the others: decoder
 # what others call by GPT-2's names
 GPT2_KEYS = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
              "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
@@ -205,8 +197,7 @@ FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
          "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
          "conv_kernel_size": 0, "pooler_hidden_act": "gelu"}
-# and those that change no logits (names, dates, export, memory, pre-training, decoding, the data of other programs), or
-# that would show in the shapes of tensors
+# and those that change no logits (names, export, memory, pre-training, decoding), or would show in tensors' shapes
 IRRELEVANT = re.compile(
     r"_.*|.*_tokens?(_ids?)?|.*_length|.*_penalty|.*dtype|.*beam.*|.*_ngram_size|output_.*|pooler_.*|summary_.*|"
     r"mask_.*|cls_token.*|unsloth_.*|tokenizer_class|transformers_version|transformers\.js_config|torchscript|prefix|"
@@ -222,12 +213,11 @@ ROPE = {"default": [], "linear": ["factor"],
 
 
 class Config(SimpleNamespace):
-    """What the forward passes need to know, the same for every family; made by `normalise`, where units are evident.
+    """What the forward passes need to know, the same for every family; see `normalise`.
 
-    kind: "encoder", "decoder" or "vit"; pad_id: None without; max_positions, type_vocab_size: rows of these tables, 0
-    without one; relative: `relative_attention`'s, deberta only; rope: rope_theta, rope_type and that type's own
-    settings, None without rotary embedding; windows: per layer how many tokens a query sees, itself included, or None
-    for all; tied: lm_head is the embedding; image_size (channels, height, width); patch_size (height, width).
+    kind: "encoder", "decoder" or "vit"; max_positions, type_vocab_size: rows of these tables, or 0; pad_id, rope (its
+    theta, type and that type's settings), relative (`relative_attention`'s): None without; windows: tokens that a query
+    sees, itself included, or None for all, per layer; image_size (channels, height, width); patch_size (height, width).
     """
 
 
@@ -236,7 +226,7 @@ def find_config(name, weights="checkpoint"):
     if weights == "random" and name in CONFIGS and not Path(name).is_dir():
         return normalise(dict(CONFIGS[name]), f"built-in config of {name}"), None
     folder = resolve(name, weights=weights != "random")
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
     return normalise(read_json(path), path), folder
@@ -286,7 +276,6 @@ def normalise(raw, path):
             refuse(key, f"{only}: nothing else is supported")
     if ask("problem_type") == "multi_label_classification":
         refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
-
     hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
     kv_heads = get("num_key_value_heads", heads) if rotary else heads
     head_dim = get("head_dim", hidden // heads, 0) if rotary else hidden // heads
@@ -321,29 +310,28 @@ def normalise(raw, path):
                                                                     for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
 
+    number = functools.partial(get, low=0, high=1, kind=float)
     bias = not rotary or family in ("llama", "qwen3", "gemma", "olmo2") and bool(ask("attention_bias"))
-    dropout, text = 0.0 if rotary else get("hidden_dropout_prob", 0.1, 0, 1, float), kind == "encoder"
+    dropout, text = 0.0 if rotary else number("hidden_dropout_prob", 0.1), kind == "encoder"
     positions = 0 if rotary or kind == "vit" else get("max_position_embeddings", low=3)
     pad = get("pad_token_id", 0 if text else -1, 0 if text else -1, 2**24)
     config = Config(
-        family=family, kind=kind, vocab_size=0 if kind == "vit" else get("vocab_size", high=2**24), hidden_size=hidden,
-        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, activation=activation,
-        intermediate_size=get("intermediate_size", 4 * hidden if gpt2 else None),
+        family=family, kind=kind, raw=raw, hidden_size=hidden, layers=layers, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, activation=activation, vocab_size=0 if kind == "vit" else get("vocab_size", high=2**24),
+        intermediate_size=get("intermediate_size", 4 * hidden if gpt2 else None), pad_id=None if pad < 0 else pad,
         relative=relative_attention(ask, get, refuse, positions) if deberta else None,
         max_positions=0 if deberta and ask("position_biased_input") is False else positions,
-        type_vocab_size=get("type_vocab_size", 2, 0) if text else 0, pad_id=None if pad < 0 else pad,
-        num_labels=len(ask("id2label", ())) or get("num_labels", 2),
-        norm_eps=get("rms_norm_eps", 1e-6, 0, kind=float) if rotary else get("layer_norm_eps", 1e-12, 0, kind=float),
-        initializer_range=get("initializer_range", 0.02, 0, kind=float), hidden_dropout=dropout,
-        embedding_dropout=get("embedding_dropout", 0.0, 0, 1, float) if gpt2 else 0.0,
-        attention_dropout=get("attention_dropout" if kind == "decoder" else "attention_probs_dropout_prob", dropout, 0,
-                              1, float),
-        classifier_dropout=get("cls_dropout" if deberta else "classifier_dropout", dropout, 0, 1, float),
-        qkv_bias=family == "qwen2" or bias and (kind != "vit" or bool(ask("qkv_bias", True))), out_bias=bias,
+        type_vocab_size=get("type_vocab_size", 2, 0) if text else 0, hidden_dropout=dropout,
+        norm_eps=number("rms_norm_eps", 1e-6) if rotary else number("layer_norm_eps", 1e-12),
+        embedding_dropout=number("embedding_dropout", 0.0), initializer_range=number("initializer_range", 0.02),
+        attention_dropout=number("attention_dropout" if kind == "decoder" else "attention_probs_dropout_prob", dropout),
+        classifier_dropout=number("cls_dropout" if deberta else "classifier_dropout", dropout), out_bias=bias,
+        qkv_bias=family == "qwen2" or bias and (kind != "vit" or bool(ask("qkv_bias", True))),
         mlp_bias=not rotary or family == "llama" and bool(ask("mlp_bias")),
-        tied=kind == "decoder" and bool(ask("tie_word_embeddings")), rope=rope if rotary else None, raw=raw,
+        tied=kind == "decoder" and bool(ask("tie_word_embeddings")), rope=rope if rotary else None,
         windows=[window if windowed and kind == "sliding_attention" else None for kind in kinds],
-        image_size=(get("num_channels", 3), *image), patch_size=patch)
+        image_size=(get("num_channels", 3), *image), patch_size=patch,
+        num_labels=len(ask("id2label", ())) or get("num_labels", 2))
     unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {})
               and ours.get(key, key) not in asked and not IRRELEVANT.fullmatch(key)]
     if unread:
@@ -352,10 +340,10 @@ def normalise(raw, path):
 
 
 def relative_attention(ask, get, refuse, positions):
-    """DeBERTa's disentangled attention, as config.json sets it; what does not show in the shapes of tensors is checked.
+    """DeBERTa's attention, as config.json sets it; what does not show in the shapes of tensors is checked.
 
-    c2p, p2c: whether content is compared with the key's position, the query's; buckets: of distances, 0 = each its own;
-    furthest: where the last one ends; span: buckets on either side; shared: positions are projected as content is.
+    c2p, p2c: compare content with the key's position, the query's; buckets: of distances, 0 = each its own; furthest:
+    where the last one ends; span: buckets on either side; shared: positions are projected as content is.
     """
     types = ask("pos_att_type")
     types = [part.strip() for part in types.lower().split("|")] if isinstance(types, str) else types
@@ -387,7 +375,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def has_frozen_product(x, weight, bias=None):
-    """Whether `FrozenProduct` computes x W^T + b: both are frozen and float32 on a CPU; compiled code has its own."""
+    """Whether `FrozenProduct` computes x W^T + b: frozen, float32, on a CPU; compiled code has its own."""
     return (not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
             and x.dtype == weight.dtype == torch.float32 and x.dim() > 1
             and not (weight.requires_grad or bias is not None and bias.requires_grad))
@@ -405,8 +393,8 @@ class Linear(nn.Linear):
 class TokenLoss(torch.autograd.Function):
     """Sum of the cross-entropies of logits x W^T: x (N, D), W (V, D), labels (N,) long -> 0-d float32.
 
-    Rows go through in chunks, and gradients are computed along with the loss (as in Liger-Kernel, Hsu et al. 2024), so
-    that memory never holds more than a chunk of the (N, V) logits, here 2^25 of them.
+    Gradients are computed along with the loss (as in Liger-Kernel, Hsu et al. 2024), in chunks of rows: memory never
+    holds more than 2^25 of the (N, V) logits.
     """
 
     @staticmethod
@@ -450,10 +438,7 @@ class Int8Product(torch.autograd.Function):
 
 
 class Int8Linear(nn.Module):
-    """A frozen Linear with W as int8, each row over its own largest entry (Dettmers et al. 2022, section 2).
-
-    `weight` is W in the dtype that it had, made anew whenever it is asked for: what is written there is lost.
-    """
+    """A frozen Linear with W as int8, each row over its own largest entry (Dettmers et al. 2022, section 2)."""
 
     def __init__(self, linear):
         super().__init__()
@@ -465,7 +450,7 @@ class Int8Linear(nn.Module):
         self.q = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)  # (out, in)
 
     @property
-    def weight(self):
+    def weight(self):  # made anew whenever it is asked for: what is written there is lost
         return (self.q * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x):
@@ -496,11 +481,10 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, mask, causal, p, scale):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
-    A mask of floats (B, H, T, S) is added to the scores, q k^T times `scale`. Each key/value head serves H / G query
-    heads. Unmasked, `enable_gqa` reads them in place (CPU: 5 % faster than with repeated k and v; CUDA: the flash
-    kernel). CUDA's masked kernels know no groups and would fall back to slow generic code, so there k and v are
-    repeated. A single query token needs neither: its heads become the rows of one query. In training the CPU's kernel
-    is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
+    A mask of floats (B, H, T, S) is added to q k^T times `scale`. Each key/value head serves H / G query heads:
+    `enable_gqa` reads them in place (CUDA: the flash kernel), but CUDA's masked kernels know no groups: there k and v
+    are repeated. The heads of a single query token become the rows of one query. In training the CPU's kernel is slower
+    than the plain formula: 3 times in bfloat16, a little with dropout `p`.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     plain = q.device.type == "cpu" and torch.is_grad_enabled() and (p > 0 or q.dtype == torch.bfloat16)
@@ -627,10 +611,9 @@ class Block(nn.Module):
         return x + (norm(y) if self.norm_last else y)
 
     def attend(self, x, masks, first_token_only, angles=None, cache=None, bucket=None, table=None):
-        """x (B, T, D) -> (B, T or 1, heads * head_dim).
+        """x (B, T, D) -> (B, T or 1, heads * head_dim); masks: {window: (mask (B or 1, 1, 1 or T, S), is_causal)}.
 
-        masks: {window: (mask (B or 1, 1, 1 or T, S) or None, is_causal)}; angles: (cos, sin) of rotary embedding;
-        bucket and table: see `position_scores`.
+        angles: (cos, sin) for `rotate`; bucket, table: see `position_scores`.
         """
         q, k, v = self.query(x[:, :1] if first_token_only else x), self.key(x), self.value(x)
         if self.family == "olmo2":
@@ -651,29 +634,25 @@ class Block(nn.Module):
         """Scores (B, H, Q, T) of contents q (B, H, Q, D) and k (B, H, T, D) with the other token's relative position.
 
         Disentangled attention (He et al. 2021, https://arxiv.org/abs/2006.03654, Eq. 4) without its term q k^T.
-        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j.
-        Each token is compared with the table's R rows, not with T vectors of its own. What `mask` (B, 1, T, T) hides
-        gets the lowest number, so that padding, which sees nothing, averages over all tokens as in transformers.
+        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j. What
+        `mask` (B, 1, T, T) hides gets the lowest number: padding, which sees nothing, averages over all tokens.
         """
-        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], []
+        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], 0
         bucket = bucket[:Q].expand(B, H, -1, -1)
         if self.relative.c2p:
-            position = self.key(table) if self.relative.shared else self.position_key(table)
-            position = split_heads(position * self.scale, self.head_dim)  # (1, H, R, D)
-            scores.append((q @ position.mT).gather(-1, bucket))
+            position = self.key(table) if self.relative.shared else self.position_key(table)  # (1, R, H * D)
+            scores = (q @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket)
         if self.relative.p2c:
             position = self.query(table) if self.relative.shared else self.position_query(table)
-            position = split_heads(position * self.scale, self.head_dim)
-            scores.append((k @ position.mT).gather(-1, bucket.mT).mT)
-        scores = sum(scores[1:], scores[0])
+            scores = scores + (k @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket.mT).mT
         return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
 
 
 def causal_mask(mask, start, length, window, device):
     """(mask, is_causal) for `length` queries from index `start` on: mask (B or 1, 1, T, S) bool, or None if not needed.
 
-    A query sees the real tokens less than `window` before it, and itself even if it is padding: rows without any token
-    are NaN in some kernels. The kernel's own causal rule costs less than a mask and is used where it is enough.
+    A query sees the real tokens less than `window` before it, and itself even if it is padding: rows without any are
+    NaN in some kernels. The kernel's own causal rule costs less than a mask and is used where it is enough.
     """
     end = start + length
     if mask is None and (window is None or end <= window) and (start == 0 or length == 1):
@@ -698,9 +677,9 @@ class Transformer(nn.Module):
         self.decoding = None  # what `generate` says about the checkpoint's own settings
 
     def hf_name(self, name, module=False):
-        """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3.query.weight" or "blocks.3".
+        """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3"; module=True: in its model.
 
-        module=True: its path in transformers' model, as in PEFT's files, which is another one for vit (`module_names`).
+        The latter is what PEFT's files have; they differ for vit only.
         """
         for ours, theirs in self.head_names.items():
             if name.startswith(ours):
@@ -774,10 +753,7 @@ class Encoder(Transformer):
             self.max_length -= config.pad_id + 1
 
     def forward(self, tokens, mask=None, types=None):
-        """Logits (B, num_labels) of the first token, [CLS] or <s>; see `hidden_states` for the inputs.
-
-        span: of every token (B, T, 2), as the first and as the last of an answer.
-        """
+        """Logits (B, num_labels) of the first token; span: (B, T, 2), of all, as an answer's first and last."""
         if self.head_kind == "span":
             return self.classify(self.hidden_states(tokens, mask, types))
         x = self.hidden_states(tokens, mask, types, first_token_only=True)[:, 0]  # (B, D)
@@ -786,8 +762,7 @@ class Encoder(Transformer):
     def hidden_states(self, tokens, mask=None, types=None, first_token_only=False):
         """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> (B, T, D).
 
-        With `first_token_only` what comes back may be the first token alone, which is faster. Raises UserError when T
-        exceeds the position table.
+        `first_token_only`: see `run_blocks`. Raises UserError when T exceeds the position table.
         """
         T, pad = tokens.shape[1], self.config.pad_id
         if T > self.max_length:
@@ -859,12 +834,10 @@ class Decoder(Transformer):
                 labels=None):
         """tokens (B, T) long, mask (B, T) bool with True = real token (None: no padding) -> logits.
 
-        lm: (B, T, V), or (N, V) at `positions` (N,) only, flat indices into B * T; with `labels` (N,), the tokens that
-        follow there, the sum of their cross-entropies instead (`TokenLoss`). classify: (B, num_labels) at the last real
-        token, on whichever side the padding is. right_padded=True promises padding on the right, which causal
-        attention never reaches from a real token: no mask is needed, which is faster; only outputs at padding change.
-        `position_ids` (B, T) are 0..T-1 by default (rotary embeddings are relative: left padding moves all alike;
-        gpt2's are not). With a `cache`, tokens are the next T of each row and the mask covers all so far.
+        lm: (B, T, V), or (N, V) at `positions` (N,), flat indices into B * T; with `labels` (N,), which follow there,
+        their `TokenLoss`. classify: (B, num_labels) at the last real token. right_padded=True promises padding
+        on the right: causal attention never reaches it, and no mask is faster. `position_ids` (B, T): 0..T-1 by default
+        (with left padding only gpt2's matter). With a `cache`, tokens are the next T and the mask covers all so far.
         """
         T, start, angles = tokens.shape[1], 0 if cache is None else cache.length, None
         x = self.embed(tokens)
@@ -934,16 +907,23 @@ class ViT(Transformer):
         return self.run_blocks(self.dropout(x), {None: (None, False)}, first_token_only)
 
 
+# settings of generation_config.json that change what transformers decodes, with the values that do not
+DECODING = dict.fromkeys(["bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+                          "forced_eos_token_id", "min_new_tokens", "sequence_bias", "penalty_alpha", "stop_strings",
+                          "exponential_decay_length_penalty"])
+DECODING |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
+             "guidance_scale": 1}
+
+
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
          mapped=False, outputs=None, int8=False):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
-    as the checkpoint has); None is what the checkpoint was saved as. weights="random" needs none, and for the names in
-    `CONFIGS` no file. `model.fresh` names the parameters that were initialised from `seed`. `mapped` leaves on the CPU
-    what has the `dtype` in the file: pages that all processes of a machine share. `outputs`: indices of those of the
-    checkpoint's outputs that become the model's, [] for a new head; by default all, if they are as many. `int8` keeps
-    the matrices of the blocks as Int8Linear. Raises UserError for anything wrong with the name or the checkpoint.
+    as the checkpoint has); None is what the checkpoint was saved as. weights="random" draws all from `seed`, as what
+    `model.fresh` names. `mapped` leaves on the CPU what has the `dtype` in the file: pages that all processes of a
+    machine share. `outputs`: indices of the checkpoint's outputs that become the model's, [] for a new head; by default
+    all, if they are as many. `int8` keeps the blocks' matrices as Int8Linear. Raises UserError for anything wrong.
     """
     config, folder = find_config(name, weights)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
@@ -965,7 +945,10 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         model.fresh = [key for key in model.plain_names if not (model.tied and key == "head.weight")]
     else:
         model.fresh = read_weights(model, folder, there, outputs, dtype=dtype, device=device, mapped=mapped, int8=int8)
-        model.decoding = other_decoding(folder)
+        path = folder / "generation_config.json"
+        asked = read_json(path) if path.is_file() else {}
+        other = [f"{key} {asked[key]}" for key, plain in DECODING.items() if asked.get(key) not in (None, plain)]
+        model.decoding = f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
     # a new head is the same on every device; a whole random model is drawn where that is fast
     generator = torch.Generator(device if weights == "random" else "cpu").manual_seed(seed)
     for parameter in model.fresh:
@@ -1048,8 +1031,7 @@ def open_weights(path):
 def read_weights(model, folder, there, outputs, **options):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have.
 
-    Of a classification head with `there` outputs, those at the indices `outputs` are used; of another one, none.
-    `options`: `place`'s.
+    Of a head with `there` outputs, those at the indices `outputs` are used, of another none.
     """
     config, files, stored, others = model.config, weight_files(folder, model.config), set(), []
     where, trained_head = files[0] if len(files) == 1 else folder, model.head_kind != "lm"
@@ -1102,13 +1084,13 @@ def read_weights(model, folder, there, outputs, **options):
 
 
 def spellings(model, name):
-    """How files name our parameter or module: as transformers' checkpoints or models, or as a model without a head."""
+    """How files name our parameter or module: as transformers' checkpoints or models, with or without a head."""
     names = {model.hf_name(name), model.hf_name(name, module=True)}
     return names | {name.removeprefix(f"{model.prefix}.") for name in names}
 
 
 def stored_names(model, every_spelling=False):
-    """{name in transformers' checkpoint: our parameters in it, one below the other}, also under its other spellings."""
+    """{name in transformers' checkpoint: our parameters in it, one below the other}; see `spellings`."""
     names = {}
     for name in model.plain_names:
         for theirs in spellings(model, name) if every_spelling else [model.hf_name(name)]:
@@ -1125,22 +1107,6 @@ def as_stored(model, names):
     """The tensor of transformers' checkpoint that our parameters make up, one below the other."""
     parts = [operator.attrgetter(name)(model).detach() for name in names]  # of adapted or int8 layers, too
     return turned(model, names[0], parts[0] if len(parts) == 1 else torch.cat(parts))
-
-
-# settings of generation_config.json that change what transformers decodes, with the values that do not
-DECODING = dict.fromkeys(["bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-                          "forced_eos_token_id", "min_new_tokens", "sequence_bias", "penalty_alpha", "stop_strings",
-                          "exponential_decay_length_penalty"])
-DECODING |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
-             "guidance_scale": 1}
-
-
-def other_decoding(folder):
-    """A line on the settings with which transformers would not decode greedily, or None."""
-    path = Path(folder) / "generation_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    other = [f"{key} {raw[key]}" for key, plain in DECODING.items() if raw.get(key) not in (None, plain)]
-    return f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
 
 
 def save(model, folder, shard_bytes=5_000_000_000):
@@ -1182,10 +1148,10 @@ def save(model, folder, shard_bytes=5_000_000_000):
 def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
-    A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row, at most
-    `max_new_tokens`. `stop`, called with what is generated so far (B, n), says which rows may end there, too: (B,) bool
-    on the same device. A GPU is asked every 8 tokens only whether all rows have ended, since asking waits for it; there
-    rows may go on after `stop` and N be up to 7 more. Raises UserError if logits are not finite.
+    A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row. `stop`,
+    called with what is generated so far (B, n), says which rows may end there, too: (B,) bool on the same device. A GPU
+    is asked every 8 tokens whether all rows have ended, since asking waits for it: N may be up to 7 more. Raises
+    UserError if logits are not finite.
     """
     (B, T), device = tokens.shape, tokens.device
     if model.decoding:
