@@ -20,16 +20,16 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -456,6 +456,7 @@ class Run:
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         if self.s.out or self.s.resume:
             raise UserError("--out and --resume are the comparison's own; leave them out")
+        allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
         self.key = json.dumps(self.settings, sort_keys=True)
         self.source = evaluation.source_hash(self.s.method, self.s.task)
@@ -537,34 +538,28 @@ def make(runs, q):
     waiting = [run for key, run in different.items() if key not in lines] * q.run
     for folder in (Path(q.results).parent, Path(q.runs)) if waiting else ():
         folder.mkdir(parents=True, exist_ok=True)
-    free = queue.Queue()
-    for env in environments(q.jobs):
-        free.put(env)
+    lock, todo = threading.Lock(), iter(waiting)
 
-    def perform(run):
-        env = free.get()
-        try:
-            return run.perform(env)
-        finally:
-            free.put(env)
+    def work(env):
+        for run in todo:
+            log = Path(f"{run.out}.stderr.txt")
+            try:
+                line = run.perform(env)
+                log.unlink(missing_ok=True)
+                with lock:
+                    append(q.results, line)
+                lines[run.key] = line | {"old": False}
+            except subprocess.CalledProcessError as error:
+                log.write_text(error.stderr, encoding="utf-8")
+                failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
+                say(f"{run.out.name}: {failed[run.out.name]}")
+            bar.update()
 
     with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", disable=not waiting) as bar:
-        begun = {pool.submit(perform, run): run for run in waiting}
         try:
-            for future in as_completed(begun):
-                bar.update()
-                run = begun[future]
-                log = Path(f"{run.out}.stderr.txt")
-                try:
-                    lines[run.key] = future.result() | {"old": False}
-                    append(q.results, future.result())
-                    log.unlink(missing_ok=True)
-                except subprocess.CalledProcessError as error:
-                    log.write_text(error.stderr, encoding="utf-8")
-                    failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
-                    say(f"{run.out.name}: {failed[run.out.name]}")
+            list(pool.map(work, environments(q.jobs)))
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            waiting.clear()  # which ends `todo`
             say("stopped; the same command goes on")
             raise SystemExit(130) from None
     for run in runs:
@@ -614,7 +609,6 @@ def quality(argv):
     if q.match_budget and q.tune and "--rank" in grid_of(q.tune)[0]:
         raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
     for cell in cells:  # complains before the first run
-        allocators.policy(cell.s.method)
         for flags in grid_of(q.tune or ""):
             cell.again(0, *flags)
     failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own

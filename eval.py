@@ -809,9 +809,8 @@ def main(argv=None):
     parser = Parser(__doc__.split("\n\n")[0],
                     "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT  |  %(prog)s --plot RUN ...")
     add = parser.add_argument
-    add("what", metavar="RUN_OR_MODEL", help="a run folder, or a model name, Hub id or folder")
-    add("places", nargs="*", metavar="RUN OUT",
-        help="merge: write a run's merged model to OUT; --plot: more runs to compare")
+    add("what", metavar="RUN_OR_MODEL", nargs="+", help="a run folder, or a model name, Hub id or folder; "
+        "merge RUN OUT: write a run's merged model to OUT; --plot: runs")
     add("--plot", action="store_true",
         help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
     add("--task", metavar="X",
@@ -831,7 +830,7 @@ def main(argv=None):
     add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
         help="the model's; default: the run's, else float32")
     args = parser.parse_args(argv)
-    own = ("what", "places", "plot", "adapter", "samples", "random_head")
+    (what, *places), own = args.what, ("what", "plot", "adapter", "samples", "random_head")
     changes = {name: value for name, value in vars(args).items() if value is not None and name not in own}
     for name, least in (("limit_eval", 0), ("eval_batch_size", 1), ("max_length", 1)):
         if changes.get(name, least) < least:
@@ -840,28 +839,28 @@ def main(argv=None):
     if ":" in changes.get("task", ""):
         changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:
-        print(to_json({"plots": [str(path) for path in plot(args.what, *args.places)]}))
+        print(to_json({"plots": [str(path) for path in plot(*args.what)]}))
         return
-    if args.what == "merge":
-        if len(args.places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:
+    if what == "merge":
+        if len(places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:
             parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
-        print(to_json({"merged": str(merge(*args.places, changes))}))
+        print(to_json({"merged": str(merge(*places, changes))}))
         return
-    if args.places:
-        parser.error(f"unexpected {' '.join(args.places)}")
+    if places:
+        parser.error(f"unexpected {' '.join(places)}")
     if args.samples:
         changes["samples"], file = [], Path(args.samples).absolute()
         if not file.parent.is_dir() or file.is_dir():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
-    if not (Path(args.what) / "run.json").exists():
-        loaded = load_untrained(args.what, args.adapter, args.random_head, changes)
+    if not (Path(what) / "run.json").exists():
+        loaded = load_untrained(what, args.adapter, args.random_head, changes)
     elif args.adapter or args.random_head:
-        raise UserError(f"{args.what} is a run, with its own adapter and head; leave out --adapter and --random-head")
+        raise UserError(f"{what} is a run, with its own adapter and head; leave out --adapter and --random-head")
     else:
-        loaded = load_run(args.what, changes)
+        loaded = load_run(what, changes)
     (s, task, *_), metrics = loaded, evaluate_loaded(*loaded)
     if args.samples:
-        generator = Path(args.what).resolve().name
+        generator = Path(what).resolve().name
         samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in s.samples]
         text = json.dumps(samples, indent=1) if file.suffix == ".json" else "\n".join(map(json.dumps, samples))
         file.write_text(text + "\n", encoding="utf-8")
