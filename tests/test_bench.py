@@ -354,7 +354,7 @@ def line_of(run, metric, value):
     (["lalora", "lora --rank 4", "lora --clip 0.5"], [None] * 3),
     (["lora", "lalora --lalora-gamma 2", "adalora", "random", "full", "lora --ranks x"], [None, 0, 0, 0, 0, 0]),
     (["lora --dora", "lora", "lalora --dora", "weightlora --init pissa", "lora --dora --init pissa"], [1, None, 0, 1, 0])])
-def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against, monkeypatch):
+def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against):
     runs = [bench.Run(row, "digits-rot90", 0, ["--method", *row.split()], "runs") for row in rows]
     for run in runs:
         run.line = line_of(run, "accuracy", 0.5)
