@@ -379,8 +379,7 @@ class LaLora(Allocator):
     Both steps that Eqs. 6 and 10 compare are truncated at the current r_i. `lalora_budget` "full" holds D = r L, where
     every block has rank r; `lalora_fidelity` "truncation" is section 3.3's text (truncated over full norm), "initial"
     section 5.2's: Eq. 10 with the norms at the start, of which B's are 0; `lalora_score` "fisher" is section 5.7's.
-    Eq. 8 is over contributions divided by their mean: as they are ("raw") it gives all to one block where norms are
-    large, which Fig. 5 does not show.
+    Eq. 8 is over contributions over their mean: as they are ("raw") it gives all to one block where norms are large.
     """
 
     refuses = ("init",)  # components switched off would be missing from W, and the norms it reads be W's
@@ -664,9 +663,7 @@ class LeLora(Allocator):
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
         self.reward, self.mean, self.spread, self.before = (torch.zeros((), device=self.device) for _ in range(4))
         self.heads = [(i, head) for i, head in enumerate(("rank", "location")) if self.masks.shape[i] > 1]  # that learn
-        self.entropy, self.lowest = torch.ones(2, device=self.device), torch.ones(2, device=self.device)
-        self.choice = torch.zeros(n, 2, dtype=torch.long, device=self.device)
-        self.features = torch.zeros(n, 1 + widest, device=self.device)
+        self.lowest = torch.ones(2, device=self.device)  # entropy
         self.act(0)
 
     def characteristics(self):
@@ -680,15 +677,15 @@ class LeLora(Allocator):
 
     def act(self, step):
         """Sample every matrix's action from p(a | xi; Omega), for the steps after `step`."""
-        self.features.copy_(self.characteristics())
+        self.features = self.characteristics()
         self.log_p = self.policy(self.place, self.features)  # kept with its graph for the reward
         heads = [log_p.detach().exp() for log_p in self.log_p]  # (n, dims), (n, locations)
         entropies = [torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads]
-        self.entropy.copy_(torch.stack(entropies))
+        self.entropy = torch.stack(entropies)  # 1 = uniform
         if step <= self.steps / 10:
             self.lowest.clamp_max_(self.entropy)
         draws = [p / torch.empty_like(p).exponential_(generator=self.generator) for p in heads]
-        self.choice.copy_(torch.stack([draw.argmax(1) for draw in draws], 1))  # torch.multinomial would synchronise
+        self.choice = torch.stack([draw.argmax(1) for draw in draws], 1)  # torch.multinomial would synchronise
         self.active.copy_(self.masks[self.choice[:, 0], self.choice[:, 1]])
         self.current.copy_(self.active.sum(1))
 
@@ -721,7 +718,7 @@ class LeLora(Allocator):
 
     def log(self):
         windows = [WINDOWS.index(self.locations[i]) for i in self.choice[:, 1].tolist()]
-        entropies = {f"entropy_{head}": self.entropy[i] for i, head in self.heads}  # 1 = uniform
+        entropies = {f"entropy_{head}": self.entropy[i] for i, head in self.heads}
         return {"reward": self.reward, **entropies, "location": dict(zip(self.names, windows))}
 
     def warning(self):
@@ -779,8 +776,7 @@ def window_indices(m, R):
 def singular_windows(weight, R):
     """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
 
-    Windows of 64 components are kept on disk by W's content, in $RANKS_CACHE or ~/.cache/adaptive-lora, and those of
-    any lower rank cut from them: a matrix is decomposed once.
+    Windows of 64 components are kept on disk by W's content, and those of lower rank cut from them, in `cache_folder`.
     """
     key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
     key.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
