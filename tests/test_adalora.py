@@ -171,14 +171,9 @@ def test_a_schedule_without_room_is_refused(steps, changes):
         build(flags(**changes), steps)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 7])
-def test_very_short_runs_still_allocate(steps):
-    allocator = build(flags(), steps)
+@pytest.mark.parametrize("steps, changes", [*((steps, {}) for steps in (2, 3, 4, 7)), (30, dict(adalora_init_ratio=1.0))])
+def test_very_short_runs_and_those_without_pruning_allocate(steps, changes):
+    allocator = build(flags(**changes), steps)
     train(training_of(allocator), batches(steps))
-    assert allocator.allocations == 1 and allocator.current.sum() == 4 * len(allocator.names)
-
-
-def test_no_triplets_to_prune_keeps_all():
-    allocator = build(flags(adalora_init_ratio=1.0), 30)
-    train(training_of(allocator), batches(30))
-    assert allocator.allocations and set(allocator.ranks().values()) == {4}
+    assert allocator.allocations == 1 or changes and set(allocator.ranks().values()) == {4}
+    assert allocator.allocations and allocator.current.sum() == 4 * len(allocator.names)

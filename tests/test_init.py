@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters
-from tiny import Tiny, batches, settings, train, training_of
+from tiny import Tiny, batches, refused, settings, train, training_of
 
 import allocators
 import eval as evaluation
 import lora
 import train as program
-from model import UserError
 
 loraplus = pytest.importorskip("peft.optimizers")
 
@@ -207,7 +206,7 @@ def test_dora_adapters_without_their_lengths_are_refused(damage, tmp_path):
     for key, value in load_file(tmp_path / "adapter_model.safetensors").items():
         found |= damage(key, value) if "magnitude" in key else {key: value}
     save_file(found, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="needs a lora_magnitude_vector"):
+    with refused("needs a lora_magnitude_vector"):
         lora.load_adapter(Tiny(), tmp_path)
 
 
@@ -297,7 +296,7 @@ def test_every_combination_trains_or_is_refused(method, option, tmp_path):
     if method in MEANINGLESS[option] | {"full", "bitfit"}:
         first = "--" + next(iter(changes)).replace("_", "-")
         s = settings(method=method, out=str(tmp_path / "run"), **changes)
-        with pytest.raises(UserError, match=f"^{first}.*--method {re.escape(method)}"):
+        with refused(f"^{first}.*--method {re.escape(method)}"):
             program.check(s, allocators.policy(method))
         return
     s = settings(**POLICIES, method=method, **changes, alpha=4.0, targets=["query", "value", "up"])
@@ -343,5 +342,5 @@ def test_a_step_that_is_not_finite_moves_nothing_and_teaches_nothing(method):
 @pytest.mark.parametrize("flags, expected", [
     ("--lora-plus-ratio 4", "--lora-plus-ratio"), ("--method lalora --lalora-score fisher", "--lalora-score fisher")])
 def test_what_needs_a_trained_a_is_refused(flags, expected, tmp_path):
-    with pytest.raises(UserError, match=expected):
+    with refused(expected):
         program.main(["--freeze-a", *flags.split(), "--out", str(tmp_path / "run")])

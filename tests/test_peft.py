@@ -1,6 +1,7 @@
 """Adapters between this project and PEFT, in both directions: every policy, every family, continued training."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_lora import (FAMILIES, TEXT, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters,
                        transformers)
-from tiny import settings
+from tiny import refused, settings
 
 import allocators
 import eval as evaluation
@@ -209,8 +210,7 @@ def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_pa
         same_parameters(layer, theirs_by_name[name], rtol=0, atol=1e-4)
     trained = dict(wrapped.named_parameters())
     for name, p in model.head.named_parameters(prefix="head"):
-        (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "classifier" in n
-                          and "modules_to_save" in n)
+        (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "modules_to" in n)
         torch.testing.assert_close(p, theirs_head, rtol=0, atol=1e-4)
     assert (head[-1] - start).abs().max() > 1e-3
 
@@ -222,7 +222,7 @@ def test_adapters_made_by_peft_for_deberta(tmp_path):
     wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=FAMILIES["deberta"].peft_targets))
     assert len(lora.load_adapter(model, tmp_path / "adapter")) == 6 * 3
     agree(model, wrapped, "deberta")
-    with pytest.raises(UserError, match="pooler.dense"):
+    with refused("pooler.dense"):
         lora.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
 
 
@@ -271,9 +271,8 @@ def test_what_is_not_supported_is_one_line(name, tmp_path):
     if name == "layer_replication":  # PEFT makes such adapters for decoders alone
         file = tmp_path / "adapter" / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_replication": [[0, 2], [1, 3]]}))
-    with pytest.raises(UserError, match=name) as caught:
+    with refused(f"{re.escape(str(tmp_path))}.*{name}"):
         lora.load_adapter(model, tmp_path / "adapter")
-    assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [
@@ -316,9 +315,8 @@ def test_what_does_not_fit_has_its_own_answer(key, shape, expected, bert, tmp_pa
     adapter()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file) | {f"base_model.model.{key}": torch.ones(shape)}, file)
-    with pytest.raises(UserError, match=expected) as caught:
+    with refused(f"{re.escape(key)}.*{expected}"):
         lora.load_adapter(model, tmp_path / "adapter")
-    assert "\n" not in str(caught.value) and key in str(caught.value)
 
 
 def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(bert, tmp_path):
@@ -343,7 +341,7 @@ def test_a_language_models_head_is_not_replaced(tied, tmp_path):
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     wrapped.base_model.model.lm_head.modules_to_save.default.weight.data += 1
     wrapped.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="lm_head"):
+    with refused("lm_head"):
         lora.load_adapter(models.load(tmp_path / "base"), tmp_path / "adapter")
 
 
@@ -384,6 +382,6 @@ def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     (["--dropout", "0"], "--dropout"), (["--scaling", "rslora"], "--scaling"),
     (["--init", "pissa"], "--init"), (["--dora"], "--dora"), ([], "adapter_config.json")])
 def test_adapter_goes_with_plain_lora_alone(argv, expected, tmp_path):
-    with pytest.raises(UserError, match=expected) as caught:
+    with refused(expected):
         train.run(train.Settings(**vars(digits(*argv, "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run"))))
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
