@@ -266,15 +266,14 @@ def peft_contender(b, base, kind, method):
     import peft
     import transformers
     s, dtype = settings_for(b, "lora"), getattr(torch, b.dtype)
-    auto = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
-            "image": "AutoModelForImageClassification"}[kind]
     raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
     config = transformers.AutoConfig.for_model(base.family, **raw)
     if kind != "lm":
         config.num_labels = base.config.num_labels
     with torch.device(b.device):
         kernel = "eager" if base.family == "deberta-v2" else "sdpa"  # transformers has no other for the former
-        theirs = getattr(transformers, auto).from_config(config, attn_implementation=kernel, dtype=dtype)
+        auto = getattr(transformers, evaluation.AUTO[kind][0])
+        theirs = auto.from_config(config, attn_implementation=kernel, dtype=dtype)
     weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
     heads = tuple(base.head_names.values()) if kind != "lm" else ()
     weights |= {name: weight.to(dtype).clone() for name, weight in weights.items() if name.startswith(heads)}
@@ -331,9 +330,8 @@ def speed(b):
                 bar.update()
 
     def ratio(runner, name):
-        """Median over rounds of its step time over another's in the same round, or None."""
-        if name in runners:
-            return statistics.median(np.divide(runner.times, runners[name].times)[b.warmup:])
+        """Median over rounds of its step time over another's in the same round; None without that other."""
+        return statistics.median(np.divide(runner.times, runners[name].times)[b.warmup:]) if name in runners else None
 
     tokens, rows = b.batch_size * (1 if kind == "image" else b.length), []  # an image counts as one
     for name, r in runners.items():
