@@ -45,7 +45,8 @@ def bench_run(capsys, main, *flags):
 
 def make(folder, method="lora", **changes):
     """(settings, contender, batches) of one method on the tiny model."""
-    b = bench.Bench(**dict(model=str(folder), rank=4, length=12, batch_size=4, device="cpu", methods=[method]) | changes)
+    fields = dict(model=str(folder), rank=4, length=12, batch_size=4, device="cpu", methods=[method])
+    b = bench.Bench(**fields | changes)
     bench.settle(b)
     base, kind = bench.base_model(b)
     return b, bench.contender(b, base, kind, method), bench.batches_for(b, base, kind)
@@ -64,8 +65,8 @@ def trained(folder, method="lora", **changes):
 def test_speed(folder, capsys):
     """All kinds of model; with the same weights and batches, PEFT's first loss is ours."""
     methods = ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"]
-    result = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2,
-                       "--rounds", 1)
+    result = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods),
+                       "--batch-size", 2, "--rounds", 1)
     rows = {row["contender"]: row for row in result["rows"]}
     assert [*rows][:8] == ["floor", *methods, "uniform+validation"]
     assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 for row in rows.values())
@@ -112,7 +113,7 @@ def test_memory(folder, capsys):
 
 @pytest.mark.parametrize("method", ["lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
 def test_compiled_equals_eager(method, folder, monkeypatch):
-    """20 steps agree, nothing breaks the graph, and only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
+    """20 steps agree, nothing breaks the graph, only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
     torch._dynamo.reset()
@@ -184,7 +185,7 @@ def test_sign_flip_equals_scipys_permutation_test(n):
                                     vectorized=True, n_resamples=np.inf, alternative="two-sided").pvalue
     assert bench.sign_flip(x - y) == pytest.approx(wanted)
     assert bench.sign_flip(np.ones(5)) == 2 / 32 and bench.sign_flip([1, -1]) == 1
-    assert bench.sign_flip(np.tile([1.0, -1.0], 20)) == 1 and bench.sign_flip(np.ones(20)) < 1e-3  # drawn, not enumerated
+    assert bench.sign_flip(np.tile([1.0, -1.0], 20)) == 1 and bench.sign_flip(np.ones(20)) < 1e-3  # drawn
 
 
 SMALL = ["--limit-train", "64", "--limit-eval", "32", "--eval-every", "1000", "--no-eval-before", "--device", "cpu"]
@@ -192,7 +193,8 @@ SMALL = ["--limit-train", "64", "--limit-eval", "32", "--eval-every", "1000", "-
 
 def compare(capsys, tmp_path, *flags):
     """What the command prints: its table's cells as {row: [text]}, its JSON object and what it says."""
-    bench.main(["quality", *flags, "--results", str(tmp_path / "results" / "r.jsonl"), "--runs", str(tmp_path / "runs"), *SMALL])
+    places = ["--results", str(tmp_path / "results" / "r.jsonl"), "--runs", str(tmp_path / "runs")]
+    bench.main(["quality", *flags, *places, *SMALL])
     out, err = capsys.readouterr()
     cells = [line[2:-2].split(" | ") for line in out.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells}, json.loads(out.splitlines()[-1]), err
@@ -206,8 +208,8 @@ def test_quality(tmp_path, capsys, monkeypatch):
     """Two processes at a time; matched budgets; what is there is not made again, what was cut off is."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     variant = "lora --rank 4 --scaling rslora"
-    asked = ["--methods", f"lora,weightlora,{variant}", "--seeds", "2", "--jobs", "2", "--epochs", "2", "--match-budget",
-             "--csv", str(tmp_path / "runs.csv")]
+    asked = ["--methods", f"lora,weightlora,{variant}", "--seeds", "2", "--jobs", "2", "--epochs", "2",
+             "--match-budget", "--csv", str(tmp_path / "runs.csv")]
     cells, about, said = compare(capsys, tmp_path, *asked)
     rows, lines = about["rows"], results(tmp_path)
     assert len(lines) == len({json.dumps(line["settings"]) for line in lines}) and "peak_memory_mb" in lines[0]
@@ -237,7 +239,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
 
 
 def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
-    """Made-up budgets: uniform LoRA's, half of that, one that grows slowly and fails above 64, and one that always fails."""
+    """Made-up budgets: uniform LoRA's, half of it, one that grows slowly and fails above 64, one that always fails."""
     budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
               "lelora": lambda r: None}
 
@@ -258,7 +260,8 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
 def test_tuning(tmp_path, capsys, monkeypatch):
     """Each row takes what is best on seeds and rows that are not reported; the picture shows it over the steps."""
     asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
-             "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture", str(tmp_path / "steps.png")]
+             "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture",
+             str(tmp_path / "steps.png")]
     _, about, _ = compare(capsys, tmp_path, *asked)
     rows = ["lora --steps 2", "lora --steps 12"]
     assert [*about["rows"]] == [*about["chosen"]] == rows
@@ -282,8 +285,8 @@ def test_tuning(tmp_path, capsys, monkeypatch):
 def test_halves_and_samples_of_rows():
     rows = [{"row": i // 2} for i in range(11)]  # some are equal
     tune, report = data.half(rows, "tune"), data.half(rows, "report")
-    assert len(tune) == 5 and sorted(map(id, tune + report)) == sorted(map(id, rows)) and tune == data.half(rows, "tune")
-    assert data.half(rows, "all") == rows
+    assert len(tune) == 5 and sorted(map(id, tune + report)) == sorted(map(id, rows))
+    assert data.half(rows, "tune") == tune and data.half(rows, "all") == rows
     some = [data.drawn(rows, 6, seed)[0] for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and [len(set(map(id, part))) for part in some] == [6] * 3
     assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0)[0] == rows
@@ -311,7 +314,8 @@ def test_a_failed_run_is_named(tmp_path, capsys):
     log = tmp_path / "runs" / f"{name}.stderr.txt"
     assert stopped.value.code == 1 and str(log) in message
     assert "lower the rank" in message and "lower the rank" in log.read_text()
-    assert about["rows"]["lora"]["digits-rot90"]["seeds"] == 1 and "digits-rot90" not in about["rows"]["lora --rank 4000"]
+    rows = about["rows"]
+    assert rows["lora"]["digits-rot90"]["seeds"] == 1 and "digits-rot90" not in rows["lora --rank 4000"]
 
 
 @pytest.mark.parametrize("named, shares", [("GPU-a,3", ["GPU-a", "3", "GPU-a"]), ("1", ["1"] * 3), ("", [""] * 3)])
@@ -344,16 +348,18 @@ def line_of(run, metric, value):
     """What the results hold of a run, with the settings that train.py would fill in."""
     s = copy.copy(run.s)
     train.settle(s, models.find_config(s.model, "random")[0])
-    return {"settings": run.settings, "settled": bench.changed(vars(s)), "task": run.task, metric: value, "seconds": 2.0,
-            "trainable_params": dict.fromkeys(("now", "mean", "peak"), 100 * s.rank), "peak_memory_mb": 10}
+    return {"settings": run.settings, "settled": bench.changed(vars(s)), "task": run.task, metric: value,
+            "seconds": 2.0, "peak_memory_mb": 10,
+            "trainable_params": dict.fromkeys(("now", "mean", "peak"), 100 * s.rank)}
 
 
 @pytest.mark.parametrize("rows, against", [
     (["lora --lr 1e-3", "lora --lr 5e-3", "lalora --lr 5e-3"], [None, None, 1]),
-    (["lora", "lalora --lr 5e-3", "lalora --lr 4e-3", "lora --seed 1"], [None, 0, None, None]),  # 5e-3 is the task's own
+    (["lora", "lalora --lr 5e-3", "lalora --lr 4e-3", "lora --seed 1"], [None, 0, None, None]),  # lora's lr, too
     (["lalora", "lora --rank 4", "lora --clip 0.5"], [None] * 3),
     (["lora", "lalora --lalora-gamma 2", "adalora", "random", "full", "lora --ranks x"], [None, 0, 0, 0, 0, 0]),
-    (["lora --dora", "lora", "lalora --dora", "weightlora --init pissa", "lora --dora --init pissa"], [1, None, 0, 1, 0])])
+    (["lora --dora", "lora", "lalora --dora", "weightlora --init pissa", "lora --dora --init pissa"],
+     [1, None, 0, 1, 0])])
 def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, against):
     runs = [bench.Run(row, "digits-rot90", 0, ["--method", *row.split()], "runs") for row in rows]
     for run in runs:

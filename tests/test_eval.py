@@ -163,7 +163,7 @@ def test_outputs_of_a_trained_head_are_matched_to_the_datas_labels(names, labels
 
 
 def bert(folder, labels, names):
-    """transformers' tiny BERT with a head of these labels, saved in `folder`; a file of 60 texts labelled by `names`."""
+    """transformers' tiny BERT with a head of these labels, saved in `folder`; a file of 60 texts labelled `names`."""
     torch.manual_seed(5)
     theirs = transformers.BertForSequenceClassification(transformers.BertConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
