@@ -192,7 +192,7 @@ class Contender:
             cold.fill_(i)
             began = clock(self.s.device)
             a.after_backward(100 + i)
-            t.budget.add()
+            a.budget()
             a.after_step(100 + i)
             penalty = a.penalty(inputs, labels, outputs)
             if isinstance(penalty, torch.Tensor):
@@ -383,7 +383,7 @@ def one(b, name):
     """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
     if name.startswith("peft/"):
         import peft, transformers  # noqa: F401 - their code is no part of a step's memory
-    imports = 0 if b.device.startswith("cuda") else train.resident()[0]
+    imports = 0 if b.device.startswith("cuda") else train.resident()
     base, kind = base_model(b)
     runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
     batches = batches_for(b, base, kind, 2)
@@ -947,7 +947,7 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    answer(command, table(rows), {"device": train.device_name(b.device), "dtype": b.dtype, **train.versions(),
+    answer(command, table(rows), {"device": train.device_name(b.device), "dtype": b.dtype, **train.VERSIONS,
                                   "settings": dataclasses.asdict(b), "rows": rows})
 
 

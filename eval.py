@@ -790,7 +790,7 @@ def command(main):
 
 def to_json(value, indent=None):
     """JSON text, of tensors too; numbers that JSON has no word for become null."""
-    plain = json.dumps(value, default=torch.Tensor.tolist)
+    plain = json.dumps(value, default=lambda tensor: tensor.tolist())  # a subclass has its own
     return json.dumps(json.loads(plain, parse_constant=lambda word: None), indent=indent)
 
 

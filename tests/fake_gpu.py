@@ -429,7 +429,7 @@ def one_kernel(backward):
     return Fused.apply
 
 
-def full_size(watch, method, model, rows, length, rank=32, **flags):
+def full_size(watch, method, model, rows, length, weights="float", rank=32):
     """train.Training of a random model at full size on the fake GPU, and a function that makes a batch for it."""
     import torch.nn.functional as F
     fused, norm = one_kernel(1), one_kernel(2)
@@ -439,11 +439,11 @@ def full_size(watch, method, model, rows, length, rank=32, **flags):
     F.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
     s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
                        device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
-                       weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, lalora_gamma=1.1, compile="off", **flags)
+                       weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, lalora_gamma=1.1, compile="off",
+                       weights=weights)
     lm = models.find_config(model, "random")[0].kind == "decoder"
     kind, s.targets = "lm" if lm else "classify", train.default_targets(lm)
-    built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0,
-                        int8=s.weights == "int8")
+    built = models.load(model, kind, None if lm else 2, torch.bfloat16, "cuda", "random", 0, int8=weights == "int8")
     allocator = allocators.policy(method)(built, s, 1000)
 
     def batch(B, T, answers=8):
@@ -472,10 +472,10 @@ def full_size(watch, method, model, rows, length, rank=32, **flags):
     return training, batch
 
 
-def count(method, model, rows, length, **flags):
+def count(method, model, rows, length, weights="float"):
     """Launches of a training step by phase, and the most bytes alive."""
     with fake_gpu() as watch:
-        training, batch = full_size(watch, method, model, rows, length, **flags)
+        training, batch = full_size(watch, method, model, rows, length, weights)
         for step in range(1, 5):
             watch.launched.clear()
             training.step(step, [(*batch(rows, length), 1.0)])
@@ -515,11 +515,6 @@ def decode(model, rows):
 
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
-    if what == "run":
-        print(json.dumps(small_run(*words)))
-    elif what == "count":
-        print(json.dumps(count(words[0], words[1], int(words[2]), int(words[3]), **json.loads(words[4] if words[4:] else "{}"))))
-    elif what == "decode":
-        print(json.dumps(decode(words[0], int(words[1]))))
-    else:
-        print(json.dumps(fit(words[0], words[1], *map(int, words[2:]))))
+    if what != "run":
+        words = [int(word) if word.isdigit() else word for word in words]
+    print(json.dumps({"run": small_run, "count": count, "fit": fit, "decode": decode}[what](*words)))

@@ -46,29 +46,29 @@ def small(monkeypatch):
     monkeypatch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
 
 
-def stop(budget, rank, step):
+def stop(training, rank, step):
     """Break off the run after so many steps, saying how many parameters this process holds."""
-    if budget.steps == step:
-        held = [getattr(p, "to_local", lambda p=p: p)().numel() for p in budget.allocator.model.parameters()]
+    if training.steps == step:
+        held = [getattr(p, "to_local", lambda p=p: p)().numel() for p in training.allocator.model.parameters()]
         raise KeyboardInterrupt(sum(held))
 
 
-def part_ways(budget, rank):
+def part_ways(training, rank):
     """Move one parameter of process 1 by a little at step 4."""
-    if budget.steps == 4 and rank == 1:
-        next(iter(budget.allocator.layers.values())).A.data[0, 0] += 1e-4
+    if training.steps == 4 and rank == 1:
+        next(iter(training.allocator.layers.values())).A.data[0, 0] += 1e-4
 
 
-def crash(budget, rank):
-    if budget.steps == 11 and rank == 1:
+def crash(training, rank):
+    if training.steps == 11 and rank == 1:
         raise OSError(5, "Input/output error", "/data/shard-1")
 
 
-def watched(add, watch, *args):
-    """Budget.add, after which `watch(budget, *args)` is called."""
-    def call(budget):
-        add(budget)
-        watch(budget, *args)
+def watched(count, watch, *args):
+    """Training.count, after which `watch(training, *args)` is called."""
+    def call(training, *given):
+        count(training, *given)
+        watch(training, *args)
     return call
 
 
@@ -81,16 +81,16 @@ def join(rank, port, cache):
 
 
 def jobs_of(rank, port, cache, jobs):
-    """Do the jobs one after the other: (what, its arguments, what Budget.add calls, or None, with its arguments)."""
+    """Do the jobs one after the other: (what, its arguments, what Training.count calls, or None, with its arguments)."""
     join(rank, port, cache)
-    add = train.Budget.add
+    count = train.Training.count
     with train.processes():
         for do, args, watch, *rest in jobs:
-            train.Budget.add = watched(add, watch, rank, *rest) if watch else add
+            train.Training.count = watched(count, watch, rank, *rest) if watch else count
             try:
                 do(*args)
             except (KeyboardInterrupt, train.RunError) as error:
-                offer = "" if getattr(error, "resumable", True) else " (for good)"
+                offer = " (for good)" if isinstance(error, train.PartedWays) else ""
                 Path(f"{args[-1]}.{rank}.error").write_text(f"{error}{offer}")
 
 
@@ -98,7 +98,7 @@ def command_line(rank, port, cache, argv, stderr):
     """train.py as it is started, but for a crash of process 1."""
     os.dup2(os.open(f"{stderr}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     join(rank, port, cache)
-    train.Budget.add = watched(train.Budget.add, crash, rank)
+    train.Training.count = watched(train.Training.count, crash, rank)
     evaluation.command(lambda: train.main(argv))
 
 
@@ -170,7 +170,7 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
             do(*argv)
         for method in KEPT:
             with pytest.MonkeyPatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-                stopped.setattr(train.Budget, "add", watched(train.Budget.add, stop, 0, 17))
+                stopped.setattr(train.Training, "count", watched(train.Training.count, stop, 0, 17))
                 main(*VIT, "--method", method, "--out", root / "one then two" / method)
             jobs.append((functools.partial(resume, shard=method == "lalora"), [root / "one then two" / method], None))
         assert two_processes(jobs_of, root / "cache", jobs) == [0, 0]
@@ -220,7 +220,8 @@ def test_a_crash_of_one_process_ends_the_run(tmp_path):
     assert not any("Traceback" in text for text in said)
     other, crashed = (text.strip().splitlines()[-1] for text in said)
     assert crashed.startswith("error: ") and "/data/shard-1" in crashed
-    assert other.startswith("error: another process of this run has ended; go on with: torchrun --nproc-per-node 2 ")
+    assert other.startswith("error: another process of this run has ended; ")
+    assert "; go on with: torchrun --nproc-per-node 2 " in other
     assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-8"]
 
 
@@ -241,7 +242,8 @@ def test_torchrun_from_the_command_line_and_an_interruption(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(LONG) != 0
     (checkpoint,) = train.checkpoints(out)
-    assert (tmp_path / "err").read_text().count("stopped by SIGTERM; go on with: torchrun --nproc-per-node 2 ") == 1
+    said = (tmp_path / "err").read_text()
+    assert said.count(f"stopped by SIGTERM; last checkpoint: {checkpoint}; go on with: torchrun --nproc-per-node 2 ") == 1
     run = json.loads((out / "run.json").read_text())
     run["settings"]["steps"] = int(checkpoint.name[5:]) + 3  # enough is enough
     (out / "run.json").write_text(json.dumps(run))
@@ -251,14 +253,9 @@ def test_torchrun_from_the_command_line_and_an_interruption(tmp_path):
     assert json.loads(line) == json.loads((out / "result.json").read_text())
 
 
-def test_sharding_needs_processes_and_adapters(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluation.command(lambda: train.main(["--shard", "--out", str(tmp_path / "run")]))
-    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "process_and_count", lambda: (0, 2))
     for flags in (["--init", "pissa"], ["--dora"]):
         s = parse("--method", "weightlora+", "--shard", "--device", "cpu", "--out", tmp_path / "run", *flags)
         s.targets = ["query"]

@@ -120,10 +120,29 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def digits(tmp_path):
-    """A checkpoint folder of one's own."""
+def folder(run, tmp_path):
+    """A folder with copies of the run, of an adapter and of a checkpoint to spoil."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
     shutil.copytree(ROOT / "assets" / "vit-digits", tmp_path / "model")
-    return tmp_path / "model"
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def read(task):
+    """A call that reads and encodes the training rows of folder/data."""
+    def call(folder):
+        reader = data.find_task(task, str(folder / "data")).reader
+        rows = [row for _, row in reader(data.TASKS[task], str(folder / "data"), "train")]
+        data.encode(data.TASKS[task], rows, image=data.plain_image(3, 4, 4))
+    return call
+
+
+LOAD = {"model": lambda folder: models.load(folder / "model"),
+        "adapter": lambda folder: lora.load_adapter(models.load(folder / "model"), folder / "adapter"),
+        "checkpoint": lambda folder: train.main(["--resume", str(folder / "run")]),
+        "image": lambda folder: data.image_settings(folder / "model"),
+        "tokenizer": lambda folder: data.Tokenizer.from_folder(folder / "model")}
 
 
 def pickled(path, kind):
@@ -131,93 +150,48 @@ def pickled(path, kind):
     if kind == "pickle":
         return pickle.dumps({"weight": Payload(path)})
     buffer = io.BytesIO()
+    payload = np.array([Payload(path)], dtype=object)
     if kind == "torch":
         torch.save({"weight": Payload(path)}, buffer)
+    elif kind == "arrays":
+        np.savez(buffer, images=payload, labels=np.zeros(1, int))
     else:
-        np.save(buffer, np.array([Payload(path)], dtype=object), allow_pickle=True)
+        np.save(buffer, payload, allow_pickle=True)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "numpy"])
 def test_the_payload_is_real(kind, tmp_path):
-    content = io.BytesIO(pickled(tmp_path / "canary", kind))
-    loads = {"pickle": pickle.load, "torch": lambda f: torch.load(f, weights_only=False), "numpy": lambda f: np.load(f, allow_pickle=True)}
-    loads[kind](content)
+    loads = {"pickle": pickle.load, "torch": lambda f: torch.load(f, weights_only=False),
+             "numpy": lambda f: np.load(f, allow_pickle=True)}
+    loads[kind](io.BytesIO(pickled(tmp_path / "canary", kind)))
     assert (tmp_path / "canary").exists()
 
 
-def model_from(names, kind):
-    def call(folder, digits, run, canary):
-        if "model.safetensors" not in names:
-            (digits / "model.safetensors").unlink()
-        for name in names:
-            (digits / name).write_bytes(pickled(canary, kind))
-        models.load(digits)
-    return call
+PICKLED = [  # what is loaded, the file that is a pickle of this kind, a file that is missing instead
+    ("model", "model/pytorch_model.bin", "torch", "model/model.safetensors"),
+    ("model", "model/model.pt", "torch", "model/model.safetensors"),
+    ("model", "model/weights.ckpt", "pickle", "model/model.safetensors"),
+    ("model", "model/model.safetensors", "torch", ""), ("model", "model/model.safetensors", "pickle", ""),
+    ("adapter", "adapter/adapter_model.bin", "torch", "adapter/adapter_model.safetensors"),
+    ("adapter", "adapter/adapter_model.safetensors", "torch", ""),
+    ("checkpoint", "run/checkpoints/step-2/state.safetensors", "torch", ""),
+    ("npz", "data/train.npz", "arrays", ""), ("digits", "data/train.npz", "numpy", ""),
+    ("image-folder", "data/train/a/1.npy", "numpy", ""), ("image-folder", "data/train/a/1.png", "pickle", ""),
+    ("text-classification", "data/train.tsv", "pickle", ""), ("instructions", "data/train.jsonl", "pickle", ""),
+    ("model", "model/config.json", "pickle", ""), ("tokenizer", "model/tokenizer.json", "pickle", ""),
+    ("image", "model/preprocessor_config.json", "pickle", "")]
 
 
-def adapter_from(name, kind):
-    def call(folder, digits, run, canary):
-        shutil.copytree(run / "adapter", folder / "adapter")
-        (folder / "adapter" / "adapter_model.safetensors").unlink()
-        (folder / "adapter" / name).write_bytes(pickled(canary, kind))
-        lora.load_adapter(models.load(digits), folder / "adapter")
-    return call
-
-
-def checkpoint_from(kind):
-    def call(folder, digits, run, canary):
-        shutil.copytree(run, folder / "run")
-        for file in (folder / "run" / "checkpoints").rglob("*.safetensors"):
-            file.write_bytes(pickled(canary, kind))
-        train.main(["--resume", str(folder / "run")])
-    return call
-
-
-def data_from(task, name, kind):
-    def call(folder, digits, run, canary):
-        path = folder / "data" / name
-        path.parent.mkdir(parents=True)
-        content = pickled(canary, kind)
-        if name.endswith(".npz"):
-            np.savez(path, images=np.array([Payload(canary)], dtype=object), labels=np.zeros(1, int))
-        else:
-            path.write_bytes(content)
-        rows = [row for _, row in data.find_task(task, str(folder / "data")).reader(data.TASKS[task], str(folder / "data"), "train")]
-        data.encode(data.TASKS[task], rows, image=data.plain_image(3, 4, 4))
-    return call
-
-
-def settings_from(name):
-    def call(folder, digits, run, canary):
-        (digits / name).write_bytes(pickled(canary, "pickle"))
-        if name == "config.json":
-            models.load(digits)
-        elif name == "preprocessor_config.json":
-            data.image_settings(digits)
-        else:
-            data.Tokenizer.from_folder(digits)
-    return call
-
-
-PICKLED = {
-    "pytorch_model.bin": model_from(["pytorch_model.bin"], "torch"), "model.pt": model_from(["model.pt"], "torch"),
-    "weights.ckpt": model_from(["weights.ckpt"], "pickle"), "a torch file named safetensors": model_from(["model.safetensors"], "torch"),
-    "a pickle named safetensors": model_from(["model.safetensors"], "pickle"), "adapter_model.bin": adapter_from("adapter_model.bin", "torch"),
-    "an adapter named safetensors": adapter_from("adapter_model.safetensors", "torch"), "a checkpoint": checkpoint_from("torch"),
-    "an npz": data_from("npz", "train.npz", "numpy"), "an npy named npz": data_from("digits", "train.npz", "numpy"),
-    "images": data_from("image-folder", "train/a/1.npy", "numpy"), "pickled images": data_from("image-folder", "train/a/1.png", "pickle"),
-    "a table": data_from("text-classification", "train.tsv", "pickle"), "JSON lines": data_from("instructions", "train.jsonl", "pickle"),
-    "config.json": settings_from("config.json"), "tokenizer.json": settings_from("tokenizer.json"),
-    "preprocessor_config.json": settings_from("preprocessor_config.json")}
-ERRORS = UserError
-
-
-@pytest.mark.parametrize("name", PICKLED)
-def test_pickles_are_refused_unread(name, digits, run, tmp_path, capsys):
-    with pytest.raises(ERRORS) as caught:
-        PICKLED[name](tmp_path, digits, run, tmp_path / "canary")
-    assert "\n" not in str(caught.value) and not (tmp_path / "canary").exists()
+@pytest.mark.parametrize("what, file, kind, missing", PICKLED, ids=[f"{file} {kind}" for _, file, kind, _ in PICKLED])
+def test_pickles_are_refused_unread(what, file, kind, missing, folder):
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_bytes(pickled(folder / "canary", kind))
+    if missing:
+        (folder / missing).unlink()
+    with pytest.raises(UserError) as caught:
+        LOAD.get(what, read(what))(folder)
+    assert "\n" not in str(caught.value) and not (folder / "canary").exists()
 
 
 # ---------------------------------------------------------------------------------------------- headers that lie
@@ -246,74 +220,62 @@ HEADERS = {
     "sparse": None}  # 64 GiB without blocks on the disk, whose header names 8 bytes
 
 
-def resident():
-    """Most memory that this process has held so far, in bytes; pages of files that it has mapped and touched included."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
-
 def try_headers(kind, folder):
-    """Runs in a process of its own: load every file of HEADERS as `kind`; prints {case: [error, message, bytes, CPU seconds]}."""
+    """Runs in its own process: load every file of HEADERS as `kind`; prints {case: [error, message, bytes, CPU seconds]}."""
     import contextlib
     import hashlib
     import time
     folder, results = Path(folder), {}
-    model = models.load(folder / "model")
-    places = {"model": folder / "model" / "model.safetensors", "adapter": folder / "adapter" / "adapter_model.safetensors"}
-    files = [places[kind]] if kind in places else list((folder / "run" / "checkpoints").rglob("*.safetensors"))
-    calls = {"model": lambda: models.load(folder / "model"), "adapter": lambda: lora.load_adapter(model, folder / "adapter"),
-             "checkpoint": lambda: train.main(["--resume", str(folder / "run")])}
+    places = {"model": "model/model.safetensors", "adapter": "adapter/adapter_model.safetensors",
+              "checkpoint": "run/checkpoints/step-2/state.safetensors"}
+    file, model = folder / places[kind], models.load(folder / "model")
+    load = (lambda folder: lora.load_adapter(model, folder / "adapter")) if kind == "adapter" else LOAD[kind]
     for case in ("empty", *HEADERS):  # the first one warms up
-        for file in files:
-            file.write_bytes(HEADERS[case] or header({"a": tensor()}))
-            if HEADERS[case] is None:
-                os.truncate(file, 64 << 30)
-            elif kind == "checkpoint":  # whoever can write the file can write its checksum
-                about = json.loads((file.parent / "state.json").read_text())
-                about["sha256"] = hashlib.sha256(HEADERS[case]).hexdigest()
-                (file.parent / "state.json").write_text(json.dumps(about))
-        before, began = resident(), time.process_time()
+        file.write_bytes(HEADERS[case] or header({"a": tensor()}))
+        if HEADERS[case] is None:
+            os.truncate(file, 64 << 30)
+        elif kind == "checkpoint":  # whoever can write the file can write its checksum
+            about = json.loads((file.parent / "state.json").read_text())
+            about["sha256"] = hashlib.sha256(HEADERS[case]).hexdigest()
+            (file.parent / "state.json").write_text(json.dumps(about))
+        before, began, error = train.resident("VmHWM"), time.process_time(), None
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                calls[kind]()
-            error = None
+                load(folder)
         except Exception as caught:
             error = caught
-        results[case] = [type(error).__name__, str(error), resident() - before, time.process_time() - began]
+        results[case] = [type(error).__name__, str(error), train.resident("VmHWM") - before, time.process_time() - began]
     print(json.dumps(results))
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter", "checkpoint"])
-def test_lying_headers_cost_neither_memory_nor_time(kind, digits, run, tmp_path):
+def test_lying_headers_cost_neither_memory_nor_time(kind, folder):
     """Each is refused in one line, by a process that may not allocate more than 4 GB."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc: memory not measured")
-    shutil.copytree(run, tmp_path / "run")
-    shutil.copytree(run / "adapter", tmp_path / "adapter")
     program = (f"import resource, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                "resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
-               f"import test_safety; test_safety.try_headers({kind!r}, {str(tmp_path)!r})")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+               f"import test_safety; test_safety.try_headers({kind!r}, {str(folder)!r})")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=folder,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout.splitlines()[-1])
-    expected = {"model": "UserError", "adapter": "UserError", "checkpoint": "UserError"}[kind]
-    for case, (error, message, memory, seconds) in results.items():
-        assert error == expected and "\n" not in message, (case, error, message)
+    for case, (error, message, memory, seconds) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert error == "UserError" and "\n" not in message, (case, error, message)
         assert "safetensors" in message or "checkpoint" in message, message
         assert memory < 32e6 and seconds < 20, (case, memory, seconds)
 
 
-def test_a_tensor_as_large_as_the_disk_is_not_read(digits, run, tmp_path):
+def test_a_tensor_as_large_as_the_disk_is_not_read(folder):
     """A true header for 64 GiB: refused for its shape, or because so much cannot even be mapped, and nothing is read."""
-    text = json.dumps({"vit.encoder.layer.0.attention.attention.query.weight": tensor(0, 64 << 30, (1 << 17, 1 << 17))}).encode()
-    (digits / "model.safetensors").write_bytes(header(text, 0))
-    os.truncate(digits / "model.safetensors", 8 + len(text) + (64 << 30))
-    with pytest.raises(UserError, match="131072|cannot be mapped"):
-        models.load(digits)
-    shutil.copytree(run / "adapter", tmp_path / "adapter")
-    os.replace(digits / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="fits nothing|mmap"):
-        lora.load_adapter(models.load(ROOT / "assets" / "vit-digits"), tmp_path / "adapter")
+    name = "vit.encoder.layer.0.attention.attention.query.weight"
+    text = json.dumps({name: tensor(0, 64 << 30, (1 << 17, 1 << 17))}).encode()
+    for file in (folder / "model" / "model.safetensors", folder / "adapter" / "adapter_model.safetensors"):
+        before = file.read_bytes()
+        file.write_bytes(header(text, 0))
+        os.truncate(file, 8 + len(text) + (64 << 30))
+        with pytest.raises(UserError, match="131072|cannot be mapped|fits nothing|mmap"):
+            LOAD[file.parent.name](folder)
+        file.write_bytes(before)
 
 
 # ---------------------------------------------------------------------------------------------- archives and text
@@ -386,10 +348,9 @@ def test_a_model_named_like_a_command_or_a_format(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "canary").exists()
 
 
-def test_names_with_dollar_signs_can_be_plotted(run, tmp_path):
+def test_names_with_dollar_signs_can_be_plotted(folder):
     pytest.importorskip("matplotlib")
-    shutil.copytree(run, tmp_path / "run")
-    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    settings = json.loads((folder / "run" / "run.json").read_text())
     settings["settings"]["model"] = "/x/a$\\frac{$b"
-    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
-    assert all(path.exists() for path in evaluation.plot(tmp_path / "run"))
+    (folder / "run" / "run.json").write_text(json.dumps(settings))
+    assert all(path.exists() for path in evaluation.plot(folder / "run"))

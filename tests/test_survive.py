@@ -60,6 +60,12 @@ def end(process):
     return process.exitcode
 
 
+def resumes_as(expected, out, err):
+    """A run folder that a failed run has left is gone on with, and ends as if nothing had happened."""
+    assert end(start("--resume", out, stderr=err)) == 0, err.read_text()[-2000:]
+    assert_same(outcome(out), expected)
+
+
 def wait_for(condition, process):
     """Poll until the condition holds or the process has ended."""
     began = time.time()
@@ -90,15 +96,6 @@ class At:
 def hang(mark):
     Path(mark).touch()
     time.sleep(2 * LONG)
-
-
-def signal_myself(number):
-    os.kill(os.getpid(), number)
-
-
-def fill_the_disk(size):
-    """From now on no file may grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def last_line(text):
@@ -215,7 +212,7 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- killed
 
 # before the run folder, a step, a line of a log, a checkpoint's file, its names on disk, an old one's removal
-MOMENTS = {"evaluation.load": 1, "Budget.add": 40, "evaluation.to_json": 40, "save_file": 9, "models.sync": 30,
+MOMENTS = {"evaluation.load": 1, "Training.count": 40, "evaluation.to_json": 40, "save_file": 9, "models.sync": 30,
            "shutil.rmtree": 8, "lora.save_adapter": 1}
 
 
@@ -250,7 +247,7 @@ def kill_until_done(method, out, kills):
 
 def test_kills_change_nothing(whole, tmp_path):
     """WeightLoRA+ killed in its warm-up, while a checkpoint is written, before a line of the log, at the very end."""
-    kills = [("Budget.add", 7), ("models.sync", 6), ("evaluation.to_json", 9), ("lora.save_adapter", 1)]
+    kills = [("Training.count", 7), ("models.sync", 6), ("evaluation.to_json", 9), ("lora.save_adapter", 1)]
     assert kill_until_done("weightlora+", tmp_path / "run", kills) == 1
     assert_same(outcome(tmp_path / "run"), whole("weightlora+"))
 
@@ -273,12 +270,12 @@ def test_many_kills_change_nothing(method, whole, tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(number, status, whole, tmp_path):
     out, err = tmp_path / "a run", tmp_path / "err"
-    patch = At("Budget.add", 17, functools.partial(signal_myself, number))
+    patch = At("Training.count", 17, functools.partial(signal.raise_signal, number))
     flags = ["--method", "lalora", *SHORT, "--save-every", "100", "--out", out]
     assert end(start(*flags, stderr=err, patch=patch)) == status
     assert [path.name for path in train.checkpoints(out)] == ["step-17"]  # of the step that was under way
     said, command = last_line(err.read_text()).split("; go on with: ")
-    assert said == f"stopped by {number.name}"
+    assert said == f"stopped by {number.name}; last checkpoint: {out / 'checkpoints' / 'step-17'}"
     if number == signal.SIGTERM:  # the command as it stands
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(command, shell=True, env=dict(os.environ, OMP_NUM_THREADS="1", PATH=path),
@@ -325,8 +322,7 @@ def test_of_two_runs_that_start_together_one_gives_way(tmp_path):
     """Both found the folder absent; the second comes when the first has claimed it, or has written to it and gone."""
     s = train.Settings(out=str(tmp_path / "run"))
     with train.Survival(s) as first, train.Survival(s) as second:
-        first.claim()
-        first.begin({})
+        first.claim({})
         with pytest.raises(UserError, match="another run is at work"):
             second.claim()
     with train.Survival(s) as third, pytest.raises(UserError, match="another run has begun"):
@@ -336,33 +332,29 @@ def test_of_two_runs_that_start_together_one_gives_way(tmp_path):
 # ---------------------------------------------------------------------------------------------- disk, files
 
 
-@pytest.mark.parametrize("size, expected", [(50_000, "step-16: cannot be written"), (2500, "ranks.jsonl")])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(size, expected, whole, tmp_path):
-    out, err = tmp_path / "run", tmp_path / "err"
-    patch = At("Budget.add", 14, functools.partial(fill_the_disk, size))
-    assert end(start("--method", "lora", *SHORT, "--out", out, stderr=err, patch=patch)) == 1
-    line = last_line(err.read_text())
-    assert line.startswith("error: ") and expected in line and "--resume" in line
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-8", "step-12"}
-    assert end(start("--resume", out, stderr=err)) == 0
-    assert_same(outcome(out), whole("lora"))
-
-
 def run_out_of_memory(error):
     raise error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
-def test_running_out_of_memory_is_one_line_with_the_remedy(error, whole, tmp_path):
+GIVEN_UP = [  # what happens in step 14, and parts of the line that says so
+    ("Training.count", resource.setrlimit, (resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
+     ["step-16: cannot be written"]),
+    ("Training.count", resource.setrlimit, (resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY)), ["ranks.jsonl"])]
+GIVEN_UP += [("Training.forward_backward", run_out_of_memory, [error], [
+    "error: step 14: out of memory (", str(error)[:40], "--forward-rows 4", "--checkpointing"]) for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))]
+
+
+@pytest.mark.parametrize("where, act, args, expected", GIVEN_UP, ids=["disk", "log", "GPU", "CPU"])
+def test_a_full_disk_or_memory_is_one_line_and_the_run_resumes(where, act, args, expected, whole, tmp_path):
     out, err = tmp_path / "run", tmp_path / "err"
-    patch = At("Training.forward_backward", 14, functools.partial(run_out_of_memory, error))
+    patch = At(where, 14, functools.partial(act, *args))
     assert end(start("--method", "lora", *SHORT, "--out", out, stderr=err, patch=patch)) == 1
     line = last_line(err.read_text())
-    assert line.startswith("error: step 14: out of memory (") and str(error)[:40] in line
-    assert all(part in line for part in ("--forward-rows 4", "--checkpointing", "step-12", "--resume"))
-    assert end(start("--resume", out, stderr=err)) == 0
-    assert_same(outcome(out), whole("lora"))
+    assert line.startswith("error: ") and all(part in line for part in [*expected, "step-12", "--resume"]), line
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-8", "step-12"}
+    resumes_as(whole("lora"), out, err)
 
 
 def test_data_that_vanished_are_named_and_a_resumed_run_waits_for_them(tmp_path, capsys):

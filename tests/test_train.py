@@ -5,13 +5,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,21 +26,19 @@ WORDS = ("the a cat dog likes hates fish and or very much not good bad this is f
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
 
 
-def tokenizer_into(folder, special):
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], dict(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1"), dict(
+    pad_token="[PAD]", unk_token="[UNK]")
+LLAMA = ["<s>", "<unk>", "</s>"], dict(single="<s> $A"), dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tokenizer_into(folder, special, template, roles):
     """A word-level tokenizer with BERT's or LLaMA's special tokens; its size."""
-    bert = special == "bert"
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<s>", "</s>"]
-    characters = list("#:.,?!\n'abcdefghijklmnopqrstuvwxyz0123456789")
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(names + WORDS + characters))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[bert]))
+    folder.mkdir()
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *"#:.,?!\n'bcdefghijklmnopqrstuvwxyz0123456789"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[1]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    template = dict(single="<s> $A")
-    roles = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    if bert:
-        template = dict(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
-        roles = dict(pad_token="[PAD]", unk_token="[UNK]")
-    tokens = [(name, vocabulary[name]) for name in (("[CLS]", "[SEP]") if bert else ("<s>",))]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template, special_tokens=tokens)
+    used = [(name, number) for name, number in vocabulary.items() if name in template["single"].split()]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template, special_tokens=used)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(roles))
     return len(vocabulary)
@@ -53,13 +49,11 @@ def checkpoints(tmp_path_factory):
     """Folders of a tiny random BERT and a tiny random LLaMA with tokenizers."""
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    (root / "bert").mkdir()
-    (root / "llama").mkdir()
     transformers.BertForSequenceClassification(transformers.BertConfig(
-        **SMALL, vocab_size=tokenizer_into(root / "bert", "bert"), max_position_embeddings=32, pad_token_id=0,
+        **SMALL, vocab_size=tokenizer_into(root / "bert", *BERT), max_position_embeddings=32, pad_token_id=0,
         num_labels=2)).save_pretrained(root / "bert")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **SMALL, vocab_size=tokenizer_into(root / "llama", "llama"), num_key_value_heads=2, bos_token_id=1,
+        **SMALL, vocab_size=tokenizer_into(root / "llama", *LLAMA), num_key_value_heads=2, bos_token_id=0,
         eos_token_id=2)).save_pretrained(root / "llama")
     return root
 
@@ -71,16 +65,18 @@ def texts(tmp_path_factory):
     for kind in ("classes", "scores", "boolq"):
         (root / kind).mkdir()
     for name, n in (("train", 120), ("dev", 40)):
-        rows = [(" ".join(random.choice(WORDS, size=random.integers(3, 9))), int(random.integers(2)))
-                for _ in range(n)]
-        classes = [f"{text} {'good' if y else 'bad'}\t{'yes' if y else 'no'}" for text, y in rows]
-        scores = [f"{text} {'good' if y else 'bad'}\t{y}" for text, y in rows]
-        (root / "classes" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *classes]) + "\n")
-        (root / "scores" / f"{name}.tsv").write_text("\n".join(["sentence\tscore", *scores]) + "\n")
-        answers = [{"instruction": f"this is {text} {'good' if y else 'bad'} ?", "input": "",
-                    "answer": str(bool(y)).lower(),
-                    "output": f"the {'very ' * (len(text) % 3)}correct answer is {str(bool(y)).lower()}"}
-                   for text, y in rows]
+        classes, scores, answers = ["sentence\tlabel"], ["sentence\tscore"], []
+        for _ in range(n):
+            words = random.choice(WORDS, size=random.integers(3, 9))
+            y, text = int(random.integers(2)), " ".join(words)
+            text += " good" if y else " bad"
+            right = str(bool(y)).lower()
+            classes.append(f"{text}\t{'yes' if y else 'no'}")
+            scores.append(f"{text}\t{y}")
+            answers.append({"instruction": f"this is {text} ?", "input": "", "answer": right,
+                            "output": f"the {'very ' * (len(text) % 3)}correct answer is {right}"})
+        (root / "classes" / f"{name}.tsv").write_text("\n".join(classes) + "\n")
+        (root / "scores" / f"{name}.tsv").write_text("\n".join(scores) + "\n")
         (root / "boolq" / f"{'test' if name == 'dev' else name}.json").write_text(json.dumps(answers))
     return root
 
@@ -239,67 +235,6 @@ def test_random_architectures_need_no_files(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- a step
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations that make a GPU's host wait: reading a number, or sizes that depend on values."""
-
-    READ = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2")
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.watching = [], False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(t is not None and t.dtype in (torch.bool, torch.uint8)
-                                                        for t in args[1])
-        if name in self.READ or masks:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def on_the_host(self, function):
-        """`function`, which may wait."""
-        def call(*args, **options):
-            before, self.watching = self.watching, False
-            with torch._C._DisableTorchDispatch():
-                result = function(*args, **options)
-            self.watching = before
-            return result
-        return call
-
-    def reading(self, name):
-        """A method of tensors that reads them and is not dispatched on a CPU."""
-        plain = getattr(torch.Tensor, name)
-
-        def call(tensor, *args, **options):
-            if self.watching:
-                self.found.append(name)
-            return plain(tensor, *args, **options)
-        return call
-
-
-@pytest.mark.parametrize("method", ["lora", "linear-decay", "adalora", "lalora", "weightlora", "lelora"])
-def test_steps_between_logs_never_wait_for_the_device(method, tmp_path, monkeypatch):
-    """Steps 11 to 19 log nothing; batches are made on the host, and the optimizer keeps its own count there on a CPU."""
-    waits, add = Waits(), train.Budget.add
-
-    def watched(budget):
-        add(budget)
-        if budget.steps == 11:
-            waits.__enter__()
-        if budget.steps == 19:
-            waits.__exit__(None, None, None)
-        waits.watching = 11 <= budget.steps < 19
-
-    for name in ("tolist", "numpy", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, waits.reading(name))
-    monkeypatch.setattr(train.Budget, "add", watched)
-    monkeypatch.setattr(data, "collate", waits.on_the_host(data.collate))
-    monkeypatch.setattr(torch.optim.AdamW, "step", waits.on_the_host(torch.optim.AdamW.step))
-    main("--method", method, "--limit-train", 160, "--limit-eval", 20, "--steps", 22, "--batch-size", 8,
-         "--no-eval-before", "--eval-every", 100, "--out", tmp_path / "run", "--adalora-delta-t", 2)
-    assert waits.found == []
-
-
 @pytest.mark.parametrize("warmup, steps, kind", [(0.1, 50, "linear"), (7, 40, "linear"), (0, 30, "linear"),
                                                  (5, 40, "cosine"), (3, 20, "constant")])
 def test_schedules_equal_transformers(warmup, steps, kind):
@@ -307,9 +242,9 @@ def test_schedules_equal_transformers(warmup, steps, kind):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     count = int(warmup) if warmup >= 1 else int(np.ceil(warmup * steps))
     theirs = transformers.get_scheduler(name, optimizer, count, steps)
-    factor = train.schedule(SimpleNamespace(warmup=warmup, schedule=kind), steps)
+    s = train.Settings(warmup=warmup, schedule=kind)
     for step in range(steps):
-        assert factor(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        assert train.schedule(s, step, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
 
@@ -498,11 +433,6 @@ def test_limits_and_data_of_a_run_can_be_changed(finished):
 # ---------------------------------------------------------------------------------------------- input, good and bad
 
 
-def test_lelora_s_policy_may_stand_still(tmp_path):
-    assert main("--method", "lelora", "--lelora-policy-lr", 0, "--steps", 2, "--limit-train", 60, "--limit-eval", 10,
-                "--no-eval-before", "--out", tmp_path / "run")["steps"] == 2
-
-
 def test_texts_longer_than_the_models_positions_are_cut(classes, tmp_path, caplog):
     rows = "".join(f"{'the cat ' * n}\t{n % 2}\n" for n in range(1, 60))
     (tmp_path / "long.tsv").write_text("text\tlabel\n" + rows)
@@ -549,6 +479,7 @@ BAD = """
 --targets gate                              | gate
 --targets ,                                 | --targets
 --targets query,query                       | once
+--shard                                     | torchrun
 --dtype int3                                | int3
 --device meta                               | meta
 --device cuda:99                            | cuda:99

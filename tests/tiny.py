@@ -130,22 +130,22 @@ def resumes_to_the_same_bits(build, data, stop):
         assert torch.equal(value, found[name]), name
     a, b = (training.model.state_dict() for training in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert whole.allocator.ranks() == parts.allocator.ranks() and whole.budget.report() == parts.budget.report()
+    assert whole.allocator.ranks() == parts.allocator.ranks() and whole.budget() == parts.budget()
     return whole.allocator, parts.allocator
 
 
 @contextlib.contextmanager
 def interrupted_after(step):
     """A place for a run that Ctrl-C stops at once in its optimizer step `step`; fails if it gets by."""
-    add = program.Budget.add
+    count = program.Training.count
 
-    def interrupted(budget):
-        add(budget)
-        if budget.steps == step:
+    def interrupted(training, *args):
+        count(training, *args)
+        if training.steps == step:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(program.Budget, "add", interrupted)
+        patch.setattr(program.Training, "count", interrupted)
         yield
 
 
