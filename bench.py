@@ -419,6 +419,8 @@ class Comparison:
     methods: str = setting("all", "rows", "methods, where need be with flags of their own, as in "
                                           "'lora,lora --init pissa,lalora --lalora-gamma 1'; or all")
     steps: list = setting(None, "rows", "numbers of optimizer steps, as in 250,1000,4000: each row once for each")
+    budgets: list = setting(None, "rows", "ranks, as in 1,2,8: each row once for each, or with --match-budget for the "
+                                          "parameters that uniform LoRA has at it")
     tasks: list = setting(None, "columns", "default: the model's own")
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
     seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1)
@@ -436,20 +438,21 @@ class Comparison:
     results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
     runs: str = setting("runs/quality", "runs", "folder of their run folders")
     csv: str = setting(None, "output", "file for a line per run with all of its numbers")
-    picture: str = setting(None, "output", "PNG file for quality over --steps")
+    picture: str = setting(None, "output", "PNG file for quality over --steps, or over what --budgets trained")
 
 
 class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
     `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
-    `columns` are the tasks that it has numbers for, `times` is its rank over the one that was told, `line` what `make`
-    has found or made: its line in the results, or None.
+    `columns` are the tasks that it has numbers for, `place` says where on --steps and --budgets the row is, `times` is
+    its rank over the one that was told, `line` what `make` has found or made: its line in the results, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
         self.row, self.task, self.seed, self.flags, self.folder = row, task, seed, list(flags), folder
         self.columns, self.times, self.line = [task], 1.0, None
+        self.place = row.partition(" @ ")[2]
         self.words = [*flags, "--task", task, "--seed", str(seed)]
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         if self.s.out or self.s.resume:
@@ -590,8 +593,11 @@ def quality(argv):
     q = Comparison(**vars(own))
     check_shared(flags)
     train.check_bounds(q)
-    if q.picture and len(q.steps or ()) < 2:
-        raise UserError("--picture shows quality over the number of steps: name some, as in --steps 250,1000,4000")
+    axes = {name: values for name, values in (("steps", q.steps), ("rank", q.budgets)) if values}
+    axis = next((name for name, values in axes.items() if len(values) > 1), None)
+    if q.picture and not axis:
+        raise UserError("--picture shows quality over steps or parameters: name some, as in --steps 250,1000,4000 or "
+                        "--budgets 1,2,8")
     methods = list(allocators.METHODS)
     if q.methods != "all":  # a comma may be part of a flag
         names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
@@ -600,9 +606,9 @@ def quality(argv):
         s = train.Settings(**vars(TRAIN.parse_args(flags)))
         q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
     rows = {method: shlex.split(method) for method in methods}
-    if q.steps:
-        rows = {f"{row} --steps {n}" if len(q.steps) > 1 else row: [*words, "--steps", n]
-                for row, words in rows.items() for n in q.steps}
+    for name, values in axes.items():
+        rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
+                for row, words in rows.items() for n in values}
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
     if q.match_budget and q.tune and "--rank" in grid_of(q.tune)[0]:
         raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
@@ -623,7 +629,7 @@ def quality(argv):
     if q.csv:
         write_csv(q.csv, runs)
     if q.picture:
-        draw(q.picture, runs, about)
+        draw(q.picture, axis, runs, about)
     return markdown(about), about
 
 
@@ -637,7 +643,7 @@ def match_budget(cells, q):
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
     grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
     """
-    uniform = {(cell.task, cell.s.steps): cell for cell in cells if cell.row.split(" --steps ")[0] == "lora"}
+    uniform = {(cell.task, cell.place): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
     told, tried, ranks = {}, {}, {}  # of each cell: its settings as filled in, runs, and the rank to try next
@@ -651,7 +657,7 @@ def match_budget(cells, q):
         return run.line["trainable_params"]["mean"] if run.line else math.inf
 
     def closest(cell):
-        aim = budget(tried[uniform[cell.task, cell.s.steps]][0])
+        aim = budget(tried[uniform[cell.task, cell.place]][0])
         if aim == math.inf:
             raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
         return min(((budget(run) / aim - 1, run) for run in tried[cell]), key=lambda pair: abs(pair[0]))
@@ -780,7 +786,7 @@ def baselines(runs, free=()):
 
     lines, found = {}, {}
     for run in runs:
-        lines.setdefault(run.row, {})[run.task, run.seed] = run.line
+        lines.setdefault(run.row, {})[run.task, run.seed, run.place] = run.line
     for row, own in lines.items():
         fitting = {}
         for name, others in lines.items():
@@ -884,21 +890,26 @@ def write_csv(path, runs):
         writer.writerows(rows)
 
 
-def draw(path, runs, about):
-    """A picture of quality over the number of steps, a curve per method: mean and standard deviation over seeds."""
+def draw(path, axis, runs, about):
+    """A picture of quality over steps, or with `axis` "rank" over trained parameters: mean and standard deviation.
+
+    A curve per method; the parameters are the mean over training.
+    """
     plt, metrics = evaluation.pyplot(), about["metrics"]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 4), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 4), squeeze=False, layout="constrained")
     curves = {}
     for run in runs:
-        curves.setdefault(run.row.split(" --steps ")[0], {})[run.s.steps] = about["rows"][run.row]
-    for axis, (column, metric) in zip(axes[0], metrics.items()):
-        for method, by_steps in curves.items():
-            points = [(steps, row[column]["mean"], row[column]["std"] or 0) for steps, row in by_steps.items()
-                      if column in row]
+        row = about["rows"][run.row]
+        x = run.s.steps if axis == "steps" else row.get("trainable_params", {}).get("mean")
+        curves.setdefault(re.sub(rf" @ {axis} \d+", "", run.row), {})[x] = row
+    for panel, (column, metric) in zip(panels[0], metrics.items()):
+        for method, rows in curves.items():
+            points = [(x, row[column]["mean"], row[column]["std"] or 0) for x, row in rows.items() if column in row]
             if points:
-                axis.errorbar(*zip(*points), label=method, marker="o", capsize=3)
-        axis.set(title=column, xlabel="steps", ylabel=metric, xscale="log")
-        axis.legend()
+                panel.errorbar(*zip(*sorted(points)), label=method, marker="o", capsize=3)
+        panel.set(title=column, xlabel={"steps": "steps", "rank": "trained parameters, mean over training"}[axis],
+                  ylabel=metric, xscale="log")
+        panel.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -263,7 +263,7 @@ def test_tuning(tmp_path, capsys, monkeypatch):
              "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture",
              str(tmp_path / "steps.png")]
     _, about, _ = compare(capsys, tmp_path, *asked)
-    rows = ["lora --steps 2", "lora --steps 12"]
+    rows = ["lora @ steps 2", "lora @ steps 12"]
     assert [*about["rows"]] == [*about["chosen"]] == rows
     lines = results(tmp_path)
     tried, reported = ([line for line in lines if line["seed"] == seed] for seed in (1000, 0))
@@ -280,6 +280,18 @@ def test_tuning(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", None)
     shutil.rmtree(tmp_path / "runs")
     assert compare(capsys, tmp_path, *asked, "--no-run")[1] == about  # from the results file alone
+
+
+def test_budgets_are_an_axis(tmp_path, capsys):
+    asked = ["--methods", "lora,random", "--budgets", "1,2", "--match-budget", "--steps", "2", "--seeds", "1"]
+    _, about, _ = compare(capsys, tmp_path, *asked, "--picture", str(tmp_path / "budgets.png"))
+    rows = ["lora @ rank 1", "lora @ rank 2", "random @ rank 1", "random @ rank 2"]
+    assert [*about["rows"]] == rows
+    assert [row["against"] for row in about["rows"].values()] == [None, None, *rows[:2]]
+    assert [row["trainable_params"]["mean"] for row in about["rows"].values()] == [1536, 3072] * 2
+    assert {(line["row"], line["settled"].get("rank", 8)) for line in results(tmp_path)} == {
+        *zip(rows, (1, 2, 1, 2)), *zip(rows[2:], (2, 4))}
+    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_halves_and_samples_of_rows():
