@@ -287,7 +287,6 @@ def normalise(raw, path):
         activation = "gelu_pytorch_tanh"
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-
     # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
     rope = rotary and (ask("rope_scaling") or ask("rope_parameters")) or {}
     rope = {"rope_theta": ask("rope_theta", 1e4), **(rope if isinstance(rope, dict) else {"type": rope})}
@@ -309,7 +308,6 @@ def normalise(raw, path):
     if kind == "vit" and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
                                                                     for n, p in zip(image, patch))):
         refuse("image_size", f"positive integers not below patch_size {patch}")
-
     number = functools.partial(get, low=0, high=1, kind=float)
     bias = not rotary or family in ("llama", "qwen3", "gemma", "olmo2") and bool(ask("attention_bias"))
     dropout, text = 0.0 if rotary else number("hidden_dropout_prob", 0.1), kind == "encoder"
@@ -665,7 +663,7 @@ def causal_mask(mask, start, length, window, device):
 class Transformer(nn.Module):
     """What the three model classes share: names in transformers' checkpoints, and the loop over the blocks."""
 
-    module_names = {}
+    module_names = {}  # where transformers' models name things otherwise than its checkpoints
 
     def __init__(self, config, head):
         super().__init__()
@@ -677,10 +675,7 @@ class Transformer(nn.Module):
         self.decoding = None  # what `generate` says about the checkpoint's own settings
 
     def hf_name(self, name, module=False):
-        """Name in transformers' checkpoint of our parameter or module, e.g. "blocks.3"; module=True: in its model.
-
-        The latter is what PEFT's files have; they differ for vit only.
-        """
+        """Our parameter's or module's name in transformers' checkpoints; module=True: in its models, as PEFT has it."""
         for ours, theirs in self.head_names.items():
             if name.startswith(ours):
                 return name.replace(ours, theirs, 1)
@@ -693,10 +688,7 @@ class Transformer(nn.Module):
         return self.head(x.to(next(self.head.parameters()).dtype))
 
     def run_blocks(self, x, masks, first_token_only=False, **inputs):
-        """Every block in turn, x (B, T, D) -> (B, T, D); see `Block.attend` for masks and inputs.
-
-        `first_token_only`: (B, 1, D), unless a hook on the last block or in it wants to see all tokens.
-        """
+        """Every block in turn, x (B, T, D) -> (B, T, D), or (B, 1, D) with `first_token_only` and no hook there."""
         first_token_only = first_token_only and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self.blocks[-1].modules())
@@ -740,7 +732,8 @@ class Encoder(Transformer):
         if head == "span":
             self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
         elif config.family == "bert":
-            self.pooler, self.pooled_dropout, self.head = Linear(D, D), head_dropout, Linear(D, config.num_labels)
+            self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
+            self.pooled_dropout = head_dropout
         else:
             first = Dropout(config.relative.pooler_dropout) if config.relative else head_dropout
             self.head = nn.Sequential(OrderedDict(
@@ -775,21 +768,19 @@ class Encoder(Transformer):
             x = x + self.positions(real.cumsum(1) * real + pad)
         elif self.positions is not None:
             x = x + self.positions.weight[:T]
-        x, visible, inputs = self.embed_norm(x), None if mask is None else mask[:, None, None], {}  # (B, 1, 1, T)
+        x, inputs = self.embed_norm(x), {}
+        visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
         if self.config.relative:
             inputs["bucket"], inputs["table"] = self.relative_positions(T)
-            if mask is not None:
-                x, visible = x * mask[..., None], visible & visible.mT  # padding sees nothing, either
+        if self.config.relative and mask is not None:
+            x, visible = x * mask[..., None], visible & visible.mT  # padding sees nothing, either
         return self.run_blocks(self.dropout(x), {None: (visible, False)}, first_token_only, **inputs)
 
     def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for `Block.attend`: the part of the table that T tokens need, and their rows.
-
-        The nearest half of the buckets holds a distance each, the others grow logarithmically up to `furthest`.
-        """
+        """(bucket (T, T), table (R, D)) for `Block.attend`: the part of the table for T tokens, and each pair's row."""
         relative, at = self.config.relative, torch.arange(T, device=self.embed.weight.device)
         bucket, middle = at[:, None] - at, relative.buckets // 2  # query - key
-        if middle:
+        if middle:  # the nearest half of the buckets holds a distance each, the others grow logarithmically
             far = bucket.abs().clamp(min=middle) / middle
             far = torch.log(far) / torch.log(torch.tensor(relative.furthest / middle)) * (middle - 1)  # float32 decides
             far = bucket.sign() * (middle + far.ceil())
@@ -932,8 +923,9 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
         head = next((ours for ours, theirs in kind.heads.items() if saved_as.endswith(theirs)), [*kind.heads][0])
     if head not in kind.heads:
         raise UserError(f"model '{name}': a {config.family} model has no head '{head}', only {' or '.join(kind.heads)}")
-    there, num_labels = config.num_labels, 2 if head == "span" else num_labels  # by its config.json, the head's outputs
-    config.num_labels = there if num_labels is None else num_labels
+    there = config.num_labels  # outputs of the checkpoint's head, by its config.json
+    if head == "span" or num_labels is not None:
+        config.num_labels = 2 if head == "span" else num_labels
     if outputs is None:
         there, outputs = config.num_labels, list(range(config.num_labels))
     if config.num_labels < 1:
@@ -1029,10 +1021,7 @@ def open_weights(path):
 
 
 def read_weights(model, folder, there, outputs, **options):
-    """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have.
-
-    Of a head with `there` outputs, those at the indices `outputs` are used, of another none.
-    """
+    """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have."""
     config, files, stored, others = model.config, weight_files(folder, model.config), set(), []
     where, trained_head = files[0] if len(files) == 1 else folder, model.head_kind != "lm"
     for path in files:
@@ -1055,7 +1044,7 @@ def read_weights(model, folder, there, outputs, **options):
                     expected = list(as_stored(model, ours).shape)
                 of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
                 if of_outputs:
-                    expected[0] = there
+                    expected[0] = there  # of these the `outputs` are used
                     if shape[1:] == expected[1:] and (shape != expected or not outputs):
                         model.unused_outputs = shape[0]
                         continue  # starts afresh
@@ -1110,10 +1099,7 @@ def as_stored(model, names):
 
 
 def save(model, folder, shard_bytes=5_000_000_000):
-    """Write `model` as a checkpoint folder that transformers and `load` read, in shards above `shard_bytes`.
-
-    Raises UserError when adapters are not merged. Earlier weights in the folder are removed.
-    """
+    """Write `model` over an earlier checkpoint, as transformers and `load` read it; UserError: unmerged adapters."""
     folder, config, stored = Path(folder), model.config, stored_names(model)
     adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
     if adapted:
@@ -1148,16 +1134,16 @@ def save(model, folder, shard_bytes=5_000_000_000):
 def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
     """Greedy continuation of left-padded prompts, tokens (B, T) long and mask (B, T) bool or None -> (B, N) long.
 
-    A row ends after one of `eos_ids` (int, list or None) and is filled with `pad_id`; N is the longest row. `stop`,
-    called with what is generated so far (B, n), says which rows may end there, too: (B,) bool on the same device. A GPU
-    is asked every 8 tokens whether all rows have ended, since asking waits for it: N may be up to 7 more. Raises
-    UserError if logits are not finite.
+    A row ends after one of `eos_ids` (int, list or None), and `pad_id` follows. `stop`, called with what is generated
+    so far (B, n), says which rows may end there, too: (B,) bool. A GPU is asked every 8 tokens whether all have ended,
+    since asking waits for it: N may be up to 7 more. Raises UserError if logits are not finite.
     """
     (B, T), device = tokens.shape, tokens.device
     if model.decoding:
         note(model.decoding)
     eos = torch.tensor([eos_ids] if isinstance(eos_ids, int) else eos_ids or [], dtype=torch.long, device=device)
-    padding, mask = {}, None if mask is None or mask.all() else F.pad(mask.bool(), (0, max_new_tokens), value=True)
+    padding = {}
+    mask = None if mask is None or mask.all() else F.pad(mask.bool(), (0, max_new_tokens), value=True)
     cache = Cache(model, B, T + max_new_tokens)
     generated = torch.full((B, max_new_tokens), pad_id, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
