@@ -45,6 +45,7 @@ class Allocator:
     validation_loss = None
     saved = ("allocations", "current", "made", "calls")  # what a restart needs, each class adding its own: names of
     # attributes that are tensors (restored in place: views stay views), lists of them, numbers, modules, optimizers ...
+    own = ()  # parameters that the policy moves itself
     summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
@@ -65,7 +66,6 @@ class Allocator:
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         self.made = {name: [0, 0] for name in self.names}  # an adapter's R, and which call of `add` made it
         self.layers, self.stacks, self.calls = {}, [], 0
-        self.own = []  # parameters that the policy moves itself
         self.setup()
 
     # ------------------------------------------------------------------ what policies override
@@ -119,9 +119,9 @@ class Allocator:
     def add(self, ranks, init=None):
         """Give matrices an adapter, {name: rank}; it starts as the settings say, or as `init`.
 
-        PiSSA (Meng et al. 2024, Eqs. 2-4) starts at the r largest singular components of W, MiLoRA (Wang et al. 2024)
-        at the r smallest; the frozen weight is W without them. LoRA-FA (Zhang et al. 2023) freezes A. LoRA+ (Hayou et
-        al. 2024) gives B its own learning rate, and DoRA's lengths, as the authors' code does.
+        PiSSA (Meng et al. 2024, Eqs. 2-4): at the r largest singular components of W; MiLoRA (Wang et al. 2024): at the
+        r smallest; LoRA-FA (Zhang et al. 2023): with A frozen; LoRA+ (Hayou et al. 2024): with a learning rate of its
+        own for B and, as in the authors' code, for DoRA's lengths.
         """
         s, init = self.settings, init or self.settings.init
         twice = [name for name in ranks if name in self.layers]
@@ -479,6 +479,7 @@ class WeightLora(Allocator):
     dynamic = True
     saved = ("omega",)
     group = "weightlora"  # of flags: --weightlora-steps, --weightlora-examples
+    own = property(lambda self: [] if self.allocations else [self.gates])  # until the warm-up is over
 
     def setup(self):
         s = self.settings
@@ -500,7 +501,7 @@ class WeightLora(Allocator):
         self.omega = torch.ones(len(self.names), dtype=torch.float64, device=self.device)  # early steps are tiny
         for layer in self.layers.values():
             layer.g = nn.Parameter(torch.ones(1, device=self.device))
-        self.own = [lora.stacked([layer.g for layer in self.layers.values()])]  # omega as the layers see it, (n, 1)
+        self.gates = lora.stacked([layer.g for layer in self.layers.values()])  # omega as the layers see it, (n, 1)
 
     def examples(self, step):
         """Enough rows in the warm-up: in small batches' noise the choice is a lottery."""
@@ -508,15 +509,15 @@ class WeightLora(Allocator):
 
     @torch.no_grad()
     def after_step(self, step):
-        if not self.own:
+        if self.allocations:
             return False
-        self.learn(self.own[0].grad[:, 0].double(), last=step >= self.warmup)
+        self.learn(self.gates.grad[:, 0].double(), last=step >= self.warmup)
         if step < self.warmup:
             return False
         ranks = self.final_ranks()
         self.drop(self.names)
         self.add(ranks)
-        self.own, self.allocations = [], 1
+        self.allocations = 1
         return True
 
     def learn(self, gradient, last):
@@ -526,7 +527,7 @@ class WeightLora(Allocator):
         if last or s.weightlora_threshold == "every":
             score = self.score()
             self.omega.masked_fill_(score < score.topk(self.keep).values[-1], float(s.weightlora_rank_by == "moved"))
-        self.own[0].data.copy_(self.omega[:, None])
+        self.gates.data.copy_(self.omega[:, None])
 
     def score(self):
         """What the matrices are ranked by, (n,)."""
@@ -541,10 +542,6 @@ class WeightLora(Allocator):
     def log(self):
         selected = {} if self.own else {"selected": {name: int(name in self.layers) for name in self.names}}
         return {"omega": dict(zip(self.names, self.omega.tolist()))} | selected
-
-    def restored(self):
-        if self.allocations:
-            self.own = []
 
 
 class RandomLora(Allocator):
