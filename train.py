@@ -71,7 +71,7 @@ class Settings:
     dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, / r_i or / sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
-    ranks: str = setting(None, "adapter", "take these ranks: the last of a run folder, or {name: rank} in JSON")
+    ranks: str = setting(None, "adapter", "for --method lora: the last ranks of a run folder, or {name: rank} in JSON")
     ranks_shuffled: bool = setting(False, "adapter", "deal the ranks of --ranks to other matrices, by the seed")
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
     init: str = setting("lora", "adapter", "start at W's r largest or smallest components", ("lora", "pissa", "milora"))
@@ -83,7 +83,7 @@ class Settings:
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs", low=1)
     batch_size: int = setting(None, "optimization", "examples per batch, of all processes together", low=1)
     accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
-    optimizer: str = setting("adamw", "optimization", "muon: A and B by it, the rest AdamW", ("adamw", "sgd", "muon"))
+    optimizer: str = setting("adamw", "optimization", "muon: for A and B, AdamW for the rest", ("adamw", "sgd", "muon"))
     lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", above=0)
     weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on W's own components")
     warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora: none")
@@ -110,7 +110,7 @@ class Settings:
     eval_every: int = setting(0, "machine", "steps between evaluations; 0 = each epoch, at most 10 in all")
     save_every: int = setting(0, "machine", "steps between checkpoints; 0 = with each evaluation")
     keep: int = setting(2, "machine", "checkpoints to keep", low=1)
-    max_bad_steps: int = setting(10, "machine", "steps in a row not finite in loss or gradient that end it", low=1)
+    max_bad_steps: int = setting(10, "machine", "steps in a row with loss or gradient not finite that end a run", low=1)
     resume: str = setting(None, "machine", "run folder to go on with from its newest checkpoint, with its own settings")
     eval_before: bool = setting(True, "machine", "evaluate before training, too")
 
@@ -123,7 +123,8 @@ class Settings:
     adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations", low=1)
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity", high=1)
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
-    adalora_orth: float = setting(0.1, "adalora", "gamma, weight of the penalty; its RTE and STS-B 0.3; PEFT: 0.5")
+    adalora_orth: float = setting(0.1, "adalora", "gamma, weight of the orthogonality penalty; its authors' "
+                                                  "scripts: 0.1, for RTE and STS-B 0.3; PEFT: 0.5")
     lalora_gamma: float = setting(None, "lalora", "gamma, how fast the budget grows (Eq. 5); default by --rank")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, section 3.3's, 5.2's, or 1",
@@ -156,13 +157,18 @@ class Settings:
     lelora_inputs: str = setting("standardised", "lelora", "norms and singular values seen", ("standardised", "raw"))
 
 
+GROUPS = {"static shapes": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
+          "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)", "lelora": "lelora (LeLoRA)",
+          "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "credit": "credit (this project's own)"}
+
+
 def parser_of(settings_class, description):
     """An ArgumentParser with one flag per field of the dataclass, grouped as its fields say."""
     parser, groups = evaluation.Parser(description=description), {}
     for f in dataclasses.fields(settings_class):
         m = f.metadata
         if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
+            groups[m["group"]] = parser.add_argument_group(GROUPS.get(m["group"], m["group"]))
         convert = (lambda text: [part for part in text.split(",") if part]) if f.type is list else f.type
         options = {"type": convert, "choices": m["choices"], "metavar": "X"}
         if f.type is bool:
