@@ -9,21 +9,17 @@ drives every policy in the same way and does not know which one it is:
 """
 
 import functools
-import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import lora
-from model import UserError, cache_folder, own_module
+from model import UserError, own_module
 
 # a progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B
 decomposing = functools.partial(tqdm, desc="singular values", unit="matrix", leave=False, disable=None)
@@ -130,7 +126,7 @@ class Allocator:
         layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
         for layer in decomposing(layers.values() if init != "lora" else ()):
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
-            _, A, B = singular_windows(layer.weight.data.to(self.device), layer.rank)
+            _, A, B = lora.singular_windows(layer.weight.data.to(self.device), layer.rank)
             layer.split_off(A[part], B[:, part])
         self.take_over(layers)
 
@@ -641,11 +637,11 @@ class LeLora(Allocator):
         self.active = torch.zeros(n, 3 * R, device=self.device)
         for i, layer in enumerate(decomposing(self.layers.values())):
             W = layer.weight.data.to(self.device)  # it may wait on the CPU to be sharded
-            S, A, B = singular_windows(W, R)
+            S, A, B = lora.singular_windows(W, R)
             layer.scale = 1.0
             layer.split_off(A, B)  # Eq. 1
             layer.mask_updates(self.active[i])
-            self.spectra[i, :len(S)], self.where[i] = S, window_indices(len(S), R)
+            self.spectra[i, :len(S)], self.where[i] = S, lora.window_indices(len(S), R)
         self.masks = torch.zeros(len(self.dims), len(self.locations), 3 * R, device=self.device)
         for i, r in enumerate(self.dims):
             for j, location in enumerate(self.locations):
@@ -763,36 +759,6 @@ def candidates(s):
         raise UserError(f"--lelora-locations {','.join(named)}: choose from {','.join(WINDOWS)}")
     dims = dims[-1:] if s.lelora_ablate == "location" else dims
     return dims, [w for w in WINDOWS if w in (["first"] if s.lelora_ablate == "rank" else named)]
-
-
-def window_indices(m, R):
-    """Indices of the first, the middle and the last R of m singular components, (3 R,); large windows overlap."""
-    return torch.cat([torch.arange(R) + start for start in (0, min(m // 2, m - R), m - R)])
-
-
-def singular_windows(weight, R):
-    """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
-
-    Windows of 64 components are kept on disk by W's content, and those of lower rank cut from them, in `cache_folder`.
-    """
-    key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
-    key.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    file, wanted = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors", window_indices(min(weight.shape), R)
-    try:
-        stored = load_file(file, device=str(weight.device))
-    except (FileNotFoundError, SafetensorError):  # not there, or damaged
-        stored = {"at": torch.zeros(0)}
-    if not torch.isin(wanted, stored["at"].cpu()).all():
-        # in float64: float32 would mix the smallest components, which lie close together, with each other
-        U, S, Vh = (t.float() for t in torch.linalg.svd(weight.double(), full_matrices=False))
-        at = window_indices(len(S), min(max(R, 64), len(S))).unique().to(S.device)
-        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous(), "at": at}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.part")
-        save_file(stored, beside)
-        beside.rename(file)
-    place = torch.searchsorted(stored["at"], wanted.to(weight.device))
-    return stored["S"], stored["A"][place], stored["B"][:, place]
 
 
 METHODS = {"lora": Allocator, "linear-decay": Static, "attention-heavy": Static, "empirical": Static, "lalora": LaLora,

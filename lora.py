@@ -1,4 +1,4 @@
-"""The variable-rank LoRA layer: attaching it to a model, merging it, its optimizer, saving and loading adapters.
+"""The variable-rank LoRA layer: attaching it to a model, W's own components, its optimizer, adapter files.
 
 A rank that changes during training is a vector g that changes *in place*: shapes, graph and optimizer state stay as
 they are, so nothing is recompiled or copied and the device is never waited for.
@@ -6,17 +6,20 @@ they are, so nothing is recompiled or copied and the device is never waited for.
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from model import Int8Linear, UserError, open_weights, publish, read_json, spellings
+from model import Int8Linear, UserError, cache_folder, open_weights, publish, read_json, spellings
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -263,6 +266,39 @@ def disabled(model):
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+# ---------------------------------------------------------------------------------------------- components of W
+
+
+def window_indices(m, R):
+    """Indices of the first, the middle and the last R of m singular components, (3 R,); large windows overlap."""
+    return torch.cat([torch.arange(R) + start for start in (0, min(m // 2, m - R), m - R)])
+
+
+def singular_windows(weight, R):
+    """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
+
+    Windows of 64 components are kept on disk by W's content, and those of lower rank cut from them, in `cache_folder`.
+    """
+    key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
+    key.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    file, wanted = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors", window_indices(min(weight.shape), R)
+    try:
+        stored = load_file(file, device=str(weight.device))
+    except (FileNotFoundError, SafetensorError):  # not there, or damaged
+        stored = {"at": torch.zeros(0)}
+    if not torch.isin(wanted, stored["at"].cpu()).all():
+        # in float64: float32 would mix the smallest components, which lie close together, with each other
+        U, S, Vh = (t.float() for t in torch.linalg.svd(weight.double(), full_matrices=False))
+        at = window_indices(len(S), min(max(R, 64), len(S))).unique().to(S.device)
+        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous(), "at": at}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.part")
+        save_file(stored, beside)
+        beside.rename(file)
+    place = torch.searchsorted(stored["at"], wanted.to(weight.device))
+    return stored["S"], stored["A"][place], stored["B"][:, place]
 
 
 # ---------------------------------------------------------------------------------------------- stacks

@@ -318,7 +318,7 @@ def fake_gpu(capacity=math.inf):
             return (phase("rebuild", own) if self.own and step >= self.warmup else own)(self, step)
         return (policy, "after_step", after_step)
 
-    patches = [(FakeTensor, "tolist", tolist), (allocators, "singular_windows", plain_windows), (allocators.Policy, "to", move),
+    patches = [(FakeTensor, "tolist", tolist), (lora, "singular_windows", plain_windows), (allocators.Policy, "to", move),
                (lora, "state_of", state), (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
                (torch.Tensor, "pin_memory", lambda t: t), rebuilding(allocators.WeightLora), rebuilding(allocators.Credit),
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
@@ -326,7 +326,7 @@ def fake_gpu(capacity=math.inf):
                (train.Survival, "save", phase("save", train.Survival.save)), (train, "safe_open", Opened),
                (train.Survival, "resume", phase("resume", train.Survival.resume)), (train, "load_file", load_file),
                (evaluation, "evaluate_splits", phase("eval", evaluation.evaluate_splits))]
-    patches += [(place, "save_file", save_file) for place in (allocators, lora, train, models)]
+    patches += [(place, "save_file", save_file) for place in (lora, train, models)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny import Tiny, batches, components, refused, settings, train, training_of
 
 import allocators
+import lora
 
 DIM = 32  # three windows of 8 need 32 singular components
 FLAGS = dict(method="lelora", rank=8, alpha=3.0, dropout=0.3, lelora_start="kaiming")
@@ -112,7 +113,7 @@ def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
     U, V = (torch.linalg.qr(torch.randn(768, 768, generator=generator, dtype=torch.float64))[0] for _ in range(2))
     S = torch.logspace(0, -5, 768, dtype=torch.float64)
     W = (U * S @ V.T).float()
-    _, A, B = allocators.singular_windows(W, 8)
+    _, A, B = lora.singular_windows(W, 8)
     u, s, v = np.linalg.svd(W.double().numpy())
     expected = torch.from_numpy((u[:, -8:] * s[-8:]) @ v[-8:])
     assert (B[:, -8:] @ A[-8:] - expected).norm() < 1e-5 * expected.norm()
