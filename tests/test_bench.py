@@ -168,9 +168,9 @@ def test_plain_attention_equals_the_kernel(groups, masking):
     """The formula that CPUs train with (bfloat16, dropout) and the kernel that they evaluate with."""
     q, k, v = torch.randn(2, 4, 6, 8, requires_grad=True), torch.randn(2, groups, 6, 8), torch.randn(2, groups, 6, 8)
     mask = (torch.arange(6) < torch.tensor([[6], [4]]))[:, None, None] if masking == "padding" else None
-    trained = models.attention(q, k, v, mask, masking == "causal", 1e-9)  # drops nothing
+    trained = models.attention(q, k, v, mask, masking == "causal", 1e-9, 0.25)  # drops nothing
     with torch.no_grad():
-        evaluated = models.attention(q, k, v, mask, masking == "causal", 0.0)
+        evaluated = models.attention(q, k, v, mask, masking == "causal", 0.0, 0.25)
     assert (trained - evaluated).abs().max() < 1e-5
 
 

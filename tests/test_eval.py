@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_train import WORDS, tokenizer_into
+from test_train import BERT, WORDS, tokenizer_into
 
 import data
 import eval as evaluation
@@ -167,7 +167,7 @@ def bert(folder, labels, names):
     torch.manual_seed(5)
     theirs = transformers.BertForSequenceClassification(transformers.BertConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
-        vocab_size=tokenizer_into(folder, "bert"), max_position_embeddings=40, id2label=dict(enumerate(labels)))).eval()
+        vocab_size=tokenizer_into(folder, *BERT), max_position_embeddings=40, id2label=dict(enumerate(labels)))).eval()
     theirs.save_pretrained(folder)
     random, file = np.random.default_rng(0), folder / "data.tsv"
     rows = [f"{' '.join(random.choice(WORDS, size=5))}\t{names[i % len(names)]}\n" for i in range(60)]

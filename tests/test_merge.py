@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_train import checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
+from test_train import LLAMA, checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -122,7 +122,7 @@ def test_memory_holds_the_weights_once(checkpoints, tmp_path):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8, bos_token_id=1,
-        vocab_size=tokenizer_into(base, "llama"), eos_token_id=2)).save_pretrained(base, max_shard_size="20MB")
+        vocab_size=tokenizer_into(base, *LLAMA), eos_token_id=2)).save_pretrained(base, max_shard_size="20MB")
     (tmp_path / "train.json").write_text(json.dumps([{"instruction": "the cat", "output": "is good"}] * 20))
     main("--model", base, "--task", "instructions", "--data", tmp_path, "--steps", 1, "--batch-size", 1, "--rank", 4,
          "--max-length", 128, "--no-eval-before", "--limit-eval", 1, "--out", run)

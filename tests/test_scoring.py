@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_train import ROOT, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401 (fixtures)
+from test_train import LLAMA, ROOT, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401
 
 import data
 import eval as evaluation
@@ -50,7 +50,7 @@ def gpt2(tmp_path_factory):
     """The folder of a tiny random GPT-2, whose positions are learned ones: padding must not shift them."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    size = tokenizer_into(folder, "llama")
+    size = tokenizer_into(folder, *LLAMA)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.4, vocab_size=size, bos_token_id=1,
         eos_token_id=2)).save_pretrained(folder)

@@ -33,7 +33,7 @@ LLAMA = ["<s>", "<unk>", "</s>"], dict(single="<s> $A"), dict(unk_token="<unk>",
 
 def tokenizer_into(folder, special, template, roles):
     """A word-level tokenizer with BERT's or LLaMA's special tokens; its size."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *"#:.,?!\n'bcdefghijklmnopqrstuvwxyz0123456789"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[1]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
