@@ -216,8 +216,10 @@ def settle(s, config):
     s.device = evaluation.auto_device() if s.device == "auto" else s.device
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
+        there, started = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if there < started:
+            raise UserError(f"torchrun --nproc-per-node {started}: there are {there} GPUs here: start no more than that")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        evaluation.check_device(s.device)  # there may be fewer than torchrun has started processes
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         adapters = cuda and s.method not in ("full", "bitfit")
