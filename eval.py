@@ -68,7 +68,6 @@ def pearson(predictions, labels):
     return float(np.corrcoef(predictions, labels)[0, 1])
 
 
-
 def spearman(predictions, labels):
     """Spearman correlation: Pearson's of the ranks, ties given their mean rank; arrays (N,)."""
     ranks = []
@@ -395,8 +394,7 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
     scored = scoring(s, task)
     int8 = getattr(s, "weights", "float") == "int8"  # merged weights would be floats, which may not fit
     if merge and not int8 and task.new_tokens and scored["score"] == "generation":
-        for layer in lora.adapters(model).values():
-            layer.merge()
+        lora.merge_adapters(model)
     splits = splits or processor.evaluation(s)
     return evaluate_splits(model, task, splits, rows_at_once(s, task, model, splits), processor.tokenizer, **scored)
 
@@ -514,8 +512,7 @@ def merge(folder, out, changes):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose another folder or remove it")
     _, _, processor, model = load_run(folder, {"device": "cpu"} | changes)
-    for layer in lora.adapters(model).values():
-        layer.merge()
+    lora.merge_adapters(model)
     save_model(model, processor, out)
     return out
 

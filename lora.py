@@ -255,6 +255,12 @@ def adapters(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def merge_adapters(model):
+    """Add all adapters of `model` into its weights, in place and one matrix at a time."""
+    for layer in adapters(model).values():
+        layer.merge()
+
+
 @contextlib.contextmanager
 def disabled(model):
     """Inside this context the model computes what its base model does, as if there were no adapters."""

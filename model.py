@@ -65,6 +65,8 @@ def publish(final, folder=True):
         sync(final.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if not folder:
+            part.unlink(missing_ok=True)
 
 
 def sync(path):
