@@ -114,7 +114,7 @@ def random_split(b, base, kind, rows):
     if kind == "image":
         pixels = torch.randint(256, (rows, *c.image_size), generator=generator, dtype=torch.uint8)
         return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
-                          image=data.plain_image(*c.image_size))
+                          image=data.image_settings(None, c.image_size))
     tokens = torch.randint(5, c.vocab_size, (rows, b.length), generator=generator).int().numpy()
     return data.Split(kind, [], [b.length] * rows, labels, list(tokens), starts=[b.length // 2] * rows)
 

@@ -2,7 +2,7 @@
 
     task = find_task("cola")                                # a row of TASKS with its label set
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
-    split = encode(task, rows, Tokenizer.from_folder(model_folder), max_length=128)
+    split = encode(task, rows, Tokenizer(model_folder), max_length=128)
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
@@ -15,10 +15,8 @@ What is foreign is used, is listed in IRRELEVANT, or is named in one line on std
 """
 
 import csv
-import difflib
 import functools
 import gzip
-import hashlib
 import http.client
 import io
 import itertools
@@ -28,6 +26,7 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -39,7 +38,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from model import UserError, cache_folder, note, own_module
+from model import UserError, cache_folder, digest, note, own_module
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
@@ -91,30 +90,27 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     so; otherwise quotes are text, as GLUE's are.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
-    tabs = suffix(path) != ".csv"
+    comma = suffix(path) == ".csv"
+    lines = text.split("\n")    # not splitlines: Unicode's other separators are text
+    rows = enumerate((line.removesuffix("\r").split("\t") for line in lines), 1)
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), "excel-tab" if tabs else "excel", strict=True)
-    rows = ((reader.line_num, cells) for cells in reader if cells)
+    reader = csv.reader(io.StringIO(text, newline=""), "excel" if comma else "excel-tab", strict=True)
     try:
-        if tabs:
-            rows = list(rows) if quoted and '"' in text else []
-    except csv.Error:
-        rows = []
-    if tabs and len({len(cells) for _, cells in rows}) != 1:
-        lines = text.split("\n")    # not splitlines: Unicode's other separators are text
-        rows = enumerate((line.removesuffix("\r").split("\t") for line in lines), 1)
-    try:
-        for number, cells in rows:
-            if header is None:
-                header = [name.strip() for name in cells]
-            elif len(cells) == len(header):
-                yield f"{path} line {number}", dict(zip(header, cells))
-            elif len(cells) < len(header) and skip_short:
-                skipped += 1
-            else:
-                raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(header)}: mend the row")
+        if comma or quoted and '"' in text:
+            parsed = [(reader.line_num, cells) for cells in reader if cells]
+            rows = parsed if comma or len({len(cells) for _, cells in parsed}) == 1 else rows
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
+        if comma:
+            raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
+    for number, cells in rows:
+        if header is None:
+            header = [name.strip() for name in cells]
+        elif len(cells) == len(header):
+            yield f"{path} line {number}", dict(zip(header, cells))
+        elif len(cells) < len(header) and skip_short:
+            skipped += 1
+        else:
+            raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(header)}: mend the row")
     if skipped:
         note(f"{path}: skipped {skipped} short row{'s' * (skipped > 1)}")
 
@@ -162,36 +158,38 @@ def name_unread(where, row, read):
 # -------------------------------------------------------------------------------------------- where files are, fetching
 
 def find_files(task, data, split):
-    """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits."""
-    data, names = Path(data), task.files.get(split, ())
+    """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits.
+
+    data: None for the cache.
+    """
+    data, names = Path(data or cache_folder()), task.files.get(split, ())
     shared = set.intersection(*map(set, task.files.values())) if names else ()
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
     for folder in (data / task.folder, data):
         found = [sorted(folder.glob(name + end)) for name in names for end in ("", ".gz")]
-        found = [paths for paths in found if paths]
-        if found:
-            first, *others = (paths[0].name for paths in found)
-            others = [name for name in others if name.partition(".")[0] == first.partition(".")[0]]
-            if others:
-                note(f"{folder}: {first} is read, not {', '.join(others)}")
-            return found[0]
+        first, *others = [paths for paths in found if paths] or [[]]
+        others = [path.name for path, *_ in others if path.name.partition(".")[0] == first[0].name.partition(".")[0]]
+        if others:
+            note(f"{folder}: {first[0].name} is read, not {', '.join(others)}")
+        if first:
+            return first
     return []
 
 
 def locate(task, data, split):
     """Return the paths of a split's files, fetched into the cache where data is None and they are not there."""
+    if split not in task.files:
+        raise UserError(f"{task.name} has no {split} rows, only {', '.join(task.files)}: name another task for them")
     if data is None and not task.sources:
         raise UserError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
     if data is None:
         fetch(task, split)
-    folder = Path(data or cache_folder())
-    paths = find_files(task, folder, split)
+    paths = find_files(task, data, split)
     if not paths:
-        known = any(wanted in ("", split) for wanted, _, _ in task.sources)
-        remedy = ", or leave it out to fetch the file" if known else " to name a file or its folder"
+        folder = Path(data or cache_folder())
         path = folder / task.folder / task.files[split][0]
-        raise UserError(f"{path}: no such file{listing(folder)}: correct --data{remedy}")
+        raise UserError(f"{path}: no such file{listing(folder)}: correct --data to name a file or its folder")
     return paths
 
 
@@ -206,8 +204,7 @@ def held_out(task, data, split, rows):
 
     Evenly spread ones (files are often sorted by label); the last ones of instructions.
     """
-    folder, other = data or cache_folder(), "dev" if split == "train" else split
-    if find_files(task, folder, "train") != find_files(task, folder, other):
+    if find_files(task, data, "train") != find_files(task, data, "dev" if split == "train" else split):
         return rows
     rows = list(rows)
     count = min(math.ceil(len(rows) / 10), 1000)
@@ -219,80 +216,58 @@ def held_out(task, data, split, rows):
 
 
 def fetch(task, split):
-    """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place."""
-    folder = cache_folder() / task.folder
-    for wanted, address, sha256 in task.sources:
-        path = folder / address.rpartition("/")[2]
-        archive = path.name.endswith((".zip", ".tar.gz", ".tgz"))
-        there = find_files(task, cache_folder(), split) if archive else path.is_file()
-        if wanted in ("", split) and not there:
-            try:
-                download(address, path, sha256)
-            except (OSError, http.client.HTTPException) as error:
-                raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): download it elsewhere and "
-                                f"{'unpack' if archive else 'put'} it into {folder}, or name a folder with its files "
-                                "by --data") from None
-            if archive:
-                unpack(path, folder)
-
-
-def download(address, path, sha256):
-    """Fetch one file beside `path` and rename it there once its size and known SHA-256 are right.
+    """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place.
 
     $RANKS_MIRROR, if set, replaces "https://" in every address: http://localhost:8000 keeps files under /<host>/<path>.
     """
-    mirror = os.environ.get("RANKS_MIRROR")
-    url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, digest = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
-                while block := source.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-        got = part.stat().st_size
-        if size not in (0, got):
-            raise UserError(f"{url}: the connection ended at {got} of {size} bytes: run this again")
-        if sha256 not in (None, digest.hexdigest()):
-            raise UserError(f"{url}: SHA-256 is {digest.hexdigest()}, not {sha256}: it is damaged: fetch it again")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    folder, mirror = cache_folder() / task.folder, os.environ.get("RANKS_MIRROR")
+    for wanted, address, sha256 in task.sources:
+        path = folder / address.rpartition("/")[2]
+        archive = path.name.endswith((".zip", ".tar.gz", ".tgz"))
+        there = find_files(task, None, split) if archive else path.is_file()
+        if there or wanted not in ("", split):
+            continue
+        url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                part = Path(temporary, path.name)
+                download(url, part, sha256)
+                if archive:
+                    unpack(part, folder)
+                else:
+                    os.replace(part, path)
+        except (OSError, http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+            raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): run this again, or download it "
+                            f"elsewhere and {'unpack' if archive else 'put'} it into {folder}, or name a folder with "
+                            "its files by --data") from None
 
 
-def unpack(archive, folder, limit=16 << 30):
-    """Unpack a .zip or .tar.gz into `folder`, whose own name its members may begin with; then remove the archive.
+def download(url, path, sha256):
+    """Fetch a file. OSError: it has another size than announced, or another SHA-256 than known."""
+    with urllib.request.urlopen(url, timeout=30) as reply, open(path, "wb") as file:
+        size = int(reply.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
+            shutil.copyfileobj(source, file, 1 << 20)
+    got = path.stat().st_size
+    if size not in (0, got):
+        raise OSError(f"the connection ended at {got} of {size} bytes")
+    if sha256 not in (None, digest(path)):
+        raise OSError(f"it is damaged: its SHA-256 is {digest(path)}, not {sha256}")
 
-    Nothing appears before all is there. Refused: what leads out of the folder, special files, more than `limit` bytes.
+
+def unpack(archive, folder):
+    """Unpack a .zip or .tar.gz beside itself, then move all into `folder`, whose own name members may begin with.
+
+    What leads out of the folder is left out of a .zip; in a .tar.gz that and special files raise tarfile.FilterError.
     """
-    def fitting(members, size):
-        total = 0
-        for member in members:
-            total += getattr(member, size)
-            if total > limit:
-                raise zipfile.BadZipFile(f"it unpacks to more than {limit} bytes")
-            yield member
-
-    part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(part, fitting(file.infolist(), "file_size"))    # drops leading / and ..
-        else:
-            with tarfile.open(archive) as file:
-                file.extractall(part, fitting(file, "size"), filter="data")
-        inner = part / folder.name
-        for path in sorted((inner if inner.is_dir() else part).iterdir()):
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            os.replace(path, folder / path.name)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: a broken or unsafe archive ({error}): run the command again") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        archive.unlink()
+    part = archive.with_name("unpacked")
+    shutil.unpack_archive(archive, part, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+    inner = part / folder.name
+    for path in sorted((inner if inner.is_dir() else part).iterdir()):
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        os.replace(path, folder / path.name)
 
 
 # -------------------- readers: reader(task, data, split) yields (where, row); labels stay text until read() checks them
@@ -335,24 +310,19 @@ def read_texts(task, data, split):
         note(f"{path}: left out {unlabelled} row{'s' * (unlabelled > 1)} without a gold label")
 
 
-def read_instructions(task, data, split, change=None):
-    """Rows of a question and its answer, in one of the layouts that COLUMNS lists.
-
-    change(where, row) returns what a row is read as, None to leave it out.
-    """
+def read_instructions(task, data, split, change=lambda where, row: row):
+    """Rows of COLUMNS' layouts; change(where, row) returns what a row is read as, None to leave it out."""
     rows, skipped = [], 0
-    found = [item for path in locate(task, data, split) for item in read_json(path)]
-    for where, row in found:
-        row = change(where, row) if change else row
-        if row is None:
-            continue
-        row = instruction(task, where, row)
-        if row["answer"].strip():
-            rows.append((where, row))
-        elif task.sources:
-            skipped += 1    # Alpaca and UltraFeedback were published with some
-        else:
-            raise UserError(f"{where}: the answer is empty, there is nothing to learn from: fill or remove the row")
+    for path in locate(task, data, split):
+        for where, row in read_json(path):
+            row = change(where, row)
+            if row is None:
+                continue
+            row = instruction(task, where, row)
+            if row["answer"].strip():
+                rows.append((where, row))
+            else:
+                skipped += 1    # Alpaca and UltraFeedback were published with some
     if skipped:
         note(f"{data or task.name}: skipped {skipped} row{'s' * (skipped > 1)} without an answer")
     return held_out(task, data, split, rows)
@@ -379,8 +349,6 @@ def read_arrays(task, data, split):
     path, keys = locate(task, data, split)[0], ("images", "labels")
     try:
         with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-            if sum(member.file_size for member in file.zip.infolist()) > 64 << 30:
-                raise ValueError("it unpacks to more than 64 GiB")
             arrays = dict(file)
     except (ValueError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: no .npz of plain arrays ({error}): write it with np.savez_compressed") from None
@@ -392,9 +360,10 @@ def read_arrays(task, data, split):
         raise UserError(f"{path}: {keys[0]} {images.shape}, {keys[1]} {labels.shape} {labels.dtype} and split "
                         f"{part.shape}: expected (N, H, W) or (N, H, W, C), N whole numbers or names: write it again")
     chosen = range(len(images))
-    if "x_train" not in arrays:
-        by_split = np.flatnonzero((part != 0) == (split != "train"))
-        chosen = by_split if "split" in arrays else held_out(task, data, split, chosen)
+    if "split" in arrays:
+        chosen = np.flatnonzero((part != 0) == (split != "train"))
+    elif "x_train" not in arrays:
+        chosen = held_out(task, data, split, chosen)
     for i in chosen:
         where = f"{path} {keys[0]}[{i}]"
         pixels = channels_first(images[i], where)
@@ -473,77 +442,63 @@ NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor
             "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
 
 
-def plain_image(channels, height, width):
-    """Return the settings of images that are resized to the model's size, with mean and std 0.5."""
-    return {"size": (height, width), "channels": channels, "resize": (height, width), "resample": 2,
-            "crop": False, "scale": 1 / 255, "mean": (0.5,), "std": (0.5,)}
-
-
-def image_settings(folder):
+def image_settings(folder, image_size):
     """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
 
-    {size (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop, scale, mean,
-    std}; size and channels are config.json's. UserError names an unsupported setting.
+    image_size: the model's (channels, height, width); folder: None for ViT's defaults. {size (height, width), channels,
+    resize: (height, width), the shortest edge or None, resample, crop, scale, mean, std}. UserError: not supported.
     """
-    path = Path(folder) / "preprocessor_config.json"
-    config, given = read_settings(path.with_name("config.json")), read_settings(path)
-    channels, target = config.get("num_channels", 3), config.get("image_size", 224)
+    path, (channels, *target) = Path(folder or "") / "preprocessor_config.json", image_size
+    given = read_settings(path) if folder else {}
     named = "image_processor_type" if "image_processor_type" in given else "feature_extractor_type"
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
     steps = {"size": target, **PROCESSORS.get(kind, VIT), **given}
+    edge = isinstance(steps["size"], dict) and [*steps["size"]] == ["shortest_edge"]
+    if edge:
+        steps["size"] = steps["size"]["shortest_edge"]
+    elif kind == "CLIP":    # a number, as earlier releases wrote it
+        edge = type(steps["size"]) is int
 
     def check(fits, key):
         if not fits:
             raise UserError(f"{path}: {key} {str(steps.get(key))[:60]} is not supported or does not fit the model of "
                             f"{channels} x {target} pixels: mend it")
 
-    def pair(size, key):
-        size = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
-        size = size if isinstance(size, list) else [size, size]
-        check(len(size) == 2 and all(type(n) is int and 0 < n < 2**14 for n in size), key)
-        return tuple(size)
+    def numbers(key, count, low=-2**14, kinds=(int, float)):
+        value = steps[key]
+        if isinstance(value, dict):
+            value = [value.get("height"), value.get("width")]
+        value = value if isinstance(value, list) else [value]
+        check(len(value) in (1, count) and all(type(n) in kinds and low < n < 2**14 for n in value), key)
+        return value if len(value) == count else value * count
 
-    def numbers(key, low=-1e6):
-        value = steps[key] if isinstance(steps[key], list) else [steps[key]]
-        check(len(value) in (1, channels) and all(type(n) in (int, float) and low < n < 1e6 for n in value), key)
-        return tuple(map(float, value))
-
-    target = pair(target, "image_size")
     check(kind in PROCESSORS, named)
     for key, value in given.items():
         check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
     check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
-    size = steps["size"] or [*target]
-    if kind == "CLIP" and type(size) is int:    # as earlier releases wrote it
-        size = {"shortest_edge": size}
-    resize = None
-    if steps["do_resize"]:
-        edge = isinstance(size, dict) and [*size] == ["shortest_edge"]
-        resize = pair(size["shortest_edge"], "size")[0] if edge else pair(size, "size")
+    resize = numbers("size", 2, 0, (int,)) if steps["do_resize"] else None
     if steps["do_center_crop"]:
-        check(pair(steps["crop_size"], "crop_size") == target, "crop_size")
+        check(numbers("crop_size", 2, 0, (int,)) == target, "crop_size")
     else:
-        check(resize in (target, None), "size")
-    return {"size": target, "channels": channels, "resize": resize, "resample": steps["resample"],
-            "crop": bool(steps["do_center_crop"]),
-            "scale": numbers("rescale_factor", 0)[0] if steps["do_rescale"] else 1.0,
-            "mean": numbers("image_mean") if steps["do_normalize"] else (0.0,),
-            "std": numbers("image_std", 0) if steps["do_normalize"] else (1.0,)}
+        check(resize is None or resize == target and not edge, "size")
+    return {"size": tuple(target), "channels": channels, "resample": steps["resample"],
+            "resize": resize and (resize[0] if edge else tuple(resize)), "crop": bool(steps["do_center_crop"]),
+            "scale": numbers("rescale_factor", 1, 0)[0] if steps["do_rescale"] else 1.0,
+            "mean": tuple(map(float, numbers("image_mean", channels))) if steps["do_normalize"] else (0.0,),
+            "std": tuple(map(float, numbers("image_std", channels, 0))) if steps["do_normalize"] else (1.0,)}
 
 
 def fit(pixels, image, where):
     """Return uint8 pixels (C, H, W) brought to the model's channels and size by its processor's steps."""
-    if len(pixels) == 3 and image["channels"] == 1:     # grey as Pillow makes it (ITU-R 601-2)
-        red, green, blue = pixels.astype(np.int64)
-        pixels = ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)[None]
-    size, (height, width) = image["resize"], image["size"]
+    size, (height, width) = image["resize"] or pixels.shape[1:], image["size"]
     if type(size) is int:   # the shortest edge
         tall, wide = pixels.shape[1:]
         size = (size, int(size * wide / tall)) if tall <= wide else (int(size * tall / wide), size)
-    if size and size != pixels.shape[1:]:
+    if size != pixels.shape[1:] or len(pixels) > image["channels"]:
         pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        picture = pillow(where).Image.fromarray(pixels).resize(size[::-1], image["resample"])
-        pixels = channels_first(np.asarray(picture), where)
+        picture = pillow(where).Image.fromarray(pixels)
+        picture = picture.convert("L") if image["channels"] == 1 else picture
+        pixels = channels_first(np.asarray(picture.resize(size[::-1], image["resample"])), where)
     if image["crop"]:
         top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
         pixels = pixels[:, max(top, 0):, max(left, 0):][:, :height, :width]
@@ -563,29 +518,27 @@ def per_channel(values, device):
 
 def read_squad(task, data, split):
     """SQuAD's own layout, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
-    def objects(row, key, where):
-        return [get({key: item}, key, where, dict) for item in get(row, key, where, list)]
-
     path, ids = locate(task, data, split)[0], set()
-    articles = [article for where, file in read_json(path) for article in objects(file, "data", where)]
-    paragraphs = [part for article in articles for part in objects(article, "paragraphs", path)]
-    for paragraph, asked in ((part, asked) for part in paragraphs for asked in objects(part, "qas", path)):
-        context, name, span = get(paragraph, "context", path), get(asked, "id", path), None
-        where = f"{path} question {name}"
-        answers = objects(asked, "answers", where)
-        texts = [get(answer, "text", where) for answer in answers]
-        if name in ids:
-            raise UserError(f"{where} is there twice: remove it")
-        if not answers and task.name == "squad":
-            raise UserError(f"{where} has no answer, as only --task squad2 allows: remove it")
-        if answers:
-            start = get(answers[0], "answer_start", where, int)
-            span = (start, start + len(texts[0]))
-            if context[start:span[1]] != texts[0]:
-                note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
-        ids.add(name)
-        yield where, {"id": name, "text": get(asked, "question", where), "pair": context, "answers": texts,
-                      "span": span}
+    where = path
+    try:
+        for article in read_settings(path)["data"]:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    where, span = f"{path} question {asked['id']}", None
+                    row = {"id": get(asked, "id", where), "text": get(asked, "question", where),
+                           "pair": get(paragraph, "context", where),
+                           "answers": [get(answer, "text", where) for answer in asked["answers"]]}
+                    if row["id"] in ids or not row["answers"] and task.name == "squad":
+                        raise UserError(f"{where} is there twice, or has no answer as in --task squad2: remove it")
+                    if row["answers"]:
+                        start = get(asked["answers"][0], "answer_start", where, int)
+                        span = (start, start + len(row["answers"][0]))
+                        if row["pair"][start:span[1]] != row["answers"][0]:
+                            note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
+                    ids.add(row["id"])
+                    yield where, row | {"span": span}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: not SQuAD's layout ({type(error).__name__} {error}): fetch the file again") from None
 
 
 def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
@@ -674,11 +627,10 @@ def instruction(task, where, row):
         result["sample"] = {name: get(row, name, where, (str, int)) for name in task.sample}
     if not task.answers:
         return result
-    if callable(task.answers):
-        target, expected = task.answers(answer, True), task.reference
-    else:
-        target, expected = get(row, "answer", where), " or ".join(task.answers)
-    if not target or not callable(task.answers) and target not in task.answers:
+    words = () if callable(task.answers) else task.answers
+    target = get(row, "answer", where) if words else task.answers(answer, True)
+    if not target or words and target not in words:
+        expected = " or ".join(words) or f"one marked as {task.name}'s are"
         raise UserError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
     return {**result, "target": target, "answers": task.answers}
 
@@ -733,13 +685,11 @@ class Task:
     sources: tuple = ()              # (split it is for or "", address, SHA-256 or None where it is not known)
     columns: tuple = ()              # text, pair or None, label
     header: tuple | None = None      # column names of files without a header line
-    span: tuple = (-math.inf, math.inf)         # what a regression's scores lie in
     template: object = prompt        # lm: template(question, more) returns the prompt
     answers: object = None           # lm: what a generated text is searched for: words, or by a function of the text
     sample: tuple = ()               # lm: columns that belong to a completion which another program scores,
     output: str = "completion"       # ... and what it calls the completion
     new_tokens: int = 0              # lm: how long a generated answer may get; 0 = nothing is generated
-    reference: str = ""              # lm: what a reference needs for `answers` to find one in it, for messages
     stop: tuple = ()                 # lm: strings that end a generated answer
     eval_splits: tuple = ("dev",)
     base: tuple = (4e-4, 32, 10)     # learning rate, batch size, epochs for hidden size < 1024 (lelora Table 5)
@@ -803,7 +753,7 @@ TASKS = {task.name: task for task in (
                 "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),)),
     glue("stsb", "STS-B", ("pearson", "spearman"), ("sentence1", "sentence2", "score"), (), "STS-B.zip",
          "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85", (4e-4, 128, 40), (3e-4, 16, 30), 256,
-         kind="regress", span=(0, 5)),
+         kind="regress"),
     glue("qqp", "QQP", ("accuracy", "f1"), ("question1", "question2", "is_duplicate"), BINARY, "QQP-clean.zip",
          "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0", (4e-4, 128, 25), (3e-4, 32, 20), 1024),
     glue("mnli", "MNLI", ("accuracy",), ("sentence1", "sentence2", "gold_label"),
@@ -830,7 +780,7 @@ TASKS = {task.name: task for task in (
          max_length=256),
     Task("gsm8k", "lm", ("exact_match",), read_instructions, (), {"train": ("train.jsonl",), "dev": ("test.jsonl",)},
          "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=last_number,
-         reference="a number after ####", new_tokens=400, stop=NEXT),
+         new_tokens=400, stop=NEXT),
     Task("alpaca", "lm", ("perplexity",), read_instructions, (), dict.fromkeys(("train", "dev"), ("alpaca_data.json",)),
          "alpaca", (("", GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),)),
     Task("instructions", "lm", ("perplexity",), read_instructions, (), own(".jsonl", ".json")),
@@ -848,8 +798,7 @@ def task_row(name):
     if name in TASKS:
         return TASKS[name]
     if ":" not in name:
-        names = dict.fromkeys([*difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5), *TASKS, "my_tasks.py:MY_TASK"])
-        raise UserError(f"no task {name!r}: choose from {', '.join(names)}")
+        raise UserError(f"no task {name!r}: choose from {', '.join(TASKS)}, my_tasks.py:MY_TASK")
     module, wanted = own_module("--task", name)
     there = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
     for key, task in there.items():
@@ -893,12 +842,6 @@ def read(task, data=None, split="train", limit=0):
     sample]}; image: {pixels: uint8 (C, H, W) or a file's path, label: int}.
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
-    if limit < 0:
-        raise UserError(f"limit {limit}: a number of rows cannot be negative: use 0 for all of them")
-    if split == "train" and "train" not in (task.files or ["train"]):
-        raise UserError(f"{task.name} has no training set: train on another task, then eval.py RUN --task {task.name}")
-    if split not in ("train", "dev", *task.eval_splits):
-        raise UserError(f"{task.name} has no split {split!r}: choose from train, {', '.join(task.eval_splits)}")
     place, index, rows = data or task.name, {label: i for i, label in enumerate(task.labels)}, []
     for where, row in itertools.islice(labelled(task, data, split), limit or None):
         if task.kind in ("classify", "image"):
@@ -911,9 +854,8 @@ def read(task, data=None, split="train", limit=0):
                 score = float(row["label"])
             except ValueError:
                 score = math.nan
-            low, high = task.span
-            if not (low <= score <= high and math.isfinite(score)):
-                raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
+            if not math.isfinite(score):
+                raise UserError(f"{where}: score {row['label'][:40]!r} is no finite number: mend the row")
             row["label"] = score
         rows.append(row)
     if not rows:
@@ -960,10 +902,9 @@ class Tokenizer:
     pad_id falls back to eos, unk, 0; eos_ids: all that end a generation; types: the model tells a pair's texts apart.
     """
 
-    @classmethod
-    def from_folder(cls, folder):
+    def __init__(self, folder):
         """Read tokenizer.json, vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), as AutoTokenizer."""
-        self, path = cls(), Path(folder) / "tokenizer.json"
+        path = Path(folder) / "tokenizer.json"
         about = path.with_name("tokenizer_config.json")
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             about.name, "config.json", "generation_config.json"))
@@ -987,21 +928,17 @@ class Tokenizer:
         if unread:
             note(f"{about}: not used: {', '.join(map(ascii, unread))[:200]}")
         self.side = "left" if names.get("truncation_side") == "left" else "right"
-        longest = names.get("model_max_length")
-        self.longest = longest if type(longest) is int else math.inf
 
-        def listed(settings, key):  # an id, or a list of them; some configs say -1 for none
-            value = settings.get(key)
-            return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and 0 <= n < 2**31]
+        def ids(name):      # of a special token: the tokenizer's own, or else the configs', some of which say -1 for none
+            found = [self.backend.token_to_id(tokens[name]) if name in tokens else None]
+            for settings in (config, generation):
+                value = settings.get(f"{name}_token_id")
+                found += value if isinstance(value, list) else [value]
+            return [n for n in found if type(n) is int and 0 <= n < 2**31]
 
-        def first(name):    # the tokenizer's own id, or else config.json's
-            own = self.backend.token_to_id(tokens[name]) if name in tokens else None
-            return own if own is not None else next(iter(listed(config, f"{name}_token_id")), None)
-
-        self.bos_id, self.eos_id = first("bos"), first("eos")
-        self.pad_id = next((n for n in map(first, ("pad", "eos", "unk")) if n is not None), 0)
-        ends = {self.eos_id, *listed(config, "eos_token_id"), *listed(generation, "eos_token_id")}
-        self.eos_ids = sorted(ends - {None})
+        self.bos_id, self.eos_id = (next(iter(ids(name)), None) for name in ("bos", "eos"))
+        self.eos_ids = sorted(set(ids("eos")))
+        self.pad_id = [*ids("pad"), *ids("eos"), *ids("unk"), 0][0]
         self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -1011,7 +948,6 @@ class Tokenizer:
         for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
             if bool(names.get(key, there)) != there:
                 note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
-        return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
         """Return (ids, types), int32 arrays of each text or pair, cut longest first; special: with special tokens."""
@@ -1029,19 +965,6 @@ class Tokenizer:
         self.backend.no_truncation()
         return ids, types
 
-    def encode_answers(self, prompts, answers):
-        """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
-
-        They are encoded joined and split where the prompt's own ids end, unless a merge crosses that boundary.
-        """
-        asked = self.encode(prompts, special=False)[0]
-        joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
-        apart = [i for i, ids in enumerate(asked) if not np.array_equal(joined[i][:len(ids)], ids)]
-        said = [whole[len(ids):] for whole, ids in zip(joined, asked)]
-        for i, ids in zip(apart, self.encode([answers[i] for i in apart], special=False)[0]):
-            said[i] = ids
-        return asked, said, len(apart)
-
     def decode(self, ids, prompt=()):
         """Return the text of ids generated after a prompt's ids, without special tokens."""
         # decoded together: SentencePiece's decoder drops a space at the start, which indents Python
@@ -1058,9 +981,8 @@ def build(path, kind):
         backend.no_truncation()
         return backend
     if kind == "BertTokenizer" and path.with_name("vocab.txt").is_file():
-        lines = read_text(path.with_name("vocab.txt")).removesuffix("\n").split("\n")
-        vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
-        return tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+        model = tokenizers.models.WordPiece.from_file(str(path.with_name("vocab.txt")), unk_token="[UNK]")
+        return tokenizers.Tokenizer(model)
     if kind in ("RobertaTokenizer", "GPT2Tokenizer") and vocabulary.is_file() and merges.is_file():
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1074,17 +996,12 @@ def build(path, kind):
 
 def special_tokens(backend, names, kind):
     """Return {"pad", "bos", ...: token}; what tokenizer_config.json has and the backend lacks is added to it."""
-    def content(token):     # no half surrogate pairs, which tokenizers do not take
-        token = token.get("content") if isinstance(token, dict) else token
-        return token.encode("utf-8", "replace").decode() if isinstance(token, str) else None
+    def content(token):
+        return token.get("content") if isinstance(token, dict) else token
 
-    added, flags = names["added_tokens_decoder"], ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for number, token in sorted(added.items(), key=lambda item: int(item[0])):
-        given = {flag: bool(token[flag]) for flag in flags if flag in token}
-        backend.add_tokens([tokenizers.AddedToken(content(token), **given)])
-        if backend.token_to_id(content(token)) != int(number):
-            note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
-                 f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
+    for _, token in sorted(names["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
+        flags = {flag: bool(token[flag]) for flag in token if flag not in ("content", "__type", "id")}
+        backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
     tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
     tokens = {key: token for key, token in tokens.items() if token}
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
@@ -1127,8 +1044,6 @@ def configure(backend, names, kind, tokens):
         scheme = "never" if space is False else "always" if names.get("legacy") else "first"
         backend.normalizer = None
         backend.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
-    elif kind in CLASSES and model != "Unigram" and not byte_level:
-        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
     backend.encode_special_tokens = bool(names.get("split_special_tokens"))
 
 
@@ -1163,9 +1078,9 @@ class Processor:
     def __init__(self, task, folder, config):
         self.task, self.folder, self.config, self.tokenizer, self.image = task, folder, config, None, None
         if task.kind == "image":
-            self.image = image_settings(folder) if folder else plain_image(*config.image_size)
+            self.image = image_settings(folder, config.image_size)
             return
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer = Tokenizer(folder)
         size, rows, pad = self.tokenizer.backend.get_vocab_size(), config.vocab_size, self.tokenizer.pad_id
         if size < rows / 2:
             raise UserError(f"{folder}: the tokenizer has {size} tokens, the model {rows}: it is not this model's, or "
@@ -1185,19 +1100,18 @@ class Processor:
     def training(self, rows, max_length):
         """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
         split = encode(self.task, rows, self.tokenizer, max_length, self.image)
-        if self.tokenizer and max_length and max_length > self.tokenizer.longest:
-            note(f"{self.folder}: --max-length {max_length} is above its model_max_length, {self.tokenizer.longest}")
-        for i, ids in enumerate(split.tokens or ()):
-            row, top = split.rows[i], ids.max(initial=0)
+        for row, ids in zip(split.rows, split.tokens or ()):
             where = f"{self.task.name}, row {row.get('text', row.get('prompt'))[:60]!a}"
             if len(ids) == 0:
                 raise UserError(f"{where}: no token: remove the row, or name a bos_token in tokenizer_config.json")
-            if top >= self.config.vocab_size:
-                raise UserError(f"{where}: token {self.tokenizer.backend.id_to_token(int(top))!a} has id {top}, the "
-                                f"model only {self.config.vocab_size} embeddings: fetch the model's own tokenizer")
-            if split.types and split.types[i].max() >= self.config.type_vocab_size:
-                raise UserError(f"{where}: the pair's second text has type {split.types[i].max()}, the model only "
-                                f"{self.config.type_vocab_size} type embeddings: use another model, or join the texts")
+            if ids.max() >= self.config.vocab_size:
+                token = self.tokenizer.backend.id_to_token(int(ids.max()))
+                raise UserError(f"{where}: token {token!a} has id {ids.max()}, the model only {self.config.vocab_size} "
+                                "embeddings: fetch the model's own tokenizer")
+        kinds = 1 + max((types.max() for types in split.types or ()), default=0)
+        if split.types and kinds > self.config.type_vocab_size:
+            raise UserError(f"{self.folder}: a pair's texts have {kinds} types, the model only "
+                            f"{self.config.type_vocab_size} type embeddings: use another model, or join the texts")
         return split
 
 
@@ -1218,10 +1132,10 @@ def half(rows, which):
 
 
 def encode(task, rows, tokenizer=None, max_length=None, image=None):
-    """Return the Split of rows; images need image_settings(model folder) instead of a tokenizer.
+    """Return the Split of rows; images need image_settings instead of a tokenizer.
 
-    lm: prompt and answer (see encode_answers), ended with eos. Sequences over max_length lose their tail, as in
-    LLM-Adapters; rows that lose the whole answer are dropped and noted, none with max_length=None, for generation.
+    lm: prompt and answer, encoded as one text and split where the prompt's own ids end, then eos. What is over
+    max_length is cut off, as in LLM-Adapters; rows that lose the whole answer are dropped and noted.
     """
     if task.kind == "image":
         pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
@@ -1242,19 +1156,27 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
                      pad_id=tokenizer.pad_id)
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
-    asked, answers, apart = tokenizer.encode_answers(*([row[key] for row in rows] for key in ("prompt", "answer")))
+    asked = tokenizer.encode([row["prompt"] for row in rows], special=False)[0]
+    joined = tokenizer.encode([row["prompt"] + row["answer"] for row in rows], special=False)[0]
+    split, apart = Split(task.kind, [], [], tokens=[], starts=[], pad_id=tokenizer.pad_id), 0
+    for row, prompt, whole in zip(rows, asked, joined):
+        answer, start = whole[len(prompt):], len(tokenizer.prefix) + len(prompt)
+        if not np.array_equal(whole[:len(prompt)], prompt):     # a merge crosses the boundary
+            answer = tokenizer.encode([row["answer"]], special=False)[0][0]
+            apart += 1
+        ids = np.concatenate((tokenizer.prefix, prompt, answer, [tokenizer.eos_id])).astype(np.int32)[:max_length]
+        if start < len(ids):
+            split.rows.append(row)
+            split.tokens.append(ids)
+            split.lengths.append(len(ids))
+            split.starts.append(start)
     if apart:
         note(f"{task.name}: {apart} of {len(rows)} answers were encoded apart from their prompts: they would merge")
-    starts = [len(tokenizer.prefix) + len(ids) for ids in asked]
-    keep = [i for i, start in enumerate(starts) if max_length is None or start < max_length]
-    if not keep:
+    if not split.rows:
         raise UserError(f"{task.name}: no row has its answer within max length {max_length}: raise it")
-    if len(keep) < len(rows):
-        note(f"{task.name}: dropped {len(rows) - len(keep)} of {len(rows)} rows, no answer within length {max_length}")
-    tokens = [np.concatenate((tokenizer.prefix, asked[i], answers[i], [tokenizer.eos_id])).astype(np.int32)[:max_length]
-              for i in keep]
-    return Split(task.kind, [rows[i] for i in keep], [len(ids) for ids in tokens], tokens=tokens,
-                 starts=[starts[i] for i in keep], pad_id=tokenizer.pad_id)
+    if len(split) < len(rows):
+        note(f"{task.name}: dropped {len(rows) - len(split)} of {len(rows)} rows, no answer within length {max_length}")
+    return split
 
 
 def batches(split, batch_size, seed=0, epoch=0, shuffle=True):

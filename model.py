@@ -5,6 +5,7 @@ In every block the projections that can be adapted are called  query key value o
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -74,6 +76,11 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def digest(path):
+    """SHA-256 of a file, in hexadecimal; it is not read into memory."""
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 # what the config.json of the models of a series have in common

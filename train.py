@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -703,7 +702,7 @@ class Survival(contextlib.ExitStack):
             with models.publish(folder) as part:
                 save_file({name: value.cpu().clone().contiguous() for name, value in state.items()},  # views, of one
                           part / "state.safetensors")
-                about = {"step": step, "seconds": seconds, "sha256": digest(part / "state.safetensors")}
+                about = {"step": step, "seconds": seconds, "sha256": models.digest(part / "state.safetensors")}
                 (part / "state.json").write_text(json.dumps(about))
             models.sync(s.out)  # the name checkpoints/ itself
             for old in checkpoints(s.out)[s.keep:]:
@@ -725,7 +724,7 @@ class Survival(contextlib.ExitStack):
             try:
                 about = json.loads((folder / "state.json").read_text())
                 with safe_open(file, framework="pt"):  # a lying header costs nothing
-                    if digest(file) != about["sha256"]:
+                    if models.digest(file) != about["sha256"]:
                         raise ValueError("checksum differs")
                 state = {name: value.clone() for name, value in load_file(file).items()}
                 break
@@ -749,11 +748,6 @@ class Survival(contextlib.ExitStack):
             with models.publish(file, folder=False) as part:
                 part.write_text("".join(kept), encoding="utf-8")
         return about["step"], about["seconds"]
-
-
-def digest(path):
-    """SHA-256 of a file, in hexadecimal; it is not read into memory."""
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def checkpoints(out):

@@ -187,7 +187,7 @@ math = Task(
     "math", "lm", ("exact_match",), read_instructions, (),  # MetaMath's file, PRM800K's names, or MATH.tar's
     {"train": ("train.jsonl", "train/*/*.json"), "dev": ("MATH_test.jsonl", "test.jsonl", "test/*/*.json")}, "MATH",
     (("dev", GITHUB + "meta-math/MetaMath/main/data/test/MATH_test.jsonl", None),), answers=final_answer,
-    reference="one in \\boxed{}", new_tokens=1024, stop=NEXT)
+    new_tokens=1024, stop=NEXT)
 humaneval = complete(
     "humaneval", "HumanEval.jsonl", GITHUB + "openai/human-eval/master/data/HumanEval.jsonl.gz", ("task_id",),
     template=lambda text, more: text.rstrip(),  # "\n    " is one token

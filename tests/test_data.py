@@ -404,7 +404,7 @@ def vit(folder, pixels=16, channels=3, **processor):
     write(folder / "config.json", {"model_type": "vit", "image_size": pixels, "num_channels": channels})
     if processor:
         write(folder / "preprocessor_config.json", processor)
-    return data.image_settings(folder)
+    return data.image_settings(folder, (channels, pixels, pixels))
 
 
 def save_modes(folder):
@@ -584,7 +584,7 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
 
 
 def compare_with_transformers(folder):
-    fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer.from_folder(folder)
+    fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
     pairs = TEXTS[::-1]
     for length in (None, 64, 16, 8):
         for second in (None, pairs):
@@ -693,7 +693,7 @@ def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
 def test_the_remedy_for_other_vocabularies_works(tmp_path):
     """What the message says to run makes a tokenizer.json, with which the ids are transformers'."""
     with pytest.raises(UserError, match="fetch the model's tokenizer files, or make it: pip install") as caught:
-        data.Tokenizer.from_folder(split_files(tmp_path, "bpe", "qwen2"))
+        data.Tokenizer(split_files(tmp_path, "bpe", "qwen2"))
     command = str(caught.value).partition(", then python ")[2]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
     compare_with_transformers(tmp_path)
@@ -705,17 +705,17 @@ def test_fallback_ids(tmp_path, caplog):
     write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
     write(folder / "config.json", {"model_type": "bert", "bos_token_id": 2, "eos_token_id": 3})
     write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
-    ours = data.Tokenizer.from_folder(folder)
+    ours = data.Tokenizer(folder)
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 2, 3, [3, 5], [2])
     assert f"{folder}/tokenizer_config.json: not used: 'normalise_numbers'" in caplog.text
     write(folder / "config.json", "{}")
     (folder / "generation_config.json").unlink()
-    assert data.Tokenizer.from_folder(folder).pad_id == 1
+    assert data.Tokenizer(folder).pad_id == 1
 
 
 def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
     """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
-    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "bpe"))
+    tokenizer = data.Tokenizer(make_tokenizer(tmp_path, "bpe"))
     vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
     tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
@@ -730,17 +730,17 @@ def processor(folder, task="rte", vocab_size=200, types=2):
 
 def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     folder = make_tokenizer(tmp_path, "bert")
-    size = data.Tokenizer.from_folder(folder).backend.get_vocab_size()
+    size = data.Tokenizer(folder).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
     assert len(processor(folder, vocab_size=size).training(rows, 32)) == 1
     with pytest.raises(UserError, match="rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
         processor(folder, vocab_size=20).training(rows, 32)
     with pytest.raises(UserError, match=f"the tokenizer has {size} tokens, the model 999: it is not this model's"):
         processor(folder, vocab_size=999)
-    with pytest.raises(UserError, match="the pair's second text has type 1, the model only 1 type embeddings"):
+    with pytest.raises(UserError, match="a pair's texts have 2 types, the model only 1 type embeddings"):
         processor(folder, types=1).training(rows, 32)
     make_tokenizer(folder, "bpe", add_bos_token=False, pad_token="<|pad|>")
-    ours = processor(folder, "sst2", size := data.Tokenizer.from_folder(folder).pad_id)
+    ours = processor(folder, "sst2", size := data.Tokenizer(folder).pad_id)
     assert ours.tokenizer.pad_id == 1 and f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
     content = json.loads((folder / "tokenizer.json").read_text())
     write(folder / "tokenizer.json", content | {"post_processor": None})
@@ -755,7 +755,7 @@ def test_classification_batches(tmp_path):
     for kind in ("bert", "roberta"):
         folder = make_tokenizer(tmp_path / kind, kind, kind)
         fast = transformers.AutoTokenizer.from_pretrained(folder)
-        split = data.encode(TASKS["rte"], rows, data.Tokenizer.from_folder(folder), 24)
+        split = data.encode(TASKS["rte"], rows, data.Tokenizer(folder), 24)
         for indices in ([1], [0, 4, 2], [5, 3]):
             inputs, labels = data.collate(split, indices)
             texts = [[rows[i][name] for i in indices] for name in ("text", "pair")]
@@ -771,7 +771,7 @@ def test_classification_batches(tmp_path):
             assert width == min([bucket for bucket in (8, 16, 20) if bucket >= length], default=length)
         assert len(set(widths)) > 1
     rows = [{"text": "a", "pair": "b", "label": 2.5}]
-    split = data.encode(TASKS["stsb"], rows, data.Tokenizer.from_folder(folder))
+    split = data.encode(TASKS["stsb"], rows, data.Tokenizer(folder))
     assert data.collate(split, [0])[1].dtype == torch.float32
 
 
@@ -785,7 +785,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
     """The ids are transformers' for the joined text; where a prompt's ids do not begin them, both are encoded apart."""
     kind, settings = JOINED[name]
     folder = make_tokenizer(tmp_path, kind, **settings)
-    ours, fast = data.Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, fast = data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     rows = [{"prompt": data.prompt("fox"), "answer": answer} for answer in ("the dog", "true", " fox", "  \n", "é")]
     split = data.encode(TASKS["instructions"], rows, ours)
     for row, ids, start in zip(rows, split.tokens, split.starts):
@@ -810,7 +810,7 @@ def instruction_rows(count, seed=0):
 
 def test_instruction_batches(tmp_path, caplog):
     """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
-    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "bpe"))
+    tokenizer = data.Tokenizer(make_tokenizer(tmp_path, "bpe"))
     rows = instruction_rows(12)
     split = data.encode(TASKS["boolq"], rows, tokenizer)
     inputs, labels = data.collate(split, list(range(12)), pad_to=[512])
@@ -982,7 +982,7 @@ def files(name, content, split="train", named=None):
         task = data.find_task(name, where)
         rows = data.read(task, where, split)
         if task.kind == "image":
-            data.encode(task, rows, image=data.plain_image(3, 4, 4))
+            data.encode(task, rows, image=data.image_settings(None, (3, 4, 4)))
     return make
 
 
@@ -1020,7 +1020,7 @@ def model(files, task="cola", max_length=None):
         for name, text in files.items():
             (folder / name).unlink() if text is None else write(folder / name, text)
         row = {"text": "a", "label": 0, "prompt": "a", "answer": "b"}
-        data.encode(TASKS[task], [row], data.Tokenizer.from_folder(folder), max_length)
+        data.encode(TASKS[task], [row], data.Tokenizer(folder), max_length)
     return make
 
 
@@ -1034,8 +1034,7 @@ def bomb():
 
 BAD = {
     "unknown task": (lambda folder: data.find_task("colla"), "no task 'colla': choose from cola, "),
-    "negative limit": (lambda folder: data.read(TASKS["digits"], None, limit=-1), "limit -1: .*use 0 for all"),
-    "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "no split 'test': .*dev_mismatched"),
+    "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "mnli has no test rows, only train, dev,"),
     "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file: "),
     "other names": (files("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"}),
                     r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file"),
@@ -1048,9 +1047,7 @@ BAD = {
     "short row": (glue("cola", COLA + "gj04\t1\tx\n"), "train.tsv line 3: 3 columns, expected 4"),
     "missing column": (glue("sst2", "text\tlabel\na\t1\n"), "line 2: no column 'sentence' .there are .*rename"),
     "one class": (glue("cola", "a\t1\t\tx\nb\t1\t\ty\n"), "all labels are '1' in the 2 rows: add another class"),
-    "score too high": (glue("stsb", STSB + "0" + "\t-" * 6 + "\ta\tb\t5.5\n"),
-                       "line 2: score '5.5' is no number in .0, 5."),
-    "own score infinite": (own("text,score\na,inf\nb,1\n", name="text-regression"), "line 2: score 'inf'"),
+    "score infinite": (own("text,score\na,inf\nb,1\n", name="text-regression"), "line 2: score 'inf' is no finite"),
     "label unseen in training": (
         files("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"}, "dev"),
         "dev.csv line 2: label 'z' is none of .'x', 'y'"),
@@ -1062,9 +1059,9 @@ BAD = {
     "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
     "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
     "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: .'instruction'.: expected"),
-    "empty answer": (rows({"question": "a", "answer": " "}), "line 1: the answer is empty"),
+    "no answer": (rows({"question": "a", "answer": " "}), "no train rows"),
     "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
-                "train.jsonl line 1: answer '', expected a number after ####"),
+                "train.jsonl line 1: answer '', expected one marked as gsm8k's are"),
     "no gzip": (files("gsm8k", {"test.jsonl.gz": b"no gzip"}, "dev"), "a broken archive .*: fetch it again"),
     "cut gzip": (files("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "dev"), "a broken archive"),
     "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
@@ -1110,9 +1107,9 @@ def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1.png: reading or resizing images needs Pillow: pip install pillow"):
         photos("junk", "1.png")(tmp_path)
     rows = [{"pixels": some_images((3, 4, 4)), "label": 0}]
-    assert len(data.encode(TASKS["digits"], rows, image=data.plain_image(1, 4, 4))) == 1
+    assert len(data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 4, 4)))) == 1
     with pytest.raises(UserError, match="digits image 0: reading or resizing images needs Pillow"):
-        data.encode(TASKS["digits"], rows, image=data.plain_image(3, 5, 4))
+        data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 5, 4)))
 
 
 # ----------------------------------------------------------------------------------------------------------- fetching
@@ -1190,19 +1187,19 @@ EVIL = ("../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "
 def test_fetch_archive(tmp_path, mirror):
     """Another checksum, then a connection that ends early, then all of it, once; no member gets out of the folder."""
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
-    with pytest.raises(UserError, match="CoLA.zip: SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}: it is damaged"):
+    with pytest.raises(UserError, match="CoLA.zip .it is damaged: its SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}.: run"):
         data.read(TASKS["cola"])
     packed = make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)} | dict.fromkeys(EVIL, "x"))
     task = serve(mirror, TASKS["cola"], [packed])
     mirror.cut.update(mirror.files)
-    with pytest.raises(UserError, match="the connection ended at .* run this again|cannot fetch"):
+    with pytest.raises(UserError, match="the connection ended at .* run this again"):
         data.read(task)
     folder = tmp_path / "cache" / "CoLA"
     assert not leftovers(tmp_path) and not (folder / "train.tsv").exists()
     mirror.cut.clear()
     assert len(data.read(task)) == 2 and len(data.read(task, None, "dev")) == 2
     assert len(mirror.asked) == 3 and not leftovers(tmp_path) and not Path("/tmp/evil.txt").exists()
-    assert {path.name for path in folder.iterdir()} == {"dev.tsv", "evil.txt", "original", "test.tsv", "train.tsv"}
+    assert {path.name for path in folder.iterdir()} == {"dev.tsv", "original", "test.tsv", "train.tsv"}
     assert all(folder in path.parents for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -1218,22 +1215,13 @@ def test_every_published_archive_has_a_checksum():
             assert f"`{address.removeprefix(data.FACEBOOK)}`" in listed and sha256 in listed
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tar])
-def test_unpack_has_a_size_limit(tmp_path, make):
-    members = {"x/a": bytes(5000), "x/b": bytes(5000)}
-    archive = write(tmp_path / ("a.zip" if make is make_zip else "a.tar.gz"), make(members))
-    with pytest.raises(UserError, match="it unpacks to more than 9999 bytes"):
-        data.unpack(archive, tmp_path, limit=9999)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
     """A closed port, then a server that does not have the file."""
     with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
         data.read(TASKS["piqa"])
     monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
     for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put")):
-        pattern = (f"cannot fetch https://.*: download it elsewhere and {verb} it into {tmp_path}/cache/.*, "
+        pattern = (f"cannot fetch https://.*: run this again, or download it elsewhere and {verb} it into {tmp_path}/cache/.*, "
                    "or name a folder with its files by --data")
         with pytest.raises(UserError, match=pattern) as caught:
             data.read(task)

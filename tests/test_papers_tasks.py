@@ -126,7 +126,7 @@ def test_published_sets(tmp_path, caplog, name):
     else:
         scored = [row for row in rows if row.get("task_id") not in (1, 10, 511, 974)]
         assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
-        with pytest.raises(UserError, match=f"{name} has no training set: train on another task"):
+        with pytest.raises(UserError, match=f"{name} has no train rows, only dev: name another task"):
             data.read(task, tmp_path, "train")
 
 
@@ -258,7 +258,7 @@ def published(name, row, pattern):
 
 
 BAD = [
-    published("math", {"problem": "a", "solution": "4"}, r"line 1: answer '', expected one in .boxed"),
+    published("math", {"problem": "a", "solution": "4"}, "line 1: answer '', expected one marked as math's are"),
     published("ultrafeedback", {"instruction": "a", "completions": ["b"]}, "'completions' is str 'b'"),
     published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2},
               "line 1: 'overall_score' is str 'N/A'"),

@@ -134,15 +134,15 @@ def read(task):
     def call(folder):
         reader = data.find_task(task, str(folder / "data")).reader
         rows = [row for _, row in reader(data.TASKS[task], str(folder / "data"), "train")]
-        data.encode(data.TASKS[task], rows, image=data.plain_image(3, 4, 4))
+        data.encode(data.TASKS[task], rows, image=data.image_settings(None, (3, 4, 4)))
     return call
 
 
 LOAD = {"model": lambda folder: models.load(folder / "model"),
         "adapter": lambda folder: lora.load_adapter(models.load(folder / "model"), folder / "adapter"),
         "checkpoint": lambda folder: train.main(["--resume", str(folder / "run")]),
-        "image": lambda folder: data.image_settings(folder / "model"),
-        "tokenizer": lambda folder: data.Tokenizer.from_folder(folder / "model")}
+        "image": lambda folder: data.image_settings(folder / "model", (1, 8, 8)),
+        "tokenizer": lambda folder: data.Tokenizer(folder / "model")}
 
 
 def pickled(path, kind):
@@ -292,14 +292,14 @@ def entry(name, kind=tarfile.REGTYPE, target="", content=b"x"):
     ("in/file", tarfile.LNKTYPE, "../../evil"), ("in/file", tarfile.FIFOTYPE, ""), ("in/file", tarfile.CHRTYPE, "")])
 def test_tar_members_stay_in_their_folder(name, kind, target, tmp_path):
     """test_data.py has the zip archives."""
-    archive = tmp_path / "in" / "a.tar.gz"
+    archive = tmp_path / "temporary" / "a.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as file:
         file.addfile(*entry("in/other"))
         file.addfile(*entry(name, kind, target))
-    with pytest.raises(UserError, match="unsafe archive"):
-        data.unpack(archive, archive.parent)
-    assert list(tmp_path.rglob("*")) == [archive.parent]
+    with pytest.raises(tarfile.FilterError):
+        data.unpack(archive, tmp_path / "in")
+    assert list(tmp_path.iterdir()) == [archive.parent] and "evil" not in [path.name for path in tmp_path.rglob("*")]
 
 
 HOSTILE = ["{0.__class__.__init__.__globals__}", "%s %(name)s %n", "$(touch canary) `touch canary`; touch canary", "{}{instruction}{{", "${HOME} ~ *",
@@ -326,7 +326,7 @@ def test_text_is_text(text, tmp_path, monkeypatch, capsys):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(128)}, []))
     backend.decoder = tokenizers.decoders.Fuse()
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = data.Tokenizer.from_folder(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode([text])[0][0]) == text
 
     (tmp_path / "scores.tsv").write_text("sentence\tscore\n" + f"x\t{text.splitlines()[0]}\n" * 12)
