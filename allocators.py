@@ -169,13 +169,13 @@ class Allocator:
     def match_adapters(self):
         """After a restart: drop and add adapters until they are those that `made` names."""
         now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
-        saved, current, calls = dict(self.made), self.current.clone(), self.calls
-        wrong = [name for name in self.names if saved[name] != now.get(name, [0, 0])]
+        wrong = {name: made for name, made in self.made.items() if made != now.get(name, [0, 0])}
+        current, calls = self.current.clone(), self.calls
         if wrong:  # else the stacks stay those that the policy may hold
             self.drop([name for name in wrong if name in self.layers])
-        for generation in sorted({saved[name][1] for name in wrong} - {0}):
+        for generation in sorted({made[1] for made in wrong.values()} - {0}):
             self.calls = generation - 1
-            self.add({name: saved[name][0] for name in wrong if saved[name][1] == generation})
+            self.add({name: made[0] for name, made in wrong.items() if made[1] == generation})
         self.current.copy_(current)
         self.calls = calls
 
@@ -188,10 +188,6 @@ class Allocator:
     def parameters(self):
         """Adapter parameters for the run's optimizer, stacked, in a fixed order."""
         return [p for stack in self.stacks for p in stack.parameters if p.requires_grad]
-
-    def drawn(self):
-        """Stacked parameters that are not trained but were drawn at random: LoRA-FA's frozen A."""
-        return [p for stack in self.stacks for p in stack.parameters if not p.requires_grad]
 
     def vectors(self):
         """Every g and every mask of updates that the layers hold: live tensors, for checkpoints."""
@@ -234,17 +230,18 @@ def given_ranks(s, names):
         text = file.read_text(encoding="utf-8")
         ranks = json.loads(text.splitlines()[-1])["ranks"] if path.is_dir() else json.loads(text)
         ranks = {name: int(rank) for name, rank in ranks.items()}
+        if not ranks.keys() <= set(names) or not any(ranks.values()):
+            raise ValueError(f"{', '.join(ranks.keys() - set(names))} is no target, or all ranks are 0")
     except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"--ranks {file}: no ranks in it ({error!r}): name a run's folder or a file of "
-                        '{"blocks.0.query": 4, ...}') from None
-    unknown = [name for name in ranks if name not in names]
-    if unknown or not any(ranks.values()):
-        wrong = f"{unknown[0]} is no target of this run: choose --targets to fit" if unknown else "all ranks are 0"
-        raise UserError(f"--ranks {file}: {wrong}")
-    order = range(len(names))
-    if s.ranks_shuffled:
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(s.seed)).tolist()
+        raise UserError(f"--ranks {file}: no ranks in it for this run ({error!r}): name a run's folder or a file of "
+                        '{"blocks.0.query": 4, ...}, and --targets to fit') from None
+    order = shuffled(len(names), s.seed) if s.ranks_shuffled else range(len(names))
     return {name: ranks.get(names[i], 0) for name, i in zip(names, order)}
+
+
+def shuffled(n, seed):
+    """The numbers 0 to n - 1 in an order that the seed draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Static(Allocator):
@@ -545,7 +542,7 @@ class RandomLora(Allocator):
 
     def setup(self):  # no warm-up: adapters that are thrown away cannot change the draw
         s, n = self.settings, len(self.names)
-        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))[:matrices_to_keep(s, n)].tolist()
+        drawn = shuffled(n, s.seed)[:matrices_to_keep(s, n)]
         self.add({name: s.rank for i, name in enumerate(self.names) if i in drawn})
 
 

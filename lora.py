@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import Int8Linear, UserError, cache_folder, open_weights, publish, read_json, spellings
+from model import Int8Linear, UserError, as_stored, cache_folder, open_weights, publish, read_json, stored_names
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -232,7 +232,7 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
         scale = {"nominal": alpha / (nominal or rank), "own": alpha / rank,
                  "rslora": alpha / math.sqrt(nominal or rank)}[scaling]
         layers[name] = (DoraLinear if dora else LoraLinear)(linear, rank, scale, dropout, device)
-        _replace(model, name, layers[name])
+        model.set_submodule(name, layers[name].train(model.training))
     return layers
 
 
@@ -242,12 +242,7 @@ def detach(model, name):
     if layer.start is not None and not layer.merged:  # what was split off W goes back, up to rounding
         A, B = (t.to(layer.weight.device) for t in layer.start)
         layer.weight.data.copy_(layer.weight.float() + layer.scale * B @ A)
-    _replace(model, name, layer.linear)
-
-
-def _replace(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.train(model.training))
+    model.set_submodule(name, layer.linear)
 
 
 def adapters(model):
@@ -285,25 +280,24 @@ def window_indices(m, R):
 def singular_windows(weight, R):
     """S (m,), A = sqrt(S) V^T (3 R, in) and B = U sqrt(S) (out, 3 R) of W = U S V^T in the three windows, float32.
 
-    Windows of 64 components are kept on disk by W's content, and those of lower rank cut from them, in `cache_folder`.
+    Windows of 64 components are kept in `cache_folder`, by W's content, and those of lower rank cut from them.
     """
-    key = hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
-    key.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    file, wanted = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors", window_indices(min(weight.shape), R)
+    m, key = min(weight.shape), hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
+    kept = min(max(R, 64), m)
+    key.update(f"{tuple(weight.shape)} {weight.dtype} {kept}".encode())
+    file = cache_folder() / "svd" / f"{key.hexdigest()}.safetensors"
+    at = window_indices(m, kept).unique().to(weight.device)
     try:
         stored = load_file(file, device=str(weight.device))
     except (FileNotFoundError, SafetensorError):  # not there, or damaged
-        stored = {"at": torch.zeros(0)}
-    if not torch.isin(wanted, stored["at"].cpu()).all():
         # in float64: float32 would mix the smallest components, which lie close together, with each other
         U, S, Vh = (t.float() for t in torch.linalg.svd(weight.double(), full_matrices=False))
-        at = window_indices(len(S), min(max(R, 64), len(S))).unique().to(S.device)
-        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous(), "at": at}
+        stored = {"S": S, "A": S[at].sqrt()[:, None] * Vh[at], "B": (U[:, at] * S[at].sqrt()).contiguous()}
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}.part")
         save_file(stored, beside)
         beside.rename(file)
-    place = torch.searchsorted(stored["at"], wanted.to(weight.device))
+    place = torch.searchsorted(at, window_indices(m, R).to(weight.device))
     return stored["S"], stored["A"][place], stored["B"][:, place]
 
 
@@ -465,7 +459,10 @@ def optimizers_for(s, params):
     if s.optimizer == "muon":
         muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw")  # learning rates as AdamW's
         return [hold_still(on_parts(muon)), *map(adamw, groups[1:])]
-    return [adamw(groups[0]) if masked else without_masks(adamw(groups[0]))]
+    optimizer = adamw(groups[0])
+    if not masked:
+        optimizer.register_step_pre_hook(refuse_masks)
+    return [optimizer]
 
 
 def groups_for(s, params):
@@ -484,14 +481,10 @@ def groups_for(s, params):
     return result
 
 
-def without_masks(optimizer):
-    """Refuse, in its steps, masks that came after torch's AdamW, which does not know them, was chosen."""
-    def check(optimizer, *_):
-        if any(may_move(p) is not None for p in held(optimizer)):
-            raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in setup, too")
-
-    optimizer.register_step_pre_hook(check)
-    return optimizer
+def refuse_masks(optimizer, *_):
+    """A hook for torch's AdamW, which does not know the masks that came after it was chosen."""
+    if any(may_move(p) is not None for p in held(optimizer)):
+        raise UserError("mask_updates: AdamW was chosen when there were no masks: call it in setup, too")
 
 
 def on_parts(optimizer):
@@ -578,11 +571,13 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     modules_to_save, and those of a pooler that the base lacks.
     """
     tensors, rank_of, alpha_of, layers = {}, {}, {}, adapters(model)
-    for path, names in matrices_by_path(model).items():
-        if not layers.keys() & set(names):
+    for stored in stored_names(model).values():
+        names = [name.removesuffix(".weight") for name in stored]
+        if layers.keys().isdisjoint(names):
             continue
         A, B, magnitude, scale = stack_factors([model.get_submodule(name) for name in names])
         if len(A):
+            path = model.hf_name(names[0], module=True)
             rank_of[path], alpha_of[path] = len(A), scale * len(A)
             parts = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": magnitude}
             tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
@@ -593,11 +588,10 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         heads.add("pooler" if name.startswith("pooler.") else path.split(".")[0])
         tensors[path] = model.get_parameter(name).detach()
     r, alpha = max(rank_of.values(), default=1), max(alpha_of.values(), default=1)
-    dropout = max((layer.dropout for layer in layers.values()), default=0.0)
     config = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base), "inference_mode": True,
-        "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
-        "fan_in_fan_out": model.family == "gpt2",  # PEFT's word for GPT-2's transposed matrices
+        "r": r, "lora_alpha": alpha, "lora_dropout": max((layer.dropout for layer in layers.values()), default=0.0),
+        "bias": "none", "fan_in_fan_out": model.family == "gpt2",  # PEFT's word for GPT-2's transposed matrices
         "use_rslora": False, "use_dora": any("magnitude" in key for key in tensors), "init_lora_weights": True,
         "target_modules": sorted(rank_of),
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
@@ -610,31 +604,24 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def matrices_by_path(model):
-    """{path in transformers' model: our projections there, one below the other}: several for GPT-2's c_attn alone."""
-    paths = {}
-    for name, _, _ in sites(model, [kind for kind in TARGETS if hasattr(model.blocks[0], kind)]):
-        paths.setdefault(model.hf_name(name, module=True), []).append(name)
-    return paths
-
-
 @torch.no_grad()
 def stack_factors(layers):
     """(A, B, DoRA's lengths or None, scale) of one adapter that does what those of `layers`, one below the other, do.
 
-    Each keeps its own components: the A are stacked, the B stand along the diagonal. A plain layer has none.
+    They are several for GPT-2's c_attn alone. Each keeps its own components: the A are stacked, the B stand along the
+    diagonal. A plain layer has none.
     """
-    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-    scale, dora = adapted[0].scale, adapted[0].magnitude is not None
+    first = next(layer for layer in layers if isinstance(layer, LoraLinear))
     As, Bs, lengths = [], [], []
     for layer in layers:
         A, B = layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0)
-        length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32) if dora else None
-        if layer in adapted:
+        length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32)
+        if isinstance(layer, LoraLinear):
             A, B = layer.factors()
-            B, length = B * (layer.scale / scale), layer.magnitude
+            B, length = B * (layer.scale / first.scale), layer.magnitude
         As, Bs, lengths = [*As, A.float()], [*Bs, B.float()], [*lengths, length]
-    return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, scale
+    dora = first.magnitude is not None
+    return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, first.scale
 
 
 def load_adapter(model, folder):
@@ -645,90 +632,75 @@ def load_adapter(model, folder):
     a file that is missing, damaged, does not fit the model, or uses what this project does not have.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    matrices = matrices_by_path(model)
-    parts = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
-    whole = [name for name, _ in model.named_parameters() if name.startswith(parts)]
-    linears = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
-    matrices |= {model.hf_name(name, module=True): [name] for name in linears}
-    paths = {spelling: path for path, names in matrices.items() for spelling in spellings(model, names[0])}
-    parameters = {spelling: name for name in model.plain_names for spelling in spellings(model, name)}
+    top = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
+    kinds = tuple(f".{kind}.weight" for kind in TARGETS)
+    names = stored_names(model, every_spelling=True)
     if model.tied:
-        parameters["lm_head.weight"] = "embed.weight"
-    found, changed = {}, set()
+        names["lm_head.weight"] = ["embed.weight"]
+    found, layers, changed = {}, {}, set()
     for key, tensor in tensors.items():
         path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
         path = re.sub(r"^(base_model\.model\.)+", "", path)
         match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
-        name = parameters.get(path)
-        base = None if name is None else model.get_parameter(name)
-        if match and match[1] in paths:
-            found.setdefault(paths[match[1]], {})[match[2] or match[3]] = tensor
-        elif name in whole and base.shape == tensor.shape:
-            base.data.copy_(tensor)  # a copy: the tensor may be a view of the file
-            changed.add(name)
-        elif name is None or base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
-            raise UserError(f"{file}: {key!r} {list(tensor.shape)}: {_misfit(model, path, base, parameters)}")
-    untrained = [name for name in whole if name.startswith("head.") and name in model.fresh and name not in changed]
-    if untrained:
+        ours = names.get(f"{match[1]}.weight" if match else path, [""])
+        base = as_stored(model, ours) if ours[0] and not match else None
+        if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
+            found.setdefault(tuple(ours), {})[match[2] or match[3]] = tensor
+        elif base is not None and ours[0].startswith(top) and base.shape == tensor.shape:
+            base.copy_(tensor)  # a copy: the tensor may be a view of the file
+            changed.add(ours[0])
+        elif base is None or not torch.equal(base, tensor.to(base)):
+            raise UserError(f"{file}: {key!r} {list(tensor.shape)}: not for this {model.family} model of "
+                            f"{len(model.blocks)} blocks and its head: is it the adapter's base model, and its task? "
+                            f"LoRA may be on {', '.join(TARGETS)}, pooler and head; for all else merge the adapter "
+                            "with PEFT (merge_and_unload, save_pretrained) and name the result as --model")
+    untrained = [name for name in model.fresh if name.startswith("head.") and name not in changed]
+    if untrained and top:
         raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
                         "saved without its trained head")
-    layers = {}
-    for path, parts in found.items():
-        layers |= _made_of(model, matrices[path], path, parts, config, file)
+    for stored, parts in found.items():
+        layers |= layers_of(model, [name.removesuffix(".weight") for name in stored], parts, config, file)
     for name in [name for name in layers if not name.startswith("blocks.")]:  # the policies give rank to blocks alone
         layers.pop(name).merge()
         changed.add(f"{name}.weight")
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        model.set_submodule(name, layer.train(model.training))
     if any(name.startswith("pooler.") for name in changed):  # no longer the base's: saved with the adapter from now on
-        model.fresh += [name for name in whole if name.startswith("pooler.") and name not in model.fresh]
+        model.fresh += [name for name in ("pooler.weight", "pooler.bias") if name not in model.fresh]
     if not layers and config.get("target_modules") != []:  # of a run in which nothing moved there are none
         raise UserError(f"{file}: holds no LoRA tensors for this {model.family} model")
     return layers
 
 
-def _made_of(model, names, path, parts, config, file):
-    """The layers, {name: LoraLinear}, not yet in place, of the matrices `names` at `path`, from its tensors."""
-    linears = [model.get_submodule(name) for name in names]
+def layers_of(model, names, parts, config, file):
+    """The layers, {name: LoraLinear}, not yet in place, of the matrices `names`, one below the other, from tensors."""
+    linears, path = [model.get_submodule(name) for name in names], model.hf_name(names[0], module=True)
     rows, n_in = [linear.out_features for linear in linears], linears[0].in_features
     shapes, n_out = {part: tuple(tensor.shape) for part, tensor in parts.items()}, sum(rows)
-    rank = next(iter(shapes.get("A", ())), 0)
-    expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if config["use_dora"] else {})
+    rank, dora = next(iter(shapes.get("A", ())), 0), config["use_dora"]
+    expected = {"A": (rank, n_in), "B": (n_out, rank)} | ({"magnitude": (n_out,)} if dora else {})
     if rank == 0 or shapes != expected:
         raise UserError(f"{file}: {path} has {shapes}; this one needs lora_A (r, {n_in}) and lora_B ({n_out}, r), "
                         f"and needs a lora_magnitude_vector ({n_out}) if use_dora is set, and only then")
-    alpha, layers = _pattern(config["alpha_pattern"], path, config["lora_alpha"]), {}
-    scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-    magnitudes = parts["magnitude"].split(rows) if config["use_dora"] else [None] * len(rows)
-    shared = len(names) > 1 and not config["use_dora"] and parts["B"].any()
-    for name, linear, B, magnitude in zip(names, linears, parts["B"].split(rows), magnitudes):
-        used = [i for i in range(rank) if not shared or B[:, i].any()]  # the others are another matrix's
+    patterns = [pattern for pattern in config["alpha_pattern"] if re.match(anchored(pattern), path)]
+    alpha = config["alpha_pattern"][patterns[0]] if patterns else config["lora_alpha"]  # the first wins
+    scale, layers = alpha / (math.sqrt(rank) if config["use_rslora"] else rank), {}
+    shared = len(names) > 1 and not dora and parts["B"].any()
+    for i, (name, linear, B) in enumerate(zip(names, linears, parts["B"].split(rows))):
+        used = [k for k in range(rank) if not shared or B[:, k].any()]  # the others are another matrix's
         if not used:
             continue
-        kind = LoraLinear if magnitude is None else DoraLinear
-        layer = kind(linear, len(used), scale, config["lora_dropout"])
+        layer = layers[name] = (DoraLinear if dora else LoraLinear)(linear, len(used), scale, config["lora_dropout"])
         layer.A.data.copy_(parts["A"][used])
         layer.B.data.copy_(B[:, used])
-        if magnitude is not None:
-            layer.magnitude.data.copy_(magnitude)
-        layers[name] = layer
+        if dora:
+            layer.magnitude.data.copy_(parts["magnitude"].split(rows)[i])
     return layers
 
 
-def _misfit(model, path, base, parameters):
-    """Why load_adapter cannot use the tensor `path`; `base` is the model's parameter of that name, if there is one."""
-    merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as --model"
-    module, first = re.sub(r"\.(lora_|weight$|bias$).*", "", path), path.split(".")[0]
-    heads = tuple(model.head_names.values())
-    if base is not None and model.head_kind != "lm" and path.startswith(heads):
-        return f"the model is built with {list(base.shape)}, for another number of labels"
-    if base is not None:
-        return f"a trained or resized copy of the base model's {list(base.shape)} is not supported; {merge}"
-    if f"{module}.weight" in parameters:
-        return f"LoRA on {module} is not supported, only on {', '.join(TARGETS)}, pooler and head; {merge}"
-    if first in ("classifier", "score", "lm_head", "qa_outputs"):
-        return f"a head that the model, built for this task with {heads[-1]}, does not have"
-    return f"fits nothing in this {model.family} model of {len(model.blocks)} blocks; is it the adapter's base model?"
+def anchored(pattern):
+    """PEFT's rule: a pattern is a regular expression that matches the end of a module's path."""
+    return rf"(.*\.)?({pattern})$"
 
 
 # keys of adapter_config.json that are read, or change nothing that is computed from the tensors
@@ -742,41 +714,30 @@ PLAIN_KEYS = ("peft_type task_type auto_mapping peft_version base_model_name_or_
 def read_adapter(folder):
     """Settings (PEFT's defaults where they are unset) and tensors of an adapter; errors as in `load_adapter`."""
     file, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file}: not found; name a folder with a PEFT adapter")
+    for path in (file, weights):
+        if not path.is_file():
+            raise UserError(f"{path}: not found; an adapter is a folder with adapter_config.json and "
+                            "adapter_model.safetensors (a .bin is refused, since unpickling runs code: to convert it, "
+                            "load it with PEFT where you trust it and call save_pretrained)")
     config = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": {}, "use_rslora": False, "use_dora": False,
               "peft_type": None, "bias": "none", "init_lora_weights": True}
     config |= {key: value for key, value in read_json(file).items() if value is not None}
+    start = config["init_lora_weights"]  # pissa, olora, corda, loftq ... also change the base's weights
     other = [key for key, value in config.items() if value and key not in PLAIN_KEYS]
     other += [f"{key} {config[key]}" for key, only in (("peft_type", "LORA"), ("bias", "none")) if config[key] != only]
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):
+        other.append(f"init_lora_weights {start!r} (save_pretrained converts it to plain LoRA with "
+                     "path_initial_model_for_weight_conversion)")
     if other:
         raise UserError(f"{file}: {', '.join(other)}: not supported, only plain LoRA, rsLoRA and DoRA are")
-    start = config["init_lora_weights"]  # pissa, olora, corda, loftq ... also change the base's weights
-    if start not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise UserError(f"{file}: init_lora_weights {start!r} goes with changed base weights; convert the adapter with "
-                        "PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)")
-    patterns, numbers = config["alpha_pattern"], [config["lora_dropout"], config["lora_alpha"]]
-    numbers += patterns.values() if isinstance(patterns, dict) else ["no dict"]
-    if not all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers) or not 0 <= numbers[0] < 1:
-        raise UserError(f"{file}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers, and "
-                        "lora_dropout from 0 to below 1")
-    pickled = weights.with_suffix(".bin")
-    if not weights.is_file() and pickled.is_file():
-        raise UserError(f"{pickled}: refused, since unpickling runs code; convert it: python -c \"import torch, "
-                        f"safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('{pickled}', "
-                        f"'cpu', weights_only=True).items()}}, '{weights}')\"")
-    if not weights.is_file():
-        raise UserError(f"{weights}: not found; an adapter is this file and adapter_config.json")
+    try:
+        numbers = [config["lora_alpha"], config["lora_dropout"], *config["alpha_pattern"].values()]
+        if not all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers) or not 0 <= numbers[1] < 1:
+            raise ValueError(numbers)
+        for pattern in config["alpha_pattern"]:
+            re.compile(anchored(pattern))
+    except (AttributeError, ValueError, re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: {error}: lora_alpha and lora_dropout must be numbers, the latter from 0 to below 1, "
+                        "and alpha_pattern {regular expression: number}") from None
     with open_weights(weights) as opened:
         return config, {key: opened.get_tensor(key) for key in opened.keys()}
-
-
-def _pattern(patterns, path, default):
-    """PEFT's rule: the first pattern that matches the path's end (as a regular expression) wins."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"adapter_config.json: alpha_pattern {pattern!r}: no regex ({error})") from None
-    return default

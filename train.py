@@ -386,7 +386,8 @@ class Training:
     @property
     def moving(self):
         """What differs from the base model: the trained, what a policy moves itself, and LoRA-FA's frozen A."""
-        return [p.data for p in [*self.params, *self.allocator.own, *self.allocator.drawn()]]
+        stacks = [p for stack in self.allocator.stacks for p in stack.parameters]
+        return [p.data for p in dict.fromkeys([*self.params, *self.allocator.own, *stacks])]
 
     @property
     def vectors(self):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ import eval as evaluation
 import lora
 import model as models
 import train
-from model import UserError
 
 # a schedule for each policy in which all it does happens within 12 steps
 FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_orth=0.5),
@@ -304,32 +301,17 @@ def test_other_spellings_and_copies_of_the_base(spelling, bert, tmp_path):
     agree(model, wrapped)
 
 
-@pytest.mark.parametrize("key, shape, expected", [
-    ("bert.embeddings.word_embeddings.weight", (60, 32), "trained or resized copy .* merge the adapter with PEFT"),
-    ("bert.embeddings.word_embeddings.weight", (64, 32), "trained or resized copy"),
-    ("classifier.weight", (5, 32), "another number of labels"), ("score.weight", (3, 32), "built for this task with classifier"),
-    ("bert.encoder.layer.7.attention.self.query.lora_A.weight", (4, 32), "3 blocks; is it the adapter's base model"),
-    ("bert.embeddings.word_embeddings.lora_embedding_A", (4, 60), "LoRA on .*word_embeddings is not supported")])
-def test_what_does_not_fit_has_its_own_answer(key, shape, expected, bert, tmp_path):
+@pytest.mark.parametrize("key, shape", [
+    ("bert.embeddings.word_embeddings.weight", (60, 32)), ("bert.embeddings.word_embeddings.weight", (64, 32)),
+    ("classifier.weight", (5, 32)), ("score.weight", (3, 32)), ("bert.embeddings.word_embeddings.lora_embedding_A", (4, 60)),
+    ("bert.encoder.layer.7.attention.self.query.lora_A.weight", (4, 32))])
+def test_what_does_not_fit_is_one_line(key, shape, bert, tmp_path):
     model, adapter = bert
     adapter()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file) | {f"base_model.model.{key}": torch.ones(shape)}, file)
-    with refused(f"{re.escape(key)}.*{expected}"):
+    with refused(f"{re.escape(key)}.*3 blocks.*is it the adapter's base model, .* merge the adapter with PEFT"):
         lora.load_adapter(model, tmp_path / "adapter")
-
-
-def test_a_pickled_adapter_is_converted_by_the_command_that_is_printed(bert, tmp_path):
-    model, adapter = bert
-    wrapped, file = adapter(), tmp_path / "adapter" / "adapter_model.safetensors"
-    torch.save(load_file(file), file.with_suffix(".bin"))
-    file.unlink()
-    with pytest.raises(UserError, match="convert it") as caught:
-        lora.load_adapter(model, tmp_path / "adapter")
-    command = str(caught.value).partition("python -c ")[2]
-    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, timeout=120)
-    lora.load_adapter(model, tmp_path / "adapter")
-    agree(model, wrapped)
 
 
 @pytest.mark.parametrize("tied", [True, False])
