@@ -17,7 +17,6 @@ What is foreign is used, is listed in IRRELEVANT, or is named in one line on std
 import csv
 import functools
 import gzip
-import http.client
 import io
 import itertools
 import json
@@ -31,6 +30,7 @@ import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -188,15 +188,10 @@ def locate(task, data, split):
     paths = find_files(task, data, split)
     if not paths:
         folder = Path(data or cache_folder())
-        path = folder / task.folder / task.files[split][0]
-        raise UserError(f"{path}: no such file{listing(folder)}: correct --data to name a file or its folder")
+        there = ", ".join(ascii(path.name) for path in sorted(folder.glob("[!.]*")))[:200] or "no files"
+        raise UserError(f"{folder / task.folder / task.files[split][0]}: no such file, in {folder} there are {there}: "
+                        "correct --data to name a file or its folder")
     return paths
-
-
-def listing(folder):
-    """Return what is in a folder, for a message."""
-    names = sorted(path.name for path in Path(folder).glob("[!.]*"))[:9]
-    return f" (there are {', '.join(map(ascii, names))[:200]})" if names else ""
 
 
 def held_out(task, data, split, rows):
@@ -237,7 +232,7 @@ def fetch(task, split):
                     unpack(part, folder)
                 else:
                     os.replace(part, path)
-        except (OSError, http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        except (OSError, HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
             raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): run this again, or download it "
                             f"elsewhere and {'unpack' if archive else 'put'} it into {folder}, or name a folder with "
                             "its files by --data") from None
@@ -372,12 +367,8 @@ def read_arrays(task, data, split):
 
 
 def read_image_folder(task, data, split):
-    """data/train/<class>/* and data/{dev,val,valid,test}/<class>/*: .npy arrays, or whatever Pillow opens."""
-    names = ("train",) if split == "train" else ("dev", "val", "valid", "validation", "test")
-    root = next((Path(data, name) for name in names if data and Path(data, name).is_dir()), None)
-    if root is None:
-        raise UserError(f"{data}: no folder {' or '.join(names)}{listing(data) if data else ''}: --data must name one "
-                        "with train/<class>/<images>, dev/<class>/<images>")
+    """data/train/<class>/* and data/{dev,val,valid,validation,test}/<class>/*: .npy, or whatever Pillow opens."""
+    root = locate(task, data, split)[0]
     for path in sorted(root.glob("*/**/*")):
         if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
             yield str(path), {"pixels": path, "label": path.relative_to(root).parts[0]}
@@ -613,14 +604,11 @@ def instruction(task, where, row):
 
     Besides {target, answers} where generated answers are scored, {sample} for another program: columns that it wants.
     """
-    asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), (None, None))
-    if asks is None:
-        expected = " or ".join(f"{asks}, {says}" for asks, says in COLUMNS)
-        raise UserError(f"{where}: {str([*row])[:200]}: expected {expected}: rename the columns")
+    asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
     extra = next((name for name in ("input", "context") if row.get(name)), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
     name_unread(where, row, (asks, says, extra, system, "answer"))
-    answer = last_message(row, says, where) if isinstance(row[says], list) else get(row, says, where)
+    answer = last_message(row, says, where) if isinstance(row.get(says), list) else get(row, says, where)
     text = task.template(get(row, asks, where), get(row, extra, where) if extra else "")
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
     if task.sample:
@@ -786,7 +774,8 @@ TASKS = {task.name: task for task in (
     Task("instructions", "lm", ("perplexity",), read_instructions, (), own(".jsonl", ".json")),
     Task("text-classification", "classify", ("accuracy",), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
     Task("text-regression", "regress", ("pearson", "spearman"), read_texts, (), own(".tsv", ".csv", ".jsonl", ".json")),
-    Task("image-folder", "image", ("accuracy",), read_image_folder),
+    Task("image-folder", "image", ("accuracy",), read_image_folder, (),
+         {"train": ("train",), "dev": ("dev", "val", "valid", "validation", "test")}),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
     Task("digits", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
     Task("digits-rot90", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(5e-3, 32, 15)),
@@ -929,25 +918,20 @@ class Tokenizer:
             note(f"{about}: not used: {', '.join(map(ascii, unread))[:200]}")
         self.side = "left" if names.get("truncation_side") == "left" else "right"
 
-        def ids(name):      # of a special token: the tokenizer's own, or else the configs', some of which say -1 for none
+        def ids(name):      # the tokenizer's own, then the configs', some of which say -1 for none
             found = [self.backend.token_to_id(tokens[name]) if name in tokens else None]
             for settings in (config, generation):
                 value = settings.get(f"{name}_token_id")
                 found += value if isinstance(value, list) else [value]
             return [n for n in found if type(n) is int and 0 <= n < 2**31]
 
-        self.bos_id, self.eos_id = (next(iter(ids(name)), None) for name in ("bos", "eos"))
+        self.eos_id = next(iter(ids("eos")), None)
         self.eos_ids = sorted(set(ids("eos")))
         self.pad_id = [*ids("pad"), *ids("eos"), *ids("unk"), 0][0]
         self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
-        whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
-        start = next((i for i in range(len(whole)) if plain and whole[i:i + len(plain)] == plain), 0)
-        self.prefix = whole[:start]
-        begins, ends = self.prefix[:1] == [self.bos_id], whole[start + len(plain):][-1:] == [self.eos_id]
-        for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
-            if bool(names.get(key, there)) != there:
-                note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
+        whole = self.backend.encode("a")
+        self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
         """Return (ids, types), int32 arrays of each text or pair, cut longest first; special: with special tokens."""

@@ -659,9 +659,9 @@ def test_encoding_equals_transformers(tmp_path, name):
     kind, settings = OVERRIDES[name]
     ours = compare_with_transformers(make_tokenizer(tmp_path, kind, TYPES.get(name), **settings))
     if name == "as it is":
-        assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.eos_ids, ours.prefix) == (1, 0, 1, [1, 7], [0])
+        assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (1, 1, [1, 7], [0])
     elif kind == "bert":
-        assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.types) == (0, None, None, True)
+        assert (ours.pad_id, ours.eos_id, ours.types) == (0, None, True)
 
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2-135m"])
@@ -706,7 +706,7 @@ def test_fallback_ids(tmp_path, caplog):
     write(folder / "config.json", {"model_type": "bert", "bos_token_id": 2, "eos_token_id": 3})
     write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
     ours = data.Tokenizer(folder)
-    assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 2, 3, [3, 5], [2])
+    assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 3, [3, 5], [2])
     assert f"{folder}/tokenizer_config.json: not used: 'normalise_numbers'" in caplog.text
     write(folder / "config.json", "{}")
     (folder / "generation_config.json").unlink()
@@ -826,7 +826,7 @@ def test_instruction_batches(tmp_path, caplog):
     assert start == len(labels) == data.count_labels(split, list(range(12)))
     tokens, mask = data.prompts(split, [2, 7])
     for row, prompt, real in zip((2, 7), tokens, mask):
-        expected = [tokenizer.bos_id] + tokenizer.encode([rows[row]["prompt"]], special=False)[0][0].tolist()
+        expected = tokenizer.prefix + tokenizer.encode([rows[row]["prompt"]], special=False)[0][0].tolist()
         assert prompt[real].tolist() == expected and real[-1] and real.sum() == len(expected)
         assert (prompt[~real] == tokenizer.pad_id).all()
     cut = sorted(split.starts)[6]
@@ -1034,10 +1034,10 @@ def bomb():
 
 BAD = {
     "unknown task": (lambda folder: data.find_task("colla"), "no task 'colla': choose from cola, "),
-    "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "mnli has no test rows, only train, dev,"),
-    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file: "),
+    "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "mnli has no test rows, only"),
+    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file, in .* there are no files"),
     "other names": (files("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"}),
-                    r"train.tsv: no such file \(there are 'a.tsv', 'b.xlsx'\): correct --data to name a file"),
+                    "train.tsv: no such file, in .* there are 'a.tsv', 'b.xlsx': correct --data to name a file"),
     "a file as folder": (files("cola", {"x.tsv": COLA}, named="x.tsv"), "x.tsv/CoLA/.*: no such file"),
     "no data": (lambda folder: data.read(TASKS["text-classification"]), "--task text-classification needs --data"),
     "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}), "_dev_ids.tsv: no such file"),
@@ -1058,7 +1058,7 @@ BAD = {
                               "line 1: 'question' is"),
     "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
     "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
-    "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: .'instruction'.: expected"),
+    "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: no column 'output'"),
     "no answer": (rows({"question": "a", "answer": " "}), "no train rows"),
     "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
                 "train.jsonl line 1: answer '', expected one marked as gsm8k's are"),
@@ -1075,7 +1075,7 @@ BAD = {
     "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
     "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
     "split of another length": (arrays(split=np.zeros(4)), r"and split \(4,\): expected"),
-    "no image folder": (files("image-folder", {"a/1.png": "x"}), r"no folder train \(there are 'a'\): --data must"),
+    "no image folder": (files("image-folder", {"a/1.png": "x"}), "train: no such file, in .* there are 'a': correct --data"),
     "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
                   "no train rows"),
     "not an image": (photos("junk", "1.png"), "1.png: not an image"),
@@ -1187,7 +1187,7 @@ EVIL = ("../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "
 def test_fetch_archive(tmp_path, mirror):
     """Another checksum, then a connection that ends early, then all of it, once; no member gets out of the folder."""
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
-    with pytest.raises(UserError, match="CoLA.zip .it is damaged: its SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}.: run"):
+    with pytest.raises(UserError, match="CoLA.zip .it is damaged: its SHA-256 is .{64}, not .{64}.: run"):
         data.read(TASKS["cola"])
     packed = make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)} | dict.fromkeys(EVIL, "x"))
     task = serve(mirror, TASKS["cola"], [packed])
