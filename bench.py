@@ -383,7 +383,8 @@ def one(b, name):
     """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
     if name.startswith("peft/"):
         import peft, transformers  # noqa: F401 - their code is no part of a step's memory
-    imports = 0 if b.device.startswith("cuda") else train.resident()
+    train.forget_peak_memory(b.device)
+    imports = 0 if b.device.startswith("cuda") else train.peak_memory(b.device)
     base, kind = base_model(b)
     runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
     batches = batches_for(b, base, kind, 2)

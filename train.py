@@ -48,10 +48,10 @@ from model import UserError
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def setting(default, group, help, choices=None, low=0, high=2**63, above=None):
-    """One field of `Settings`, with its --help; numbers go from `low` to below `high`, and are larger than `above`."""
-    bounds = {"low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices, **bounds})
+def setting(default, group, help, choices=None, low=0, high=2**63):
+    """One field of `Settings`, with its --help; numbers go from `low` to below `high`."""
+    about = {"group": group, "help": help, "choices": choices, "bounds": (low, high)}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; default the papers', adalora: 16 x triplets at first", above=0)
+    alpha: float = setting(None, "adapter", "LoRA alpha; default the papers', adalora: 16 x first triplets", low=1e-12)
     dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, / r_i or / sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
@@ -75,15 +75,15 @@ class Settings:
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
     init: str = setting("lora", "adapter", "start at W's r largest or smallest components", ("lora", "pissa", "milora"))
     dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
-    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over A's; its paper: 16", above=0)
+    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over A's; its paper: 16", low=1e-12)
     freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
 
-    epochs: float = setting(None, "optimization", "passes over the training set", above=0)
+    epochs: float = setting(None, "optimization", "passes over the training set", low=1e-12)
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs", low=1)
     batch_size: int = setting(None, "optimization", "examples per batch, of all processes together", low=1)
     accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
     optimizer: str = setting("adamw", "optimization", "muon: for A and B, AdamW for the rest", ("adamw", "sgd", "muon"))
-    lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", above=0)
+    lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", low=1e-12)
     weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on W's own components")
     warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora: none")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
@@ -122,8 +122,7 @@ class Settings:
     adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations", low=1)
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity", high=1)
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
-    adalora_orth: float = setting(0.1, "adalora", "gamma, weight of the orthogonality penalty; its authors' "
-                                                  "scripts: 0.1, for RTE and STS-B 0.3; PEFT: 0.5")
+    adalora_orth: float = setting(0.1, "adalora", "gamma, of the penalty; its scripts: 0.1, RTE, STS-B 0.3; PEFT: 0.5")
     lalora_gamma: float = setting(None, "lalora", "gamma, how fast the budget grows (Eq. 5); default by --rank")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, section 3.3's, 5.2's, or 1",
@@ -133,7 +132,7 @@ class Settings:
     weightlora_keep: int = setting(0, "weightlora", "K, matrices that keep an adapter; 0 = half")
     weightlora_steps: int = setting(0, "weightlora", "T, warm-up steps; 0 = 0.5 %% of the run, at least 5")
     weightlora_examples: int = setting(192, "weightlora", "rows that a warm-up step sees at least, in several batches")
-    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega, times the schedule's rate", above=0)
+    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega, times the schedule's rate", low=1e-12)
     weightlora_threshold: str = setting("every", "weightlora", "threshold at every step, or the end", ("every", "end"))
     weightlora_rank_by: str = setting("value", "weightlora", "keep the largest omega (its code), |omega| (its text) or "
                                                              "|omega - 1|", ("value", "magnitude", "moved"))
@@ -142,7 +141,7 @@ class Settings:
     credit_power: float = setting(0.5, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
     credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
     credit_budget: str = setting("parameters", "credit", "deal out parameters, or rank units", ("parameters", "ranks"))
-    credit_share: float = setting(1.0, "credit", "how much of that is dealt out, to go below rank 1", above=0)
+    credit_share: float = setting(1.0, "credit", "how much of that is dealt out, to go below rank 1", low=1e-12)
     lelora_dims: list = setting(None, "lelora", "candidate dimensions; default 0, powers of 2 up to --rank")
     lelora_locations: list = setting(None, "lelora", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "lelora", "alpha of the reward, the weight of the loss's change (Eq. 4)")
@@ -179,12 +178,9 @@ def parser_of(settings_class, description):
 def check_bounds(settings):
     """Raises UserError for a number that is outside the bounds that stand beside its field."""
     for f in dataclasses.fields(settings):
-        value, m = getattr(settings, f.name), f.metadata
-        if f.type not in (int, float) or value is None:
-            continue
-        if not m["low"] <= value < m["high"] or m["above"] is not None and not value > m["above"]:
-            least = f"from {m['low']} on" if m["above"] is None else f"above {m['above']}"
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be a number {least} and below {m['high']:g}")
+        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
+        if isinstance(value, (int, float)) and not low <= value < high:
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
 
 
 def settle(s, config):
@@ -246,28 +242,24 @@ def check(s, policy):
     method, itself = f"--method {s.method}", s.method in ("full", "bitfit")  # the model's own weights are trained
     foreign = ["--" + name.replace("_", "-") for name in policy.refuses if getattr(s, name) != getattr(Settings, name)]
     rules = [
-        (not 0 < len(s.targets) == len(set(s.targets)), f"--targets {','.join(s.targets)}: name each projection once"),
         (s.r_min > s.r_max, f"--r-min {s.r_min} is above --r-max {s.r_max}"),
         (foreign, f"{', '.join(foreign)}: has no meaning with {method}; leave it out"),
         (s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"),
          "--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out"),
-        (s.ranks and s.method != "lora", f"--ranks {s.ranks}: goes with --method lora, not {s.method}"),
-        (s.sample_train and not s.limit_train, "--sample-train: how many rows? say --limit-train, too"),
-        (s.ranks_shuffled and not s.ranks, "--ranks-shuffled: there are no --ranks to deal out"),
+        (s.ranks and s.method != "lora" or s.ranks_shuffled and not s.ranks,
+         "--ranks goes with --method lora, --ranks-shuffled with --ranks: leave it out"),
         (s.optimizer == "muon" and itself, f"--optimizer muon: is for adapters' A and B, which {method} has not"),
         (s.weights == "int8" and (s.shard or itself or s.method == "lelora" or s.init != "lora"),
          "--weights int8: is for adapters beside W, on one device: not for --shard, --init, full, bitfit or lelora"),
-        (s.shard and not dist.is_initialized(), "--shard needs processes: torchrun --nproc-per-node N train.py ..."),
-        (s.shard and itself, f"{method} trains the model's own weights, which --shard spreads: leave --shard out"),
+        (s.shard and (itself or not dist.is_initialized()),
+         "--shard spreads frozen weights over processes: torchrun --nproc-per-node N ..., not for full or bitfit"),
         (s.shard and issubclass(policy, allocators.WeightLora) and (s.dora or s.init != "lora"),
          f"{method} --shard: survivors would start at weights that are spread by then: leave out --init and --dora"),
-        (not s.resume and process_and_count()[0] == 0 and Path(s.out).exists()
-         and (not Path(s.out).is_dir() or any(Path(s.out).iterdir())),
+        (not s.resume and process_and_count()[0] == 0 and Path(s.out).exists() and os.listdir(s.out),
          f"--out {s.out}: exists and is not empty; choose another folder or remove it")]
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
-    evaluation.check_device(s.device)
 
 
 # ---------------------------------------------------------------------------------------------- more than one device
@@ -335,7 +327,7 @@ def start_alike(s, step, tensors):
 
 
 def compare(step, training):
-    """Raise PartedWays unless all processes hold the same parameters, vectors and policy state, by their sums."""
+    """Raise UserError unless all processes hold the same parameters, vectors and policy state, by their sums."""
     if process_and_count()[1] == 1:
         return
     state = {name: t for name, t in training.state().items() if not name.endswith("generator")}
@@ -344,7 +336,7 @@ def compare(step, training):
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     different = [name for name, most, least in zip(state, *extremes.tolist()) if most != -least]
     if different:
-        raise PartedWays(f"step {step}: the processes no longer hold the same {different[0]}")
+        raise UserError(f"step {step}: the processes no longer hold the same {different[0]}: start again")
 
 
 def shard(model, device):
@@ -626,10 +618,6 @@ class RunError(RuntimeError):
     """A run that cannot go on, though its settings are right; the message is one line for the user, exit status 1."""
 
 
-class PartedWays(RunError):
-    """The processes hold different numbers, and so may its checkpoints: it cannot be resumed."""
-
-
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM came; args[0] is its number."""
 
@@ -654,13 +642,10 @@ class Survival(contextlib.ExitStack):
     def claim(self, about=None):
         """Make the run folder this run's until the end, by a lock that goes with the process, however that ends.
 
-        A new run's `about` goes into run.json, from which it is resumed. UserError: no folder, taken, or finished.
+        A new run's `about` goes into run.json, from which it is resumed. UserError: the folder is taken, or finished.
         """
-        out, s = Path(self.s.out), self.s
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+        out = Path(self.s.out)
+        out.mkdir(parents=True, exist_ok=True)
         file = self.enter_context(open(out / "run.json", "a", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -668,48 +653,41 @@ class Survival(contextlib.ExitStack):
             raise UserError(f"{out}: another run is at work in this folder; wait, or choose another --out") from None
         except OSError as error:
             say(f"warning: {out}: cannot be locked here ({error.strerror}); start no second run in it")
-        if not s.resume and file.tell():
+        if (out / "result.json").exists():
+            raise UserError(f"{out}: this run has finished; see its result.json")
+        if about is None:
+            return
+        if file.tell():
             raise UserError(f"{out}: another run has begun in this folder; choose another --out")
-        if s.resume and (out / "result.json").exists():
-            raise UserError(f"--resume {out}: this run has finished; see its result.json")
-        if not s.resume:
-            file.write(evaluation.to_json(about, indent=2) + "\n")
-            file.flush()
-            models.sync(out / "run.json")
-            models.sync(out)
+        file.write(evaluation.to_json(about, indent=2) + "\n")
+        file.flush()
+        models.sync(out / "run.json")
+        models.sync(out)
 
     def log(self, name, line):
         """Append a dict to a file of JSON lines."""
-        file = Path(self.s.out) / name
-        if process_and_count()[0]:
-            return
-        try:
-            with open(file, "a", encoding="utf-8") as f:
-                f.write(evaluation.to_json(line) + "\n")
-        except OSError as error:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(file)) from None
+        if process_and_count()[0] == 0:
+            with open(Path(self.s.out) / name, "a", encoding="utf-8") as file:
+                file.write(evaluation.to_json(line) + "\n")
 
     def save(self, training, batches, step, seconds):
-        """Write checkpoints/step-N: beside, synced, then renamed; the newest `keep` stay. RunError where that fails."""
+        """Write checkpoints/step-N: beside, synced, then renamed; the newest `keep` stay."""
         if process_and_count()[0]:
             return
         s, folder = self.s, Path(self.s.out) / "checkpoints" / f"step-{step}"
         state = training.state() | lora.state_of(batches, "batches") | {"random.cpu": torch.get_rng_state()}
         if s.device.startswith("cuda"):
             state["random.cuda"] = torch.cuda.get_rng_state(s.device)
-        try:
-            for old in folder.parent.glob("*.part"):  # left by a run that was killed here
-                shutil.rmtree(old)
-            with models.publish(folder) as part:
-                save_file({name: value.cpu().clone().contiguous() for name, value in state.items()},  # views, of one
-                          part / "state.safetensors")
-                about = {"step": step, "seconds": seconds, "sha256": models.digest(part / "state.safetensors")}
-                (part / "state.json").write_text(json.dumps(about))
-            models.sync(s.out)  # the name checkpoints/ itself
-            for old in checkpoints(s.out)[s.keep:]:
-                shutil.rmtree(old)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{folder}: cannot be written ({error}): make room") from None
+        for old in folder.parent.glob("*.part"):  # left by a run that was killed here
+            shutil.rmtree(old)
+        with models.publish(folder) as part:
+            save_file({name: value.cpu().clone().contiguous() for name, value in state.items()},  # views, of one
+                      part / "state.safetensors")
+            about = {"step": step, "seconds": seconds, "sha256": models.digest(part / "state.safetensors")}
+            (part / "state.json").write_text(json.dumps(about))
+        models.sync(s.out)  # the name checkpoints/ itself
+        for old in checkpoints(s.out)[s.keep:]:
+            shutil.rmtree(old)
 
     def resume(self, training, batches):
         """Put a run back to where its newest whole checkpoint left it; returns its (step, seconds), or (0, 0).
@@ -753,8 +731,7 @@ class Survival(contextlib.ExitStack):
 
 def checkpoints(out):
     """Checkpoint folders of a run folder, the newest first."""
-    found = [path for path in (Path(out) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    return sorted(Path(out).glob("checkpoints/step-*[0-9]"), key=lambda path: -int(path.name[5:]))
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -802,7 +779,7 @@ def run(s):
             torch._dynamo.reset()  # it holds on to the model
         del model, allocator, training, batches  # the saved adapter is loaded onto a fresh base: make room for it
         if s.shard:
-            agree_on(0)  # wait until the adapter is there
+            dist.barrier()  # until the adapter is there
         after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
         if process:
             return None
@@ -837,11 +814,10 @@ def set_up(s, alive):
     policy = allocators.policy(s.method)
     rows = data.read(task, s.data, "train", 0 if s.sample_train else s.limit_train)
     if s.sample_train:
-        rows, _ = data.drawn(rows, s.limit_train, s.seed)
+        rows, _ = data.drawn(rows, s.limit_train or len(rows), s.seed)
     if len(rows) <= policy.validation_rows:
         raise UserError(f"--method {s.method} keeps {policy.validation_rows} of {len(rows)} rows aside: use more rows")
     aside, rows = data.drawn(rows, policy.validation_rows, s.seed)
-    evaluation.scoring(s, task)
     model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
     split = processor.training(rows, s.max_length)
     splits, batches = processor.evaluation(s), data.Batches(s, split, process, count)
@@ -908,14 +884,11 @@ def forget_peak_memory(device):
 
 def peak_memory(device):
     """Most bytes that this process has held since `forget_peak_memory`: of a GPU's memory, or resident."""
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident("VmHWM")
-
-
-def resident(key="VmRSS"):
-    """Resident bytes of this process now, or "VmHWM", the most so far; that alone is known where there is no /proc."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     try:  # the system's own peak (getrusage) would begin with what the starting process held
         status = Path("/proc/self/status").read_text()
-        return int(status.partition(f"{key}:")[2].split()[0]) * 1024
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -948,10 +921,10 @@ def main(argv=None):
         if isinstance(error, OSError) and not began:
             raise
         process, count = process_and_count()
-        reason, status, onward = f"error: {error}", 1, "" if began else " before the run began"
+        reason, status, onward = f"error: {error}", 1, " before the run began"
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
-        if began and not isinstance(error, PartedWays):
+        if began:
             newest = next(iter(checkpoints(s.out)), "none yet")
             program = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             command = f"{program} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}"

@@ -1,6 +1,5 @@
 """More than one process: the same numbers as with one, for every method, sharded or not; nobody is left waiting."""
 
-import functools
 import json
 import multiprocessing
 import os
@@ -11,18 +10,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import allocators
-import data
 import eval as evaluation
 import train
 from model import UserError
 from test_train import checkpoints, lines, main, parse, texts  # noqa: F401: two are fixtures
+from tiny import interrupted_after
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.device_mesh"])
@@ -35,15 +33,10 @@ VIT = ["--model", "vit-b16", "--init-weights", "random", "--task", "digits", "--
        "--weightlora-examples", "0", "--credit-examples", "0", "--adalora-delta-t", "3"]
 
 
-def resume(out, shard=False):
+def again(out, **changes):
+    """The settings of a run that goes on."""
     saved, _ = evaluation.read_run(out)
-    return train.run(train.Settings(**vars(saved) | {"resume": str(out), "out": str(out), "shard": shard}))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """The random vit-b16 is a small one."""
-    monkeypatch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
+    return train.Settings(**vars(saved) | {"resume": str(out), "out": str(out)} | changes)
 
 
 def stop(training, rank, step):
@@ -81,17 +74,16 @@ def join(rank, port, cache):
 
 
 def jobs_of(rank, port, cache, jobs):
-    """Do the jobs one after the other: (what, its arguments, what Training.count calls, or None, with its arguments)."""
+    """Do the jobs one after the other: (settings of a run, what Training.count calls, if anything, its arguments)."""
     join(rank, port, cache)
     count = train.Training.count
     with train.processes():
-        for do, args, watch, *rest in jobs:
-            train.Training.count = watched(count, watch, rank, *rest) if watch else count
+        for s, *watch in jobs:
+            train.Training.count = watched(count, watch[0], rank, *watch[1:]) if watch else count
             try:
-                do(*args)
-            except (KeyboardInterrupt, train.RunError) as error:
-                offer = " (for good)" if isinstance(error, train.PartedWays) else ""
-                Path(f"{args[-1]}.{rank}.error").write_text(f"{error}{offer}")
+                train.run(s)
+            except (KeyboardInterrupt, UserError) as error:
+                Path(f"{s.out}.{rank}.error").write_text(str(error))
 
 
 def command_line(rank, port, cache, argv, stderr):
@@ -153,44 +145,42 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
                "--warmup", "2", "--limit-train", "40", "--limit-eval", "6", "--no-eval-before"]
 
     def job(place, name, argv, *watch):
-        return main, [*map(str, argv), "--out", str(root / place / name)], *(watch or [None])
+        return parse(*argv, "--out", root / place / name), *watch
 
-    jobs = [job("two", name, [*VIT, *flags]) for name, flags in RUNS.items()]
+    whole = {name: [*VIT, *flags] for name, flags in RUNS.items()} | {"answers": answers}
+    jobs = [job("two", name, argv) for name, argv in whole.items()]
     for name in SHARDED:
         to_the_end = name in VARIANTS or allocators.METHODS[name].dynamic
-        jobs.append(job("shard", name, [*VIT, *RUNS[name], "--shard"], *([] if to_the_end else [stop, 8])))
-    jobs += [job("two", "answers", answers), job("shard", "answers", [*answers, "--shard"]),
-             job("disturbed", "lora", VIT, part_ways)]
+        jobs.append(job("shard", name, [*whole[name], "--shard"], *([] if to_the_end else [stop, 8])))
+    jobs += [job("shard", "answers", [*answers, "--shard"]), job("disturbed", "lora", VIT, part_ways)]
     jobs += [job("two then one", method, [*VIT, "--method", method], stop, 17) for method in KEPT]
-    alone = [job("one", name, [*VIT, *flags]) for name, flags in RUNS.items()] + [job("one", "answers", answers)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKS_CACHE", str(root / "cache"))
         patch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
-        for do, argv, _ in alone:
-            do(*argv)
+        for name, argv in whole.items():
+            main(*argv, "--out", root / "one" / name)
         for method in KEPT:
-            with pytest.MonkeyPatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-                stopped.setattr(train.Training, "count", watched(train.Training.count, stop, 0, 17))
+            with interrupted_after(17):
                 main(*VIT, "--method", method, "--out", root / "one then two" / method)
-            jobs.append((functools.partial(resume, shard=method == "lalora"), [root / "one then two" / method], None))
+            jobs.append([again(root / "one then two" / method, shard=method == "lalora")])
         assert two_processes(jobs_of, root / "cache", jobs) == [0, 0]
         for method in KEPT:
-            resume(root / "two then one" / method)
+            train.run(again(root / "two then one" / method))
     return root
 
 
-@pytest.mark.parametrize("method", [*RUNS, "answers"])
-def test_two_processes_do_what_one_does(method, runs):
-    assert_same(runs / "two" / method, runs / "one" / method)
+PLACES = {"two": [*RUNS, "answers"], "shard": [*SHARDED, "answers"], "one then two": KEPT, "two then one": KEPT}
 
 
-@pytest.mark.parametrize("method", SHARDED + ["answers"])
-def test_so_do_two_with_sharded_weights(method, runs):
-    assert_same(runs / "shard" / method, runs / "one" / method)
+@pytest.mark.parametrize("place, method", [(place, method) for place in PLACES for method in PLACES[place]])
+def test_two_processes_do_what_one_does(place, method, runs):
+    """With sharded weights, too, and when the number of processes changes at a checkpoint."""
+    assert_same(runs / place / method, runs / "one" / method)
 
 
-def test_each_process_holds_its_share(runs, small):
+def test_each_process_holds_its_share(runs, monkeypatch):
     """Of the frozen weights half, of adapters and head all."""
+    monkeypatch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
     held = [int((runs / "shard" / f"lora.{rank}.error").read_text()) for rank in range(2)]
     model = train.models.load("vit-b16", num_labels=10, weights="random")
     frozen = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
@@ -198,17 +188,11 @@ def test_each_process_holds_its_share(runs, small):
     assert sum(held) == frozen + 2 * trained and max(held) < 0.55 * frozen + trained
 
 
-@pytest.mark.parametrize("place", ["one then two", "two then one"])
-@pytest.mark.parametrize("method", KEPT)
-def test_checkpoints_go_on_with_another_number_of_processes(method, place, runs):
-    assert_same(runs / place / method, runs / "one" / method)
-
-
 def test_processes_that_part_ways_are_noticed(runs):
     """All say which tensor differs; to go on from a checkpoint is not offered."""
     for rank in range(2):
         said = (runs / "disturbed" / f"lora.{rank}.error").read_text()
-        assert said == "step 4: the processes no longer hold the same run.moving.0 (for good)"
+        assert said == "step 4: the processes no longer hold the same run.moving.0: start again"
     assert not (runs / "disturbed" / "lora" / "adapter").exists()
 
 
@@ -255,16 +239,7 @@ def test_torchrun_from_the_command_line_and_an_interruption(tmp_path):
 
 def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train, "process_and_count", lambda: (0, 2))
     for flags in (["--init", "pissa"], ["--dora"]):
-        s = parse("--method", "weightlora+", "--shard", "--device", "cpu", "--out", tmp_path / "run", *flags)
-        s.targets = ["query"]
+        s = parse("--method", "weightlora+", "--shard", "--out", tmp_path / "run", *flags)
         with pytest.raises(UserError, match="leave out --init and --dora"):
             train.check(s, allocators.policy(s.method))
-
-
-def test_labels_are_counted_as_collated():
-    tokens = [np.arange(n, dtype=np.int32) for n in (5, 9, 4)]
-    split = data.Split("lm", [], [5, 9, 4], tokens=tokens, starts=[2, 0, 3])
-    for indices in ([0], [0, 1, 2], [2, 1]):
-        assert data.count_labels(split, indices) == len(data.collate(split, indices)[1])

@@ -2,36 +2,20 @@
 
 import copy
 import json
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_lora import batch, pair
-from tiny import (Tiny, batches, checkpoint, resumed, resumes_to_the_same_bits, settings, train, training_of,
-                  whole_and_resumed)
+from tiny import Tiny, batches, checkpoint, resumed, resumes_to_the_same_bits, settings, train, training_of
 
 import allocators
 import lora
 import train as program
 from model import UserError
 
-README = Path(program.__file__).with_name("README.md").read_text()
-
-
 # ---------------------------------------------------------------------------------------------- policies and restarts
-
-
-def test_the_readmes_policy_resumes_to_the_same_ranks_budget_and_adapter(tmp_path):
-    (source,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Thaw" in block]
-    (tmp_path / "thaw.py").write_text(source)
-    runs = whole_and_resumed(["--method", f"{tmp_path}/thaw.py:Thaw"], tmp_path)
-    whole, parts = (json.loads((run / "result.json").read_text())["trainable_params"] for run in runs)
-    assert whole == parts and 0 < whole["mean"] < whole["peak"]
-    whole, parts = ((run / "ranks.jsonl").read_text() for run in runs)
-    assert whole == parts
 
 
 class Late(allocators.Allocator):
@@ -138,7 +122,12 @@ def test_adapters_come_and_go_and_the_others_go_on(policy, changes_at, optimizer
     training.follow = follow
     for step, rows in enumerate(data, start=1):
         held = dict(training.allocator.layers)
+        values = {name: layer.A.detach().clone() for name, layer in held.items()}
+        moving = training.allocator.mask.tolist() if policy is Masked else None
         train(training, [rows], first=step)
+        for name, layer in training.allocator.layers.items() if policy is Masked else ():
+            moved = (layer.A != values[name]).any(1).tolist()
+            assert moved == (moving if name.endswith("query") else [True] * 4)
         assert bool(before) == (step in changes_at)
         after = moments(training)
         for (name, key), old in before.items():
@@ -200,19 +189,6 @@ def test_any_optimizer_holds_components_still(cls, options):
             alone[i][k].grad = grad[i, k].clone()
             others[i][k].step()
     torch.testing.assert_close(whole.detach(), torch.stack([torch.stack(rows) for rows in alone]).detach())
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-def test_masked_components_hold_still(optimizer):
-    allocator = Masked(Tiny(), settings(optimizer=optimizer, weight_decay=0.1), 99)
-    training = training_of(allocator)
-    for step, rows in enumerate(batches(5), start=1):
-        before = {name: layer.A.detach().clone() for name, layer in allocator.layers.items()}
-        moving = allocator.mask.tolist()
-        train(training, [rows], first=step)
-        for name, layer in allocator.layers.items():
-            moved = (layer.A != before[name]).any(1).tolist()
-            assert moved == (moving if name.endswith("query") else [1] * 4)
 
 
 def test_late_masks_are_refused():
@@ -325,16 +301,6 @@ def test_given_ranks(tmp_path):
     assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"blocks.0.up": 4}', "blocks.0.up is no target"), ('{"blocks.0.query": 0}', "all ranks are 0"),
-    (None, "no ranks in it")])
-def test_ranks_that_do_not_fit_are_refused(text, message, tmp_path):
-    if text:
-        (tmp_path / "ranks.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        given_ranks(ranks=str(tmp_path / "ranks.json"))
-
-
 def test_a_flag_is_one_line_with_its_bounds():
     @dataclass
     class Mine(program.Settings):
@@ -343,5 +309,5 @@ def test_a_flag_is_one_line_with_its_bounds():
     parse = lambda *flags: Mine(**vars(program.parser_of(Mine, "").parse_args(flags)))
     for flags in ([], ["--knob", "1.5"], ["--lelora-policy-lr", "0"]):
         program.check_bounds(parse(*flags))
-    with pytest.raises(UserError, match="--knob 2.0: must be a number from -1 on and below 2"):
+    with pytest.raises(UserError, match="--knob 2.0: must be from -1 to below 2"):
         program.check_bounds(parse("--knob", "2"))

@@ -154,8 +154,7 @@ def test_embedded_default_from_the_command_line(tmp_path):
 @pytest.mark.parametrize("model, task, folder, method", [
     ("bert", "text-classification", "classes", "lora"), ("bert", "text-classification", "classes", "full"),
     ("bert", "text-regression", "scores", "lora"), ("bert", "text-classification", "classes", "bitfit"),
-    ("llama", "boolq", "", "lora"), ("llama", "text-classification", "classes", "lora"),
-    ("llama", "instructions", "boolq/train.json", "full")])
+    ("llama", "boolq", "", "lora"), ("llama", "text-classification", "classes", "lora")])
 def test_runs_learn_and_are_evaluated_again_identically(model, task, folder, method, checkpoints, texts, tmp_path):
     out = tmp_path / "run"
     result = main("--model", checkpoints / model, "--task", task, "--data", texts / folder, "--method", method,
@@ -165,11 +164,6 @@ def test_runs_learn_and_are_evaluated_again_identically(model, task, folder, met
     assert result[headline] == evaluation.evaluate_run(out)[headline]
     losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
     assert np.mean(losses[-2:]) < losses[0]
-    if method == "lora":
-        return
-    kind = "SequenceClassification" if model == "bert" else "CausalLM"  # a complete checkpoint, for transformers too
-    assert getattr(transformers, f"AutoModelFor{kind}").from_pretrained(out / "model").num_parameters() > 0
-    assert len(tokenizers.Tokenizer.from_file(str(out / "model" / "tokenizer.json")).encode("the cat").ids) > 1
 
 
 METHODS = [method for method in train.allocators.METHODS if method not in ("lora", "full", "bitfit")]
@@ -203,8 +197,6 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
     if method != "lelora":  # whose saved adapter is the difference to W, of twice the rank of what moved
         held = {name: layer.rank for name, layer in lora.adapters(base).items()}
         assert held == {name: rank for name, rank in ranks.items() if rank}
-    headline = data.find_task(task, s.data).metrics[0]
-    assert evaluation.evaluate_run(tmp_path / "run")[headline] == pytest.approx(result[headline], nan_ok=True)
 
 
 def test_runs_repeat_to_the_bit_and_depend_on_the_seed(classes, tmp_path):
@@ -219,17 +211,6 @@ def test_bfloat16_trains_with_float32_adapters(checkpoints, classes, tmp_path):
     main(*classes, "--model", checkpoints / "llama", "--dtype", "bfloat16", "--out", tmp_path / "run", "--steps", 20,
          "--rank", 4, "--method", "empirical", "--checkpointing")
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in adapter_of(tmp_path / "run").values())
-
-
-def test_random_architectures_need_no_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, image_size=32, num_attention_heads=2)
-    monkeypatch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | small)
-    for method in ("lora", "full"):
-        result = main("--model", "vit-b16", "--init-weights", "random", "--task", "digits", "--limit-train", 40,
-                      "--limit-eval", 20, "--steps", 2, "--method", method, "--out", tmp_path / method)
-        assert result["accuracy"] == evaluation.evaluate_run(tmp_path / method)["accuracy"]
-        assert (result["train_rows"], result["eval_rows"]) == (40, 20)
 
 
 # ---------------------------------------------------------------------------------------------- a step
@@ -326,31 +307,14 @@ def test_a_policy_that_never_allocates_is_an_error(tmp_path, monkeypatch, capsys
 
 
 def test_lelora_never_trains_on_its_validation_rows(classes, tmp_path, monkeypatch):
-    splits, trained, collate, training = [], set(), data.collate, data.Processor.training
-
-    def watch(split, indices, *rest, **options):
-        if split is splits[0]:
-            trained.update(indices)
-        return collate(split, indices, *rest, **options)
-
-    monkeypatch.setattr(data.Processor, "training", lambda *args: splits.append(training(*args)) or splits[-1])
-    monkeypatch.setattr(data, "collate", watch)
-    main(*classes, "--method", "lelora", "--out", tmp_path / "run", "--epochs", 2, "--rank", 4, "--no-eval-before")
-    used, aside = ([(row["text"], row["label"]) for row in split.rows] for split in (splits[0], splits[-1]))
-    everything = data.read(data.find_task("text-classification", str(classes[5])), str(classes[5]))
+    splits, validation = [], train.validation
+    monkeypatch.setattr(train, "validation", lambda *args: splits.append(args[2]) or validation(*args))
+    with train.Survival(parse(*classes, "--method", "lelora", "--out", tmp_path / "run")) as alive:
+        _, batches, task, *_ = train.set_up(alive.s, alive)
+    used, aside = ([(row["text"], row["label"]) for row in split.rows] for split in (batches.split, *splits))
+    everything = data.read(task, str(classes[5]))
     assert sorted(used + aside) == sorted((row["text"], row["label"]) for row in everything)
-    assert len(aside) == 32 and trained == set(range(len(everything) - 32))
-
-
-def test_validation_loss_is_without_dropout_and_leaves_the_mode(classes):
-    s, task = settled(*classes)
-    model, processor = evaluation.load(s, task)
-    split = processor.training(data.read(task, s.data, limit=32), s.max_length)
-    inputs, labels = data.collate(split, list(range(32)))
-    expected = torch.nn.functional.cross_entropy(model(**inputs), labels)
-    loss = train.validation(model.train(), task.kind, split, torch.device("cpu"))
-    assert torch.equal(loss(), loss()) and loss().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert model.training and not loss().requires_grad
+    assert len(aside) == 32
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "lalora", "weightlora"])
@@ -364,12 +328,7 @@ def test_training_on_8_bit_weights(method, tmp_path):
         losses.append(np.mean([line["loss"] for line in logged if "loss" in line]))
     assert abs(losses[1] - losses[0]) < 0.01 * losses[0]
     assert evaluation.evaluate_run(tmp_path / "int8")["accuracy"] == result["accuracy"]
-
-
-@pytest.mark.parametrize("argv", [["--method", "lelora"], ["--init", "pissa"], ["--method", "full"], ["--shard"]])
-def test_8_bit_weights_are_not_for_what_trains_them(argv, tmp_path):
-    with pytest.raises(train.UserError, match="--weights int8"):
-        main(*argv, "--weights", "int8", "--out", tmp_path / "run")
+    assert (result["train_rows"], result["eval_rows"]) == (200, 100)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -396,38 +355,11 @@ def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch
         assert result["accuracy"] == pytest.approx(right / len(split))
 
 
-def test_a_trained_head_is_put_into_the_tasks_order_of_labels(classes, tmp_path):
-    """The same head, its rows and label names in another order, gives the same logits; trained heads stay float32."""
-    s, task = settled(*classes)
-    (model, processor), heads = evaluation.load(s, task), []
-    for name, labels in (("same", ("no", "yes")), ("turned", ("YES", "NO"))):
-        model.config.raw |= {"id2label": dict(zip("01", labels)), "label2id": dict(zip(labels, (0, 1)))}
-        evaluation.save_model(model, processor, tmp_path / name)
-        s.model, s.dtype = str(tmp_path / name), "bfloat16"
-        heads.append(evaluation.load(s, task)[0].head)
-        before = model.head.weight.clone()
-        model.head.weight.data, model.head.bias.data = model.head.weight.data.flip(0), model.head.bias.data.flip(0)
-    assert torch.equal(heads[0].weight, heads[1].weight) and torch.equal(heads[0].bias, heads[1].bias)
-    assert heads[0].weight.dtype == torch.float32 and torch.equal(heads[0].weight, before.flip(0))
-
-
 def test_untouched_models_are_evaluated(capsys):
     evaluation.main(["vit-digits", "--task", "digits"])
     upright = json.loads(capsys.readouterr().out)["accuracy"]
     evaluation.main(["vit-digits", "--task", "digits-rot90"])
     assert upright > 0.95 and json.loads(capsys.readouterr().out)["accuracy"] < 0.3
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The folder of a short finished run."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    main("--steps", 5, "--no-eval-before", "--out", out, "--limit-eval", 50)
-    return out
-
-
-def test_limits_and_data_of_a_run_can_be_changed(finished):
-    assert (evaluation.evaluate_run(finished, limit_eval=7)["accuracy"] * 7) % 1 == pytest.approx(0)
 
 
 # ---------------------------------------------------------------------------------------------- input, good and bad
@@ -457,39 +389,30 @@ BAD = """
 --method lorra                              | lorra
 --method no_such.py:Policy                  | no_such.py
 --lr fast                                   | fast
---lr -1                                     | --lr
---lr nan                                    | --lr
---rank 0                                    | --rank
---rank 65                                   | 65
---batch-size 0                              | --batch-size
+--lr nan                                    | --lr nan: must be from
 --epochs 0                                  | --epochs
---epochs nan                                | --epochs
---steps -5                                  | --steps
---steps 0                                   | --steps
 --warmup inf                                | --warmup
---warmup -0.1                               | --warmup
---seed 99999999999999999999                 | --seed
---accumulate 0                              | --accumulate
---alpha nan                                 | --alpha
 --dropout 1                                 | --dropout
+--seed 99999999999999999999                 | --seed
 --limit-train -1                            | --limit-train
+--rank 65                                   | 65
 --method adalora --rank 48                  | --rank
 --r-min 9 --r-max 8                         | --r-min
 --targets query,wvalue                      | wvalue
 --targets gate                              | gate
 --targets ,                                 | --targets
---targets query,query                       | once
 --shard                                     | torchrun
 --dtype int3                                | int3
 --device meta                               | meta
 --device cuda:99                            | cuda:99
---device toaster                            | toaster
---schedule wavy                             | wavy
---optimizer adam                            | adam
 --method full --optimizer muon              | muon
+--method lelora --weights int8              | --weights int8
+--init pissa --weights int8                 | --weights int8
 --ranks-shuffled                            | --ranks
 --ranks full                                | ranks.jsonl
 --ranks file                                | no ranks in it
+--ranks up.json                             | blocks.0.up is no target
+--ranks zero.json                           | all ranks are 0
 --ranks full --method lalora                | goes with --method lora
 --adapter full                              | full
 --adapter full --rank 4                     | leave out --rank
@@ -501,8 +424,8 @@ BAD = """
 --model some/where --init-weights random    | some/where
 --model weightless --task text-classification --data rows.tsv | safetensors
 --model {bert} --task text-classification --data empty.tsv | empty
---out file                                  | --out
---out file/run                              | --out
+--out file                                  | 'file'
+--out file/run                              | 'file/run'
 --out full                                  | --out
 """.strip().splitlines()
 
@@ -513,6 +436,8 @@ def test_bad_input_is_one_line_and_status_2(row, checkpoints, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("not what you think\n")
     Path("empty.tsv").write_text("")
+    Path("up.json").write_text('{"blocks.0.up": 4}')
+    Path("zero.json").write_text('{"blocks.0.query": 0}')
     Path("rows.tsv").write_text("text\tlabel\n" + "a cat\tno\na dog\tno\na fish\tyes\nit\tyes\n" * 10)
     for folder in ("full", "weightless"):
         Path(folder).mkdir()
@@ -526,31 +451,30 @@ def test_bad_input_is_one_line_and_status_2(row, checkpoints, tmp_path, capsys, 
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
 
 
-def without(part):
-    """Damage to a run: its adapter's tensors with `part` in their names are gone, and no checkpoint has a head."""
-    def damage(run):
-        file, about = run / "adapter" / "adapter_model.safetensors", json.loads((run / "run.json").read_text())
-        save_file({k: v for k, v in load_file(file).items() if part not in k}, file)
-        about["settings"]["init_weights"] = "random"
-        (run / "run.json").write_text(json.dumps(about))
-    return damage
-
-
-@pytest.mark.parametrize("damage, expected", [
-    (lambda run: shutil.rmtree(run / "adapter"), "adapter"), (without("classifier"), "head"),
-    (without("lora_A"), "lora_A"), (lambda run: (run / "run.json").write_text('{"settings": 3}'), "run.json"),
-    (lambda run: (run / "run.json").write_text('{"settings": {"lr": 1}, "labels": []}'), "run.json")])
-def test_damaged_runs_are_one_line(damage, expected, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    damage(tmp_path / "run")
-    assert expected in refused(evaluation, [tmp_path / "run"], capsys)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    main("--steps", 5, "--no-eval-before", "--out", out, "--limit-eval", 50)
+    return out
 
 
 @pytest.mark.parametrize("flags, expected", [
     ("nowhere", "--task"), ("nowhere --task digits", "nowhere"), ("{run} --task cola", "digits"),
     ("{run} --batch-size 0", "--batch-size"), ("{run} --device toaster", "toaster"), ("{run} --seed 5", "--seed"),
-    ("vit-digits --task digits --device cuda:77", "cuda:77"), ("", "required"),
-    ("vit-digits --task digits --dtype int3", "int3")])
-def test_bad_input_to_eval(flags, expected, finished, capsys, monkeypatch):
+    ("", "required"), ("vit-digits --task digits --dtype int3", "int3"), ("{run} without adapter", "adapter"),
+    ("{run} without classifier", "head"), ("{run} without lora_A", "lora_A")])
+def test_bad_input_to_eval(flags, expected, finished, tmp_path, capsys, monkeypatch):
+    """Flags, and runs whose adapter has lost the tensors with this part in their names, and no checkpoint has a head."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert expected in refused(evaluation, flags.format(run=finished).split(), capsys)
+    shutil.copytree(finished, tmp_path / "run")
+    flags, _, part = flags.format(run=tmp_path / "run").partition(" without ")
+    if part == "adapter":
+        shutil.rmtree(tmp_path / "run" / "adapter")
+    elif part:
+        file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if part not in key}, file)
+        about = json.loads((tmp_path / "run" / "run.json").read_text())
+        about["settings"]["init_weights"] = "random"
+        (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    assert expected in refused(evaluation, flags.split(), capsys)

@@ -1,7 +1,6 @@
 """A tiny stand-in for a model, settings and the training loop, so that tests of the policies take no time."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train as program
@@ -147,20 +146,3 @@ def interrupted_after(step):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(program.Training, "count", interrupted)
         yield
-
-
-def whole_and_resumed(flags, folder):
-    """Folders of two runs of 12 steps, the second one interrupted in step 8 and resumed: same losses, same adapters."""
-    whole, parts = folder / "whole", folder / "parts"
-    flags = [*flags, "--limit-train", "60", "--limit-eval", "30", "--steps", "12", "--batch-size", "6", "--rank", "4",
-             "--save-every", "3", "--log-every", "4"]
-    program.main([*flags, "--out", str(whole)])
-    with interrupted_after(8):
-        program.main([*flags, "--out", str(parts)])
-    program.main(["--resume", str(parts)])
-    expected, found = ([json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
-                       for run in (whole, parts))
-    assert expected == found
-    expected, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
-    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    return whole, parts
