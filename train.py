@@ -274,20 +274,15 @@ def process_and_count():
 
 @contextlib.contextmanager
 def processes():
-    """Join the processes that torchrun started, if any, of which 0 alone is heard; RunError when another has ended."""
+    """Join the processes that torchrun started, if any, of which 0 alone is heard."""
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # the others wait while 0 evaluates
     nowhere = open(os.devnull, "w") if dist.get_rank() else None
-    try:
-        with contextlib.redirect_stdout(nowhere or sys.stdout), contextlib.redirect_stderr(nowhere or sys.stderr):
-            yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RunError("another process of this run has ended") from error
-        raise
+    with contextlib.redirect_stdout(nowhere or sys.stdout), contextlib.redirect_stderr(nowhere or sys.stderr):
+        yield
     dist.destroy_process_group()
 
 
@@ -614,7 +609,7 @@ def compile_blocks(model):
 # ---------------------------------------------------------------------------------------------- keeping a run alive
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """A run that cannot go on, though its settings are right; the message is one line for the user, exit status 1."""
 
 
@@ -756,14 +751,7 @@ def run(s):
             if step == 0:
                 say("before training: " + evaluation.summary(metrics))
 
-        try:
-            result = train(training, batches, task, alive, evaluate)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise RunError(f"step {training.steps + 1}: out of memory ({str(error).splitlines()[0]}); try "
-                           f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}, --checkpointing or a "
-                           "lower --max-length") from None
+        result = train(training, batches, task, alive, evaluate)
         if process and not s.shard:
             return None
         if allocator.layers:
@@ -916,14 +904,19 @@ def main(argv=None):
         setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
     try:
         result = run(s)
-    except (Interrupted, RunError, OSError, SafetensorError) as error:
+    except (Interrupted, RunError, RuntimeError, OSError, SafetensorError) as error:
         began = s.out and (Path(s.out) / "run.json").exists()
-        if isinstance(error, OSError) and not began:
-            raise
-        process, count = process_and_count()
         reason, status, onward = f"error: {error}", 1, " before the run began"
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            reason = (f"error: out of memory ({str(error).splitlines()[0]}); try --checkpointing, a lower --max-length or "
+                      f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}")
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = "error: another process of this run has ended"
+        elif isinstance(error, RuntimeError) or isinstance(error, OSError) and not began:
+            raise
+        process, count = process_and_count()
         if began:
             newest = next(iter(checkpoints(s.out)), "none yet")
             program = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"

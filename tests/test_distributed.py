@@ -239,6 +239,7 @@ def test_torchrun_from_the_command_line_and_an_interruption(tmp_path):
 
 def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "process_and_count", lambda: (0, 2))
     for flags in (["--init", "pissa"], ["--dora"]):
         s = parse("--method", "weightlora+", "--shard", "--out", tmp_path / "run", *flags)
         with pytest.raises(UserError, match="leave out --init and --dora"):

@@ -315,9 +315,9 @@ def test_of_two_runs_that_start_together_one_gives_way(tmp_path):
     with train.Survival(s) as first, train.Survival(s) as second:
         first.claim({})
         with pytest.raises(UserError, match="another run is at work"):
-            second.claim()
+            second.claim({})
     with train.Survival(s) as third, pytest.raises(UserError, match="another run has begun"):
-        third.claim()
+        third.claim({})
 
 
 # ---------------------------------------------------------------------------------------------- disk, files
@@ -332,7 +332,7 @@ GIVEN_UP = [  # what happens in step 14, and parts of the line that says so
      ["File too large"]),
     ("Training.count", resource.setrlimit, (resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY)), ["File too large"])]
 GIVEN_UP += [("Training.forward_backward", run_out_of_memory, [error], [
-    "error: step 14: out of memory (", str(error)[:40], "--forward-rows 4", "--checkpointing"]) for error in (
+    "error: out of memory (", str(error)[:40], "--forward-rows 4", "--checkpointing"]) for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(
             "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))]
 
