@@ -91,8 +91,8 @@ class LoraLinear(nn.Module):
 
     def let_through(self):
         """Which components g lets through, (R,) bool."""
-        ones = torch.ones(self.rank, device=self.A.device)
-        return ones > 0 if self.g is None else ones * self.g != 0
+        g = torch.ones(1, device=self.A.device) if self.g is None else self.g
+        return (g != 0).expand(self.rank)
 
     def active_rank(self):
         """How many components g lets through."""
@@ -130,9 +130,6 @@ class LoraLinear(nn.Module):
                 self.linear = self.linear.dequantised()
             self.weight.data.copy_(self.weight.float() + delta)
             self.merged = True
-
-    def extra_repr(self):
-        return f"{self.in_features} -> {self.out_features}, rank={self.rank}, scale={self.scale:g}"
 
 
 def transposed(B, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tiny import Tiny, batches, refused, settings, train, training_of
+from tiny import Tiny, batches, settings, train, training_of
 
 import lora
 from allocators import AdaLora
@@ -142,8 +142,6 @@ def test_start_is_the_pretrained_model_and_every_part_is_trained():
     assert torch.equal(allocator.model(x), Tiny()(x))
     layer = allocator.layers["blocks.0.up"]
     assert layer.rank == 6 and layer.scale == 8 / 6 and 0.01 < layer.A.std() < 0.03 and 0.01 < layer.B.std() < 0.03
-    parts = {id(part) for p in allocator.parameters() for part in p.parts}
-    assert parts == {id(p) for p in allocator.model.parameters() if p.requires_grad}
     assert sum(p.numel() for p in allocator.parameters()) == 3 * (6 * (12 + 12 + 1) + 6 * (12 + 20 + 1))
 
 
@@ -163,13 +161,6 @@ def test_a_pruned_triplet_can_return_until_the_last_allocation_and_not_after():
     assert len(A) == B.shape[1] == allocator.ranks()["blocks.0.query"]
     # all in place: the parameters that the optimizer and a compiled graph hold are the same tensors from start to end
     assert all(p is now and p.data_ptr() == at for (p, at), now in zip(addresses, allocator.parameters()))
-
-
-@pytest.mark.parametrize("steps,changes", [(100, dict(adalora_t_init=50, adalora_t_final=50)), (1, {}),
-                                           (20, dict(adalora_t_final=25)), (30, dict(adalora_t_init=-1))])
-def test_a_schedule_without_room_is_refused(steps, changes):
-    with refused("--adalora"):
-        build(flags(**changes), steps)
 
 
 @pytest.mark.parametrize("steps, changes", [*((steps, {}) for steps in (2, 3, 4, 7)), (30, dict(adalora_init_ratio=1.0))])

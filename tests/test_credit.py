@@ -70,15 +70,6 @@ def test_credit_and_ranks_are_the_formulas(changes):
     assert len(set(expected)) > 1 or not s.credit_power
 
 
-def test_dealing_by_hand():
-    assert allocators.dealt_units([4.0, 2.0, 1.0, 0.0], [1] * 4, [9] * 4, 7) == [4, 2, 1, 0]
-    assert allocators.dealt_units([4.0, 2.0, 1.0, 0.0], [1] * 4, [2] * 4, 7) == [2, 2, 2, 1]
-    assert allocators.dealt_units([4.0, 2.0], [5, 3], [9] * 2, 14) == [2, 1]  # a third does not fit
-    assert allocators.dealt_units([0.0] * 3, [2] * 3, [9] * 3, 15) == [3, 2, 2]  # nobody earns: all alike
-
-
 def test_flags():
     allocator = build(credit_examples=50)
     assert [allocator.examples(step) for step in (1, 4, 5)] == [50, 50, 0] and build(credit_steps=0).warmup == 10
-    with pytest.raises(allocators.UserError, match="--credit-steps 40"):
-        build(credit_steps=40)

@@ -12,7 +12,6 @@ from test_lora import FAMILIES, batch, losses, pair, peft, peft_layers, same_in_
 from tiny import Tiny, batches, refused, settings, train, training_of
 
 import allocators
-import eval as evaluation
 import lora
 import train as program
 
@@ -162,20 +161,6 @@ def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, dtype
     assert not lora.adapters(model) and model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_weightloras_survivors_start_at_w_again():
-    """omega scales plain LoRA in the warm-up; then survivors are split, and all other matrices are W to the bit."""
-    plain, model = Tiny(), Tiny()
-    allocator = allocators.WeightLora(model, settings(**POLICIES, method="weightlora", init="pissa"), 20)
-    assert all(layer.start is None and not layer.B.any() for layer in allocator.layers.values())
-    train(training_of(allocator), batches(5))
-    assert len(lora.adapters(model)) == 3 and all(layer.start is not None for layer in lora.adapters(model).values())
-    x = torch.randn(9, 12)
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
-    for name in allocator.names:
-        same = torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
-        assert same != (name in allocator.layers)
-
-
 # ---------------------------------------------------------------------------------------------- DoRA
 
 
@@ -254,34 +239,7 @@ def test_a_row_of_zeros_stays_finite_under_dora():
     assert all(p.isfinite().all() for p in layer.parameters()) and layer(torch.randn(3, 6)).isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- LoRA+, LoRA-FA
-
-
-def test_each_group_has_its_learning_rate_before_and_after_a_rebuild():
-    """Rate and ratio for B, the rate alone for A, with WeightLoRA."""
-    s = settings(method="weightlora", lora_plus_ratio=16.0, weightlora_steps=5)
-    allocator = allocators.WeightLora(Tiny(), s, 10)
-    training = training_of(allocator)
-    for step, (x, labels) in enumerate(batches(10), start=1):
-        n = len(allocator.layers)
-        training.step(step, [({"x": x}, labels, 1 / len(labels))], rate=1 - step / 20)
-        if step == 5:  # the groups are new
-            continue
-        a, b = training.optimizers[0].param_groups
-        assert a["lr"] == pytest.approx(1e-2 * (1 - step / 20)) and b["lr"] == pytest.approx(16 * a["lr"])
-        assert a["params"] == [stack.A for stack in allocator.stacks] and n == (6 if step < 5 else 3)
-        assert b["params"] == [stack.B for stack in allocator.stacks] and len(a["params"][0].parts) == n
-
-
 # ---------------------------------------------------------------------------------------------- combinations
-
-
-@pytest.mark.parametrize("changes, name", [
-    (dict(), "lora"), (dict(method="lalora", dora=True), "lalora-dora"), (dict(init="pissa"), "lora-pissa"),
-    (dict(method="weightlora", init="milora", dora=True, lora_plus_ratio=16.0), "weightlora-milora-dora-plus16"),
-    (dict(freeze_a=True), "lora-fa")])
-def test_variants_have_names_of_their_own(changes, name):
-    assert evaluation.variant(program.Settings(**changes)) == name
 
 
 PAIRS = [(method, option) for method in allocators.METHODS for option in OPTIONS]
@@ -320,23 +278,24 @@ def test_every_combination_trains_or_is_refused(method, option, tmp_path):
         assert allocator.budget().item() == pytest.approx(counted)
 
 
-LEARNED = {"adalora": ["smooth", "unsure"], "lalora": ["fisher", "block_ranks"], "weightlora": ["omega"]}
+REFUSED = [  # method, flags, steps, message; in matrices of 32 x 32
+    ("adalora", dict(adalora_t_init=50, adalora_t_final=50), 100, "--adalora-t-init 50 and --adalora-t-final 50 "),
+    ("adalora", dict(), 1, "no time to allocate"), ("adalora", dict(adalora_t_final=25), 20, "--adalora-t-final 25"),
+    ("adalora", dict(adalora_t_init=-1), 30, "--adalora-t-init -1"), ("credit", dict(credit_steps=60), 60, "--credit-steps 60"),
+    ("weightlora", dict(weightlora_keep=7), 60, "--weightlora-keep 7"), ("random", dict(weightlora_keep=7), 60, "--weightlora-keep 7"),
+    ("weightlora", dict(weightlora_keep=-1), 60, "--weightlora-keep -1"), ("weightlora", dict(), 1, "--weightlora-steps"),
+    ("weightlora", dict(weightlora_steps=60), 60, "--weightlora-steps 60"), ("weightlora+", dict(rank=17), 60, "--rank 17"),
+    ("weightlora", dict(weightlora_steps=1), 60, "--weightlora-steps 1"),
+    ("lelora", dict(rank=9), 60, "blocks.0.query overlap, as it has 32 singular components; use at most 8"),
+    ("lelora", dict(lelora_dims=["0"]), 60, "--lelora-dims"), ("lelora", dict(lelora_dims=["2", "x"]), 60, "--lelora-dims"),
+    ("lelora", dict(lelora_dims=["-2"]), 60, "--lelora-dims"), ("lelora", dict(lelora_locations=["front"]), 60, "--lelora-locations front"),
+    ("empirical", dict(targets=["query", "gate"]), 60, "gate"), ("lora", dict(rank=33), 60, "33 components for blocks.0.query")]
 
 
-@pytest.mark.parametrize("method", LEARNED)
-def test_a_step_that_is_not_finite_moves_nothing_and_teaches_nothing(method):
-    s = settings(**POLICIES, method=method, lalora_score="fisher", weight_decay=0.1)
-    allocator = allocators.METHODS[method](Tiny(), s, 30)
-    training = train(training_of(allocator), batches(2))
-    held = [[getattr(allocator, name) for name in LEARNED[method]], training.moving, training.optimizers[0]]
-    before = {name: t.clone() for name, t in lora.state_of(held).items()}
-    (x, labels), = batches(1)
-    x[0, 0] = torch.nan
-    train(training, [(x, labels)], first=3)
-    assert before and all(torch.equal(value, lora.state_of(held)[name]) for name, value in before.items())
-    train(training, batches(27, seed=1), first=4)
-    assert all(t.isfinite().all() for t in lora.state_of(training).values()) and training.bad[0] == 1
-    assert allocator.allocations
+@pytest.mark.parametrize("method, changes, steps, message", REFUSED, ids=str)
+def test_what_cannot_work_is_refused(method, changes, steps, message):
+    with refused(message):
+        allocators.METHODS[method](Tiny(dim=32, hidden=48), settings(method=method, **changes), steps)
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Tiny, batches, components, refused, settings, train, training_of
+from tiny import Tiny, batches, components, settings, train, training_of
 
 import allocators
 import lora
@@ -85,26 +85,20 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_bfloat16_model():
 def test_singular_values_are_computed_once_and_kept(cache, monkeypatch):
     calls, svd = [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
-    x = torch.randn(8, DIM)
-    first = build()
+    first, x = build(), torch.randn(8, DIM)
     assert len(calls) == 4 == len(list(cache.iterdir()))
-    again = build()
-    assert len(calls) == 4 and torch.equal(first.model(x), again.model(x))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    assert torch.equal(first.model(x), build().model(x))
     narrow = build(lelora_dims=[2, 4])  # other windows, cut from the same file
     assert len(calls) == 4 and torch.allclose(narrow.model(x), first.model(x), atol=1e-5)
-    build(dtype=torch.bfloat16)
+    build(dtype=torch.bfloat16)  # other weights
     assert len(calls) == 8
-    changed = fresh()
-    changed.blocks[0].query.weight[3, 4] += 1e-6  # another content
-    allocators.LeLora(changed, settings(**FLAGS), 10)
-    assert len(calls) == 9 == len(list(cache.iterdir()))
-
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:-40])  # damaged files are made anew
-    assert torch.equal(first.model(x), build().model(x)) and len(calls) == 13
+    assert torch.equal(first.model(x), build().model(x)) and len(calls) == 12 and not list(cache.glob("*.part"))
+    monkeypatch.delenv("RANKS_CACHE")
+    monkeypatch.setenv("HOME", str(cache))
     build()
-    assert len(calls) == 13 and not list(cache.glob("*.part"))
+    assert len(list((cache / ".cache/adaptive-lora/svd").iterdir())) == 4
 
 
 def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
@@ -119,29 +113,20 @@ def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
     assert (B[:, -8:] @ A[-8:] - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_cache_lies_in_the_home_folder_by_default(tmp_path, monkeypatch):
-    monkeypatch.delenv("RANKS_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    build()
-    assert len(list((tmp_path / "home/.cache/adaptive-lora/svd").iterdir())) == 4
-
-
 def test_exported_factors_are_the_difference_at_its_true_rank():
-    allocator, original = build(steps=12, lr=1e-2, weight_decay=0.1), fresh()
+    allocator = build(steps=12, lr=1e-2, weight_decay=0.1)
     assert all(len(layer.factors()[0]) == 0 for layer in allocator.layers.values())  # nothing has moved
     actions = [allocator.active.clone()]
     train(training_of(allocator), batches(12, dim=DIM), watch=lambda *_: actions.append(allocator.active.clone()))
     ever = torch.stack(actions[:-1]).amax(0)
     assert 0 < ever.sum() < ever.numel()
-    for active, (name, layer) in zip(ever, allocator.layers.items()):
+    for active, layer in zip(ever, allocator.layers.values()):
         A, B = layer.factors()
         A0, B0 = layer.start
         assert len(A) == B.shape[1] == min(2 * int(active.sum()), *layer.weight.shape)
         exact = (layer.B.double() @ layer.A.double() - B0.double() @ A0.double()).detach().numpy()
         full = len(A) == min(layer.weight.shape)  # then the factors are I and the difference, rounded to float32
         np.testing.assert_allclose((B.double() @ A.double()).numpy(), exact, atol=1e-7 if full else 1e-12)
-        now = (layer.weight + layer.delta()).numpy() - original.get_submodule(name).weight.numpy()
-        np.testing.assert_allclose(B @ A, now, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- what may move
@@ -214,16 +199,6 @@ def test_candidate_sets(changes, dims, locations):
     assert {allocators.WINDOWS[i] for i in log["location"].values()} <= set(locations)
     assert ("entropy_rank" in log, "entropy_location" in log) == (len(dims) > 1, len(locations) > 1)
     assert allocator.warning() is None
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(rank=9), "blocks.0.query overlap, as it has 32 singular components; use at most 8"),
-    (dict(lelora_dims=["0"]), "--lelora-dims"), (dict(lelora_dims=["2", "x"]), "--lelora-dims"),
-    (dict(lelora_dims=["-2", "4"]), "--lelora-dims"), (dict(lelora_locations=["front"]), "--lelora-locations front"),
-])
-def test_unusable_flags_are_one_line(changes, message):
-    with refused(message):
-        build(**changes)
 
 
 # ---------------------------------------------------------------------------------------------- policy
@@ -346,39 +321,27 @@ def test_policy_finds_a_planted_action(changes):
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_one_validation_forward_per_action_and_the_papers_reward(every):
-    losses, given, rewards, changed = iter(np.linspace(2, 1, 50)), [], [], []
-
-    def loss(allocator):
-        given.append(next(losses))
-        return torch.tensor(given[-1], dtype=torch.float32)
-
-    allocator = build(loss=loss, lelora_every=every)
+    """What is not finite is no reward: it teaches nothing, and the next one is compared with the last finite loss."""
+    losses, rewards, changed, moved = [2.0, 1.9, math.nan, 1.2, *np.linspace(1, 0.5, 20)], [], [], []
+    rest = iter(losses)
+    allocator = build(loss=lambda _: torch.tensor(next(rest)), lelora_every=every)
     training = training_of(allocator)
-    for step, rows in enumerate(batches(11, dim=DIM), start=1):
-        before, count = allocator.choice.clone(), len(given)
+    for step, rows in enumerate(batches(5 * every, dim=DIM), start=1):
+        choice, before = allocator.choice.clone(), allocator.policy.hidden[0].weight.clone()
         train(training, [rows], first=step)
-        assert len(given) - count == (step % every == 0)
+        changed += [step] if not torch.equal(choice, allocator.choice) else []
         if step % every == 0:
             rewards.append(allocator.reward.item())
-        changed += [step] if not torch.equal(before, allocator.choice) else []
-    assert changed == list(range(every, 12, every)) and allocator.allocations == len(given)
-    expected = [after + 0.8 * (after - before) for before, after in zip(given, given[1:])]  # Eqs. 2-4
-    np.testing.assert_allclose(rewards, [given[0]] + expected, rtol=1e-5)
-    mean = rewards[0]
-    for reward in rewards:
+            moved.append(not torch.equal(before, allocator.policy.hidden[0].weight))
+    assert changed == list(range(every, 5 * every + 1, every)) and allocator.allocations == 5 == 24 - len(list(rest))
+    assert moved == [False, True, False, True, True]
+    after = [(1.9, 2.0), (1.2, 1.9), (1.0, 1.2)]
+    first, second, third = (now + 0.8 * (now - before) for now, before in after)  # Eqs. 2-4
+    mean = 0.9 * 2.0 + 0.1 * first
+    np.testing.assert_allclose(rewards, [2.0, first, mean, second, third], rtol=1e-5)
+    for reward in (mean, second, third):
         mean = 0.9 * mean + 0.1 * reward
     assert allocator.mean.item() == pytest.approx(mean, rel=1e-5)
-
-
-def test_only_a_second_finite_reward_moves_the_policy():
-    values = iter([2.0, 1.5, math.nan, 1.2])
-    allocator = build(loss=lambda _: torch.tensor(next(values)))
-    training, moved = training_of(allocator), []
-    for step, batch in enumerate(batches(4, dim=DIM), start=1):
-        before = [p.clone() for p in allocator.policy.parameters()]
-        train(training, [batch], first=step)
-        moved.append(any(not torch.equal(p, q) for p, q in zip(before, allocator.policy.parameters())))
-    assert moved == [False, True, False, True] and allocator.mean.isfinite()
 
 
 def test_collapsed_policy_is_named():

@@ -5,10 +5,8 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_lora import (FAMILIES, TEXT, batch, losses, pair, peft, peft_layers, same_in_peft, same_parameters,
-                       transformers)
+from test_lora import FAMILIES, TEXT, batch, losses, pair, peft, peft_layers, same_in_peft, transformers
 from tiny import refused, settings
 
 import allocators
@@ -22,11 +20,9 @@ FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_fin
          "lalora": dict(lalora_gamma=1.0, lalora_fidelity="step")}
 
 
-def optimize(model, allocator, family, steps, generator, eps=1e-8):
+def optimize(model, allocator, family, steps, generator):
     """train.py's steps on random batches."""
     training = train.Training(allocator.settings, model, "lm" if family == "llama" else "classify", allocator)
-    for group in training.optimizers[0].param_groups:
-        group["eps"] = eps
     for step in range(1, steps + 1):
         _, inputs, labels = batch(family, generator)
         if family == "llama":
@@ -36,15 +32,6 @@ def optimize(model, allocator, family, steps, generator, eps=1e-8):
         training.step(step, [(inputs, labels, 1 / len(labels))])
 
 
-def started_from(model, folder, steps, **changes):
-    """The policy that train.py makes with --adapter."""
-    layers = lora.load_adapter(model, folder)
-    targets = [kind for kind in lora.TARGETS if any(name.endswith(kind) for name in layers)]
-    dora = any(layer.magnitude is not None for layer in layers.values())
-    s = settings(**{"adapter": str(folder), "rank": None, "alpha": None, "dropout": None, "targets": targets, "dora": dora, **changes})
-    return allocators.METHODS["lora"](model, s, steps)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [name for name in allocators.METHODS if name not in ("full", "bitfit")])
 def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monkeypatch):
@@ -52,7 +39,7 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
     _, model = pair(family, tmp_path / "base")
     torch.manual_seed(0)
-    s = settings(**FLAGS.get(method, {}), method=method, targets=FAMILIES[family].targets)
+    s = settings(**FLAGS.get(method, {}), method=method, targets=FAMILIES[family].targets, dropout=0.1)
     allocator = allocators.METHODS[method](model, s, 12)
     generator = torch.Generator().manual_seed(1)
     _, inputs, labels = batch(family, generator)
@@ -121,11 +108,6 @@ def test_gpt2s_query_key_and_value_are_one_matrix_of_peft(dora, gpt2):
         layers = lora.load_adapter(again, folder / "adapter")
         torch.testing.assert_close(again(tokens), model(tokens), rtol=0, atol=1e-4)
     assert dora or {name: layer.rank for name, layer in layers.items()} == ranks
-    for layer in lora.adapters(model).values():
-        layer.merge()
-    models.save(model, folder / "merged")
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
-    torch.testing.assert_close(merged(tokens).logits, model(tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [
@@ -179,68 +161,21 @@ def bert(tmp_path):
 
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("family", ["roberta", "bert"])
-def test_adapters_made_by_peft_are_evaluated_and_trained_on(family, made, tmp_path):
-    """The same logits; then six AdamW steps from there, head included, move every weight as PEFT's do."""
+def test_adapters_made_by_peft(family, made, tmp_path):
     theirs, model = pair(family, tmp_path / "base")
     wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
-    allocator = started_from(model, tmp_path / "adapter", 6, lr=5e-3, weight_decay=0.1)
+    layers = lora.load_adapter(model, tmp_path / "adapter")
     agree(model, wrapped, family)
-    theirs_by_name = peft_layers(wrapped)
-    assert allocator.layers.keys() == theirs_by_name.keys()
-    assert {name: rank for name, rank in allocator.ranks().items() if rank} == {
-        name: len(layer.lora_A.default.weight) for name, layer in theirs_by_name.items()}
-    for name, layer in allocator.layers.items():
-        assert layer.dropout == MADE[made].get("lora_dropout", 0.0)
-        layer.dropout, theirs_by_name[name].lora_dropout["default"] = 0.0, torch.nn.Identity()  # its draws would differ
-    head = list(model.head.parameters())
-    their_params = [p for p in wrapped.parameters() if p.requires_grad]
-    other = torch.optim.AdamW(their_params, lr=5e-3, weight_decay=0.1, eps=1e-5)
-    start = head[-1].detach().clone()
-    optimize(model, allocator, family, 6, torch.Generator().manual_seed(6), eps=1e-5)
-    generator = torch.Generator().manual_seed(6)
-    for _ in range(6):
-        their_inputs, _, labels = batch(family, generator)
-        F.cross_entropy(wrapped(**their_inputs).logits, labels).backward()
-        other.step()
-        other.zero_grad()
-    for name, layer in allocator.layers.items():
-        same_parameters(layer, theirs_by_name[name], rtol=0, atol=1e-4)
-    trained = dict(wrapped.named_parameters())
-    for name, p in model.head.named_parameters(prefix="head"):
-        (theirs_head,) = (q for n, q in trained.items() if n.endswith(name.removeprefix("head.")) and "modules_to" in n)
-        torch.testing.assert_close(p, theirs_head, rtol=0, atol=1e-4)
-    assert (head[-1] - start).abs().max() > 1e-3
+    assert {name: (layer.rank, layer.dropout) for name, layer in layers.items()} == {
+        name: (len(layer.lora_A.default.weight), MADE[made].get("lora_dropout", 0.0))
+        for name, layer in peft_layers(wrapped).items()}
 
 
-def test_adapters_made_by_peft_for_deberta(tmp_path):
-    """The projections serve positions, too, adapted as well; a base without a pooler is refused: PEFT saves none."""
-    theirs, model = pair("deberta", tmp_path / "base")
-    theirs.deberta.save_pretrained(tmp_path / "bare")
-    wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=FAMILIES["deberta"].peft_targets))
-    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 6 * 3
-    agree(model, wrapped, "deberta")
-    with refused("pooler.dense"):
+def test_the_head_has_to_be_in_the_adapter_or_its_base(bert, tmp_path):
+    _, adapter = bert
+    adapter(task_type=None).merge_and_unload().bert.save_pretrained(tmp_path / "bare")
+    with refused("no classifier.weight in it"):
         lora.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
-
-
-def test_our_own_adapter_keeps_alpha_and_dropout_for_training_on(tmp_path):
-    """Continued from its files, a run takes the steps that it would have taken without the stop (AdamW starting anew)."""
-    _, model = pair("roberta", tmp_path / "base")
-    s = settings(targets=["query", "up"], rank=4, alpha=12.0, dropout=0.25)
-    allocator = allocators.METHODS["lora"](model, s, 10)
-    optimize(model, allocator, "roberta", 5, torch.Generator().manual_seed(1))
-    lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.25) and not config["alpha_pattern"]
-    _, second = pair("roberta", tmp_path / "base")
-    continued = started_from(second, tmp_path / "adapter", 5)
-    assert continued.settings.targets == ["query", "up"]
-    assert all(layer.dropout == 0.25 and layer.scale == 3 for layer in continued.layers.values())
-    for net, policy in ((model, allocator), (second, continued)):
-        torch.manual_seed(4)  # dropout's draws
-        optimize(net, policy, "roberta", 5, torch.Generator().manual_seed(2))
-    for name, layer in allocator.layers.items():
-        assert torch.equal(layer.A, continued.layers[name].A) and torch.equal(layer.B, continued.layers[name].B)
 
 
 UNSUPPORTED = {

@@ -4,7 +4,7 @@ from fractions import Fraction
 from math import floor
 
 import pytest
-from tiny import Tiny, refused, settings
+from tiny import Tiny, settings
 
 import allocators
 import lora
@@ -52,14 +52,6 @@ def test_ranks_are_the_papers_at_every_depth(method, depth, r_base, r_min, r_max
             lora.detach(model, name)
 
 
-def test_the_papers_own_setting_has_the_ranks_it_implies():
-    """24 blocks, base 16, r_min 4: linear decay goes 16 -> 4; empirical is 9, 19, 16 with 8, 9 and 7 blocks."""
-    column = lambda method, attention: [paper(method, i, 24, attention, 16, 4, 32) for i in range(24)]
-    assert column("linear-decay", True)[::23] == [16, 4]
-    assert column("empirical", False) == [9] * 8 + [19] * 9 + [16] * 7
-    assert column("attention-heavy", True) == [16] * 24 and column("attention-heavy", False) == [8] * 24
-
-
 @pytest.mark.parametrize("scaling,scale", [("nominal", lambda r: 8 / 12), ("own", lambda r: 8 / r),
                                            ("rslora", lambda r: 8 / 12 ** 0.5)])
 def test_scale_is_alpha_over_the_nominal_rank_unless_asked_otherwise(scaling, scale):
@@ -68,10 +60,3 @@ def test_scale_is_alpha_over_the_nominal_rank_unless_asked_otherwise(scaling, sc
     assert len({layer.rank for layer in layers.values()}) == 4
     for layer in layers.values():
         assert layer.scale == pytest.approx(scale(layer.rank))
-
-
-def test_unusable_targets_and_ranks_are_refused():
-    with refused("gate"):
-        allocators.METHODS["empirical"](Tiny(), settings(method="empirical", targets=["query", "gate"]), 10)
-    with refused("13 components for blocks.0.query"):
-        allocators.METHODS["lora"](Tiny(dim=12), settings(rank=13), 10)

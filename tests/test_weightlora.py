@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tiny import Tiny, batches, refused, settings, train, training_of
+from tiny import Tiny, batches, settings, train, training_of
 
 import allocators
 import lora
@@ -63,43 +63,7 @@ def test_omega_follows_stoiht_under_random_gradients(threshold, n_kinds, keep, w
     assert returned == (threshold == "every" and K < n and near)
 
 
-@pytest.mark.parametrize("threshold", ["every", "end"])
-def test_omega_follows_stoiht_in_real_training(threshold):
-    """The gradient is that of the loss at the step's own A, B and omega: d loss / d omega_i = <dL/dW_i, s B_i A_i>."""
-    allocator = build(targets=["query", "value", "up"], weightlora_steps=25, weightlora_threshold=threshold,
-                      weightlora_lr=1.0, lr=3e-2, clip=0.1)
-    training, omega = training_of(allocator), np.ones(9)
-    for step, (x, labels) in enumerate(batches(25), start=1):
-        merged, deltas = Tiny().double(), []
-        for name, layer in allocator.layers.items():
-            deltas.append(layer.scale * (layer.B.double() @ layer.A.double()).detach())
-            merged.get_submodule(name).weight.add_(layer.g.item() * deltas[-1]).requires_grad_(True)
-        F.cross_entropy(merged(x.double()), labels).backward()
-        g = np.array([(merged.get_submodule(name).weight.grad * delta).sum().item()
-                      for name, delta in zip(allocator.names, deltas)])
-
-        train(training, [(x, labels)], first=step)
-        omega = omega - g
-        if threshold == "every" or step == 25:
-            omega = hard_threshold(omega, 4) if step > 1 else omega  # B = 0: all tied at 1
-        np.testing.assert_allclose(allocator.omega.numpy(), omega, rtol=1e-5, atol=1e-5)
-        omega = allocator.omega.numpy().copy()  # rounding must not add up
-        if step == 1:
-            assert (omega == 1).all()
-        if threshold == "every" and step > 1:
-            assert (omega != 0).sum() == 4
-    assert len(allocator.layers) == 4
-
-
 def test_ties_stay_in_the_warm_up_and_go_to_the_first_at_the_end():
-    for threshold in ("every", "end"):
-        allocator = build(weightlora_steps=3, weightlora_keep=2, weightlora_threshold=threshold)
-        for step, gradient in enumerate([[0.0] * 6, [0.0, 0.1, -0.1, 0.1, 0.1, 0.1], [0.0] * 6], start=1):
-            take(allocator, step, gradient)
-            if threshold == "every" and step < 3:
-                assert [w != 0 for w in allocator.omega.tolist()] == ([True] * 6 if step == 1 else
-                                                                      [True, False, True, False, False, False])
-        assert list(allocator.layers) == ["blocks.0.query", "blocks.1.query"]
     allocator = build(weightlora_steps=2, weightlora_keep=3, weightlora_threshold="end", weightlora_lr=4.0)
     take(allocator, 1, [0.0] * 6)
     take(allocator, 2, [0.125, 0.0, 0.125, 0.375, 0.0, 0.125])  # to -0.5 the fourth
@@ -107,51 +71,32 @@ def test_ties_stay_in_the_warm_up_and_go_to_the_first_at_the_end():
     assert list(allocator.layers) == [allocator.names[i] for i in (0, 1, 4)]
 
 
-def test_early_omegas_that_float32_could_not_tell_apart_are_told_apart():
-    """While the learning rate warms up omega moves by less than float32 resolves near 1: that must not make ties."""
-    allocator = build(weightlora_steps=2, weightlora_keep=1)
-    for step in (1, 2):
-        take(allocator, step, [-1e-10 * i for i in range(6)])
-    assert list(allocator.layers) == ["blocks.2.value"]
-
-
-@pytest.mark.parametrize("method", ["weightlora", "weightlora+"])
-@pytest.mark.parametrize("targets,keep",
+@pytest.mark.parametrize("method, rank", [("weightlora", 4), ("weightlora+", 8)])
+@pytest.mark.parametrize("targets, keep",
                          [(["query", "value"], 0), (ALL, 1), (ALL, 18), (["up", "down", "key"], 5), (["out"], 0)])
-@pytest.mark.parametrize("threshold", ["every", "end"])
-def test_after_the_warm_up_nothing_is_left_of_the_others(method, targets, keep, threshold):
-    allocator = build(method, targets=targets, weightlora_keep=keep, weightlora_steps=6,
-                      weightlora_threshold=threshold)
-    model, plain = allocator.model, Tiny()
-    tensors = {name: (model.get_submodule(name).weight, model.get_submodule(name).bias) for name in allocator.names}
-    n, rank = 3 * len(targets), {"weightlora": 4, "weightlora+": 8}[method]
-    K = keep or n // 2
-    assert allocator.ranks() == {name: 4 for name in allocator.names} and allocator.dynamic
+def test_after_the_warm_up_nothing_is_left_of_the_others(method, rank, targets, keep):
+    allocator = build(method, targets=targets, weightlora_keep=keep, weightlora_steps=6)
+    model, plain, names = allocator.model, Tiny(), allocator.names
+    weights = {name: model.get_submodule(name).weight for name in names}
+    assert allocator.ranks() == dict.fromkeys(names, 4) and allocator.dynamic
     training = train(training_of(allocator), batches(10))
-    assert allocator.allocations == 1
     survivors = set(allocator.layers)
-    assert len(survivors) == K and survivors == set(lora.adapters(model))
-    assert allocator.ranks() == {name: rank * (name in survivors) for name in allocator.names}
-    assert allocator.log()["selected"] == {name: int(name in survivors) for name in allocator.names}
-    expected = 0
-    for name in allocator.names:
+    assert survivors == set(lora.adapters(model)) and len(survivors) == (keep or len(names) // 2)
+    assert allocator.ranks() == {name: rank * (name in survivors) for name in names}
+    assert allocator.log()["selected"] == {name: int(name in survivors) for name in names}
+    for name in names:
         module = model.get_submodule(name)
-        assert module.weight is tensors[name][0] and module.bias is tensors[name][1]  # no copy
-        assert torch.equal(module.weight, plain.get_submodule(name).weight) and not module.weight.requires_grad
+        assert module.weight is weights[name] and torch.equal(module.weight, plain.get_submodule(name).weight)
         if name in survivors:
-            assert isinstance(module, lora.LoraLinear) and module.rank == rank and module.scale == 8 / 4
-            assert module.g is None
-            expected += rank * sum(module.weight.shape)
+            assert module.rank == rank and module.scale == 8 / 4 and module.g is None
         else:
-            assert type(module) is nn.Linear and not module.bias.requires_grad
-            assert set(dict(module.named_parameters())) == {"weight", "bias"} and not dict(module.named_buffers())
-            assert not any(value for key, value in vars(module).items() if "hook" in key)
+            assert type(module) is nn.Linear and not module._forward_pre_hooks
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == allocator.budget().item() == expected
+    size = sum(rank * sum(weights[name].shape) for name in survivors)
+    assert sum(p.numel() for p in trained) == allocator.budget().item() == size
     (optimizer,) = training.optimizers
     assert {id(p) for p in trained} == {id(q) for p in optimizer.param_groups[0]["params"] for q in p.parts}
-    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) and len(trained) == 2 * K
-    allocator.check_ranks()
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) and allocator.allocations == 1
 
 
 @pytest.mark.parametrize("method", ["weightlora", "weightlora+"])
@@ -183,33 +128,9 @@ def test_survivors_train_exactly_as_standard_lora_from_a_fresh_start(method):
         assert layer.B.any()
 
 
-@pytest.mark.parametrize("blocks,targets", [(3, ["query", "value"]), (4, ALL), (2, ["up"])])
-def test_plus_has_the_parameters_of_uniform_lora(blocks, targets):
-    """When n is even; exactly so when all matrices are of one size, since rank units are what is kept equal (n r)."""
-    allocator, uniform = (build(method, blocks=blocks, targets=targets) for method in ("weightlora+", "lora"))
-    train(training_of(allocator), batches(6))
-    assert allocator.current.sum() == uniform.current.sum() == 4 * len(allocator.names)
-    if targets != ALL:
-        assert sum(p.numel() for p in allocator.parameters()) == sum(p.numel() for p in uniform.parameters())
-        assert allocator.budget() == uniform.budget()
-
-
 @pytest.mark.parametrize("steps,expected", [(3, 2), (5, 4), (6, 5), (60, 5), (1000, 5), (1400, 7), (10000, 50)])
 def test_warm_up_is_half_a_percent_but_at_least_five_steps(steps, expected):
     assert build(steps=steps).warmup == expected
-
-
-@pytest.mark.parametrize("method,changes,flag", [
-    ("weightlora", dict(weightlora_keep=7), "--weightlora-keep 7"),
-    ("random", dict(weightlora_keep=7), "--weightlora-keep 7"),
-    ("weightlora", dict(weightlora_keep=-1), "--weightlora-keep -1"),
-    ("weightlora", dict(weightlora_steps=60), "--weightlora-steps 60"),
-    ("weightlora", dict(weightlora_steps=1), "--weightlora-steps 1"),
-    ("weightlora", dict(steps=1), "--weightlora-steps"),
-    ("weightlora+", dict(rank=7), "--rank 7")])
-def test_what_cannot_work_is_refused(method, changes, flag):
-    with refused(flag):
-        build(method, **changes)
 
 
 def test_warm_up_steps_see_enough_examples():

@@ -1,6 +1,6 @@
-"""Fine-tune with transformers + PEFT alone, to compare a run of train.py with (a script, not a test).
+"""Fine-tune with transformers + PEFT alone, to compare a run of train.py with.
 
-    python tests/peft_reference.py --model FOLDER --task sst2 --data FOLDER --limit-train 6000 --seed 0
+    python papers/peft_reference.py --model FOLDER --task sst2 --data FOLDER --limit-train 6000 --seed 0
 
 Model, tokenizer, adapters, loss, shuffling and padding are transformers' and PEFT's own; only the rows come from data.py.
 The last line on stdout is one JSON object like train.py's.
