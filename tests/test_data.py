@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import os
 import struct
@@ -22,14 +21,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from tiny import interrupted_after, refused
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-from data import TASKS  # noqa: E402
-from model import UserError  # noqa: E402
-from tiny import interrupted_after  # noqa: E402
+import data
+from data import TASKS
 
 transformers, Image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -93,24 +88,22 @@ LAYOUTS = {
 LEFT_OUT = {"qqp": "skipped 1 short row", "mnli": "left out 1 row without a gold label"}
 
 
-@pytest.mark.parametrize("parent", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_glue_layouts(tmp_path, caplog, name, parent):
+def test_glue_layouts(tmp_path, caplog, name):
     """Official layouts: headers, byte-order mark, quotes, CR LF, Unicode separators, no final newline, gzipped."""
     folder, text, expected = LAYOUTS[name]
-    root = tmp_path / "data"
-    write(root / folder / "train.tsv.gz", gzip.compress(text.encode()))
-    write(root / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), text)
-    write(root / folder / "dev_mismatched.tsv", mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"]))
-    where = root if parent else root / folder
-    task = data.find_task(name, where)
-    for split in ("train", "dev"):
-        rows = data.read(task, where, split)
-        assert [(row["text"], row.get("pair"), row["label"]) for row in rows] == expected
-    assert data.read(task, where, "train", limit=2) == rows[:2]
+    write(tmp_path / folder / "train.tsv.gz", gzip.compress(text.encode()))
+    write(tmp_path / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), text)
+    mismatched = mnli([f"label{i}" for i in range(1, 6)], ["entailment", "neutral"])
+    write(tmp_path / folder / "dev_mismatched.tsv", mismatched)
+    for where in (tmp_path, tmp_path / folder):
+        for split in ("train", "dev"):
+            rows = data.read(TASKS[name], where, split)
+            assert [(row["text"], row.get("pair"), row["label"]) for row in rows] == expected
+    assert data.read(TASKS[name], where, limit=2) == rows[:2]
     assert type(rows[0]["label"]) is (float if name == "stsb" else int)
     if name == "mnli":
-        assert [row["label"] for row in data.read(task, where, "dev_mismatched")] == [0, 1]
+        assert [row["label"] for row in data.read(TASKS[name], where, "dev_mismatched")] == [0, 1]
     assert LEFT_OUT.get(name, "") in caplog.text and "not read" not in caplog.text
     assert name == "stsb" or f"{len(rows)} train rows: 1 '" in caplog.text
 
@@ -120,55 +113,56 @@ def test_mrpc_original_files(tmp_path):
     rows = "".join(f'{i % 2}\t{i}\t{i + 100}\tleft {i}\tright "{i}\r\n' for i in range(6))
     write(tmp_path / "msr_paraphrase_train.txt", header + rows)
     write(tmp_path / "mrpc_dev_ids.tsv", "1\t101\n4\t104\n2\t999\n")
-    assert [row["text"] for row in data.read(TASKS["mrpc"], tmp_path, "dev")] == ["left 1", "left 4"]
-    train = [row["text"] for row in data.read(TASKS["mrpc"], tmp_path, "train")]
-    assert train == ["left 0", "left 2", "left 3", "left 5"]
+    for split, numbers in (("dev", (1, 4)), ("train", (0, 2, 3, 5))):
+        assert [row["text"] for row in data.read(TASKS["mrpc"], tmp_path, split)] == [f"left {i}" for i in numbers]
+
+
+REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb", "glue"): (5749, 1500),
+        ("boolq", "commonsense"): (9427, 3270), ("obqa", "commonsense"): (4957, 500),
+        ("arc-e", "commonsense"): (2251, 2376), ("arc-c", "commonsense"): (1119, 1172),
+        ("piqa", "commonsense"): (0, 1838), ("siqa", "commonsense"): (0, 1954),
+        ("winogrande", "commonsense"): (0, 1267), ("gsm8k", "."): (7473, 1319)}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with the real data")
+@pytest.mark.parametrize("name, folder", REAL)
+def test_real_files(name, folder, caplog):
+    """Every row and column of the real files is read; expected outputs contain their own answers."""
+    for split, count in zip(("train", "dev"), REAL[name, folder]):
+        rows = data.read(TASKS[name], SHARED / folder, split) if count else []
+        assert len(rows) == count and "not read" not in caplog.text
+        scored = [row for row in rows if "target" in row]
+        assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in scored)
 
 
 # ------------------------------------------------------------------------------------------------ instructions, prompts
 
-
-def ask(i, answer):
-    return {"instruction": f"Q{i} {{x}} %s $(ls)?", "input": "", "output": f"the correct answer is {answer}",
-            "answer": answer}
+ALPACA = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+          "response that appropriately completes the request.\n\n### Instruction:\nwhat is {x} and {0} %s \\1?\n\n"
+          "### Input:\n{input}\n\n### Response:\n")
 
 
 def test_prompt_survives_format_characters():
-    text = data.prompt("what is {x} and {0} %s \\1?", "{input}")
-    assert text == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-        "what is {x} and {0} %s \\1?\n\n### Input:\n{input}\n\n### Response:\n")
-    assert data.prompt("a") == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\na\n\n### Response:\n")
-
-
-@pytest.mark.parametrize("name", ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa"])
-def test_commonsense_layout(tmp_path, caplog, name):
-    task = TASKS[name]
-    rows = [ask(i, answer) for i, answer in enumerate(task.answers)]
-    write(tmp_path / task.folder / "test.json", json.dumps(rows, indent=1))
-    read = data.read(data.find_task(name, tmp_path), tmp_path, "dev")
-    assert [row["target"] for row in read] == list(task.answers)
-    assert read[1]["prompt"] == data.prompt("Q1 {x} %s $(ls)?") and read[1]["answer"] == rows[1]["output"]
-    assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in read)
-    assert caplog.text == ""
+    assert data.prompt("what is {x} and {0} %s \\1?", "{input}") == ALPACA
+    without = ALPACA.replace(", paired with an input that provides further context", "")
+    assert data.prompt("what is {x} and {0} %s \\1?") == without.replace("### Input:\n{input}\n\n", "")
 
 
 def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
-    for name, answer in (("boolq", "true"), ("piqa", "solution2")):
+    for name in ("boolq", "piqa"):
+        rows = [{"instruction": f"Q{i}", "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+                for i, answer in enumerate(TASKS[name].answers)]
         for file in ("train.json", "test.json"):
-            write(tmp_path / TASKS[name].folder / file, [ask(name, answer)])
+            write(tmp_path / TASKS[name].folder / file, json.dumps(rows, indent=1))
+        read = data.read(TASKS[name], tmp_path, "dev")
+        assert [row["target"] for row in read] == list(TASKS[name].answers)
+        assert read[1]["prompt"] == data.prompt("Q1") and read[1]["answer"] == rows[1]["output"]
     task = data.find_task("commonsense", tmp_path)
-    assert task.eval_splits == ("boolq", "piqa")
-    targets = [row["target"] for split in task.eval_splits for row in data.read(task, tmp_path, split)]
-    assert targets == ["true", "solution2"]
-    assert len(data.read(task, tmp_path, "dev")) == len(data.read(task, tmp_path, "train")) == 2
-    assert "training on train.json of boolq, piqa" in caplog.text
-    write(tmp_path / "commonsense_170k.json", [ask(i, "whatever") for i in range(5)])
-    assert len(data.read(task, tmp_path, "train")) == 5
-    assert data.find_task("commonsense").eval_splits == data.COMMONSENSE
+    assert task.eval_splits == ("boolq", "piqa") and data.find_task("commonsense").eval_splits == data.COMMONSENSE
+    assert [len(data.read(task, tmp_path, split)) for split in ("boolq", "piqa", "dev", "train")] == [2, 2, 4, 4]
+    assert "training on train.json of boolq, piqa" in caplog.text and "not read" not in caplog.text
+    write(tmp_path / "commonsense_170k.json", rows * 5)
+    assert len(data.read(task, tmp_path, "train")) == 10
 
 
 EXTRACTED = [
@@ -187,19 +181,29 @@ def test_extract_answer(text, answers, expected):
     assert data.extract_answer(text, answers) == expected
 
 
+def test_allowed_answers_are_those_that_the_prompt_lists():
+    row = {"prompt": "Answer format: answer1/answer2/answer3", "answer": "the correct answer is answer2",
+           "target": "answer2", "answers": TASKS["siqa"].answers}
+    expected = ["answer1", "answer2", "answer3"], [f"the correct answer is answer{i}" for i in (1, 2, 3)]
+    assert data.allowed(row) == expected
+    assert data.allowed({**row, "prompt": "answer2 is in it by chance"})[0] == list(TASKS["siqa"].answers)
+    assert data.allowed({**row, "answer": "B", "answers": ("answer1", "answer2")})[1] == ["answer1", "answer2"]
+
+
 @pytest.mark.parametrize("lines", [False, True])
 def test_own_instructions(tmp_path, caplog, lines):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
     rows += [{"instruction": f"i{i}", "input": "with" if i % 2 else None, "output": f"o{i}"} for i in range(25)]
     path = write(tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else rows)
-    train, dev = (data.read(data.find_task("instructions", path), path, split) for split in ("train", "dev"))
+    train, dev = (data.read(TASKS["instructions"], path, split) for split in ("train", "dev"))
     answers = [row.get("output", row.get("answer")) for row in rows]
     assert len(train) == 40 and [row["answer"] for row in train + dev] == answers
     assert train[21]["prompt"] == data.prompt("i1", "with") and "target" not in train[0]
     assert "5 of 45 rows are dev (the last)" in caplog.text
-    write(tmp_path / "two" / "train.jsonl.gz", gzip.compress(jsonl(rows[:7]).encode()))
+    write(tmp_path / "two" / "train.jsonl.gz", gzip.compress(jsonl(rows[:7] + [{**rows[0], "answer": " "}]).encode()))
     write(tmp_path / "two" / "dev.json", rows[:3])
     assert [len(data.read(TASKS["instructions"], tmp_path / "two", split)) for split in ("train", "dev")] == [7, 3]
+    assert "two: skipped 1 row without an answer" in caplog.text
 
 
 def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, caplog):
@@ -218,50 +222,34 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
     assert len(notes) == 5 and "rows are dev" in notes[4]
 
 
-def test_a_reference_solution_has_its_answer_in_its_own_place():
-    assert [data.last_number(f"5 of 7{end}", reference=True) for end in (" #### 1,000", "")] == ["1000", ""]
-
-
-def test_allowed_answers_are_those_that_the_prompt_lists():
-    row = {"prompt": "Answer format: answer1/answer2/answer3", "answer": "the correct answer is answer2",
-           "target": "answer2", "answers": TASKS["siqa"].answers}
-    expected = ["answer1", "answer2", "answer3"], [f"the correct answer is answer{i}" for i in (1, 2, 3)]
-    assert data.allowed(row) == expected
-    assert data.allowed({**row, "prompt": "answer2 is in it by chance"})[0] == list(TASKS["siqa"].answers)
-    assert data.allowed({**row, "answer": "B", "answers": ("answer1", "answer2")})[1] == ["answer1", "answer2"]
-
-
 # ---------------------------------------------------------------------------------------------------- the user's tables
 
-
-def table(suffix, rows):
-    """Text of a file of rows; quoted TSV is tsv with every cell quoted, as pandas writes cells with quotes."""
-    if suffix.startswith("json"):
-        return jsonl(rows) if suffix == "jsonl" else json.dumps(rows)
-    lines = [list(rows[0]), *(row.values() for row in rows)]
-    if suffix == "tsv":
-        return "\n".join("\t".join(line) for line in lines)
-    mark, end = (",", "\r\n") if suffix == "csv" else ("\t", "\n")
-    return end.join(mark.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines)
-
-
 PAIRS = [("text", None), ("sentence", None), ("review", None), ("sentence1", "sentence2"), ("question1", "question2"),
-         ("premise", "hypothesis"), ("text", "pair"), ("text", "text_pair"), ("question", "sentence"),
-         ("question", "context"), ("text", "context")]
+         ("premise", "hypothesis"), ("text", "text_pair"), ("question", "sentence"), ("text", "context")]
 
 
-@pytest.mark.parametrize("suffix", ["tsv", "quoted.tsv", "csv", "jsonl", "json"])
+def table(form, rows):
+    """Text of a file of rows; quoted TSV is tsv with every cell quoted, as pandas writes cells with quotes."""
+    if form.startswith("json"):
+        return jsonl(rows) + "\n\n" if form == "jsonl" else json.dumps(rows)
+    lines = [list(rows[0]), *(row.values() for row in rows)]
+    if form != "tsv":
+        lines = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in lines]
+    mark, end = (",", "\r\n") if form == "csv" else ("\t", "\n")
+    return end.join(mark.join(line) for line in lines) + "\n\n"
+
+
+@pytest.mark.parametrize("form", ["tsv", "quoted.tsv", "csv", "jsonl", "json"])
 @pytest.mark.parametrize("columns", PAIRS)
-def test_own_classification(tmp_path, caplog, suffix, columns):
+def test_own_classification(tmp_path, caplog, form, columns):
     """Both texts are read whatever they are called; blank last lines are no rows; what is not read is named."""
-    texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if suffix == "tsv" else "two\n\tlines"]
-    labels = ["pos", "neg", "neutral", "neg"]
+    texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if form == "tsv" else "two\n\tlines"]
     names = [name for name in (*columns, "label", "remark", "uid", "weight") if name]
     rows = [dict(zip(names, [text, *[text[::-1]] * bool(columns[1]), label, "a remark", "x", "0.5"]))
-            for text, label in zip(texts, labels)]
-    ending = suffix.removeprefix("quoted.")
-    write(tmp_path / f"train.{ending}", table(suffix, rows) + "\n\n" * (suffix != "json"))
-    write(tmp_path / f"valid.{ending}.gz", gzip.compress(table(suffix, rows).encode()))
+            for text, label in zip(texts, ["pos", "neg", "neutral", "neg"])]
+    ending = form.removeprefix("quoted.")
+    paths = [write(tmp_path / f"train.{ending}", table(form, rows)),
+             write(tmp_path / f"valid.{ending}.gz", gzip.compress(table(form, rows).encode()))]
     task = data.find_task("text-classification", tmp_path)
     assert task.labels == ("neg", "neutral", "pos")
     for split in ("train", "dev"):
@@ -270,26 +258,29 @@ def test_own_classification(tmp_path, caplog, suffix, columns):
         assert [row.get("pair") for row in read] == [text[::-1] if columns[1] else None for text in texts]
         assert f"{tmp_path}: 4 {split} rows: 2 'neg', 1 'neutral', 1 'pos'" in caplog.text
     named = {record.message for record in caplog.records if "not read" in record.message}
-    assert named == {f"{tmp_path}/{file}: not read: column 'remark'" for file in
-                     (f"train.{ending}", f"valid.{ending}.gz")}
+    assert named == {f"{path}: not read: column 'remark'" for path in paths}
     assert data.find_task("text-classification", None, ["b", "a"]).labels == ("b", "a")  # an earlier run's
+
+
+def test_own_regression(tmp_path):
+    write(tmp_path / "train.csv", "sentence1,sentence2,score\na,b,-1.5\nc,d,1e3\n")
+    write(tmp_path / "test.csv", "sentence1,sentence2,score\na,b,7\n")
+    task = data.find_task("text-regression", tmp_path)
+    assert [row["label"] for row in data.read(task, tmp_path)] == [-1.5, 1000.0]
+    assert data.read(task, tmp_path, "dev") == [{"text": "a", "pair": "b", "label": 7.0}]
 
 
 @pytest.mark.parametrize("label", ["-1", -1, "-1.0", "-", "", " ", "nan", "NaN", "None", "<NA>", float("nan"), None])
 def test_a_missing_label_is_no_class(tmp_path, label):
-    """Not in training rows, nor where the labels are known, nor in dev rows alone."""
+    """Not in training rows, nor in dev rows alone."""
     rows = [{"text": "t", "label": other} for other in ("0", "1", "0")]
     path = write(tmp_path / "train.jsonl", jsonl([*rows, {"text": "t", "label": label}]))
-    with pytest.raises(UserError, match="train.jsonl line 4: .*label"):
+    with refused("train.jsonl line 4: .*label"):
         classify(path)
     write(tmp_path / "train.jsonl", jsonl(rows))
     write(tmp_path / "dev.jsonl", jsonl([{"text": "t", "label": label}, *rows]))
-    with pytest.raises(UserError, match="dev.jsonl line 1: .*label"):
+    with refused("dev.jsonl line 1: .*label"):
         classify(tmp_path, "dev")
-    if isinstance(label, str):
-        write(tmp_path / "train.tsv", f"sentence\tlabel\na\t0\nb\t1\nc\t{label}\n")
-        with pytest.raises(UserError, match="train.tsv line 4: label .* stands for a missing one"):
-            data.read(TASKS["sst2"], tmp_path)
 
 
 def numbered(count, classes):
@@ -331,35 +322,29 @@ def test_files_of_all_sorts(tmp_path, caplog, name):
 def test_limits_look_at_the_rows_that_are_used(tmp_path):
     write(tmp_path / "train.csv", numbered(60, 2))
     write(tmp_path / "dev.csv", numbered(60, 2) + "bad row\n")
-    with pytest.raises(UserError, match="all labels are '0' in the 20 rows: raise the limit or shuffle the rows"):
+    with refused("all labels are '0' in the 20 rows: raise the limit or shuffle the rows"):
         classify(tmp_path, limit=20)
     assert len(classify(tmp_path, limit=40)) == 40 and len(classify(tmp_path, "dev", limit=20)) == 20
 
 
-@pytest.mark.parametrize("rows", [3, 9, 10, 11, 29, 100, 1999, 12_345])
+@pytest.mark.parametrize("rows", [3, 9, 10, 11, 29, 100, 12_345])
 def test_held_out_rows_of_a_sorted_file(tmp_path, rows):
     """Every row is in exactly one split, the share is a tenth and every third of a sorted file gives dev rows."""
     path = write(tmp_path / "all.csv", numbered(rows, 3))
-    task = replace(TASKS["text-classification"], labels=("0", "1", "2"))
-    train, dev = data.read(task, path, "train"), data.read(task, path, "dev")
+    train, dev = classify(path), classify(path, "dev")
     assert sorted(int(row["text"]) for row in train + dev) == list(range(rows))
     assert len(dev) == min(-(-rows // 10), 1000)
     assert rows < 25 or {row["label"] for row in dev} == {0, 1, 2}
 
 
-def test_own_regression(tmp_path):
-    write(tmp_path / "train.csv", "sentence1,sentence2,score\na,b,-1.5\nc,d,1e3\n")
-    write(tmp_path / "test.csv", "sentence1,sentence2,score\na,b,7\n")
-    task = data.find_task("text-regression", tmp_path)
-    assert [row["label"] for row in data.read(task, tmp_path)] == [-1.5, 1000.0]
-    assert data.read(task, tmp_path, "dev") == [{"text": "a", "pair": "b", "label": 7.0}]
-
-
 # ------------------------------------------------------------------------------------------------------------- images
-
 
 def some_images(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def digit(pixels):
+    return {"pixels": pixels, "label": 0}
 
 
 def test_npz_layouts(tmp_path):
@@ -367,15 +352,16 @@ def test_npz_layouts(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=images[:12], y_train=labels[:12, None], x_test=images[12:], y_test=labels[12:])
     np.savez(tmp_path / "b.npz", images=images / 255, labels=labels, split=np.arange(20) >= 12)
     np.savez(tmp_path / "c.npz", images=images.transpose(0, 3, 1, 2), labels=labels)
-    for name in "ab":
+    for name, held_out in (("a", 8), ("b", 8), ("c", 2)):
         path = tmp_path / f"{name}.npz"
         task = data.find_task("npz", path)
         assert task.labels == ("7", "8", "9", "10")
         train, dev = data.read(task, path), data.read(task, path, "dev")
-        assert [row["label"] for row in train + dev] == (labels - 7).tolist() and len(dev) == 8
-        assert all(np.array_equal(row["pixels"], image.transpose(2, 0, 1)) for row, image in zip(train + dev, images))
-    task = data.find_task("npz", tmp_path / "c.npz")
-    assert len(data.read(task, tmp_path / "c.npz")) == 18 and len(data.read(task, tmp_path / "c.npz", "dev")) == 2
+        assert len(dev) == held_out and len(train) + len(dev) == 20
+        if name != "c":
+            assert [row["label"] for row in train + dev] == (labels - 7).tolist()
+            for row, image in zip(train + dev, images):
+                assert np.array_equal(row["pixels"], image.transpose(2, 0, 1))
 
 
 def test_digits_are_embedded_and_turn():
@@ -410,32 +396,31 @@ def vit(folder, pixels=16, channels=3, **processor):
 def save_modes(folder):
     """One smooth picture in every mode that Pillow stores; returns {file: its RGB or grey pixels}."""
     ramp = np.linspace(40, 215, 48 * 36).reshape(48, 36)
-    grey, folder = ramp.astype(np.uint8), folder / "train" / "a"
+    grey = ramp.astype(np.uint8)
     colour = Image.fromarray(np.stack([grey, grey[::-1], 255 - grey], -1))
-    folder.mkdir(parents=True)
     made = {"L.png": Image.fromarray(grey), "1.png": Image.fromarray(grey > 128), "RGB.png": colour,
             "P.png": colour.quantize(64), "RGBA.png": colour.copy(), "CMYK.jpg": colour.convert("CMYK"),
             "LA.png": Image.fromarray(grey).convert("LA"), "I16.png": Image.fromarray((ramp * 257).astype(np.uint16)),
             "F.tiff": Image.fromarray((ramp / 255).astype(np.float32)), "YCbCr.jpg": colour.convert("YCbCr")}
     made["RGBA.png"].putalpha(Image.fromarray(grey))
     expected = {name: np.asarray(picture.convert("RGB")) for name, picture in made.items()}
-    expected["I16.png"] = expected["F.tiff"] = np.repeat(grey[..., None], 3, -1)
     for name, picture in made.items():
         picture.save(folder / name)
     turned = colour.getexif()
     turned[0x0112] = 6      # the camera was held upright
     colour.save(folder / "turned.png", exif=turned)
     expected["turned.png"] = np.rot90(np.asarray(colour), -1)
-    for name, array in {"f.npy": ramp / 255, "u2.npy": (ramp * 257).astype(np.uint16), "chw.npy": grey[None],
-                        "i8.npy": grey.astype(np.int64), "rgba.npy": np.stack([grey] * 3 + [255 - grey], -1)}.items():
+    arrays = {"f.npy": ramp / 255, "u2.npy": (ramp * 257).astype(np.uint16), "chw.npy": grey[None],
+              "i8.npy": grey.astype(np.int64), "rgba.npy": np.stack([grey] * 3 + [255 - grey], -1)}
+    for name, array in arrays.items():
         np.save(folder / name, array)
-        expected[name] = np.repeat(grey[..., None], 3, -1)
-    return expected
+    return expected | dict.fromkeys(("I16.png", "F.tiff", *arrays), np.repeat(grey[..., None], 3, -1))
 
 
 def test_photos_of_every_mode_and_size(tmp_path):
     """Each is read upright, as uint8 of the model's size and channels; hidden files and deep folders do no harm."""
-    expected = save_modes(tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    expected = save_modes(tmp_path / "train" / "a")
     for file in ("b/deep/er/1.png", "b/2.png"):
         write(tmp_path / "train" / file, (tmp_path / "train" / "a" / "RGB.png").read_bytes())
     for file in (".DS_Store", "Thumbs.db"):
@@ -460,7 +445,7 @@ def test_photos_of_every_mode_and_size(tmp_path):
 def test_grey_and_colour_become_each_other_as_in_pillow(tmp_path, channels, mode):
     for shape in ((16, 16, 3), (16, 16)):
         pixels = some_images(shape)
-        rows = [{"pixels": data.channels_first(pixels, "here"), "label": 0}]
+        rows = [digit(data.channels_first(pixels, "here"))]
         ours = data.encode(TASKS["digits"], rows, image=vit(tmp_path, 16, channels)).pixels[0]
         theirs = np.asarray(Image.fromarray(pixels).convert(mode))
         assert np.array_equal(ours, theirs[None] if channels == 1 else theirs.transpose(2, 0, 1))
@@ -490,8 +475,8 @@ def test_images_are_prepared_as_transformers_does(tmp_path, name):
     pictures = [some_images(shape + (3,)) for shape in ((24, 24), (48, 64), (65, 31), (24, 9), (11, 90))]
     boards = [np.kron(np.eye(n, dtype=np.uint8), np.full((5, 7), 255, np.uint8)) for n in (3, 9)]
     pictures += [np.repeat(board[..., None], 3, -1) for board in boards]
-    rows = [{"pixels": picture.transpose(2, 0, 1), "label": 0} for picture in pictures]
-    ours = data.collate(data.encode(TASKS["digits"], rows, image=settings), list(range(len(rows))))[0]["pixels"]
+    split = data.encode(TASKS["digits"], [digit(picture.transpose(2, 0, 1)) for picture in pictures], image=settings)
+    ours = data.collate(split, list(range(len(pictures))))[0]["pixels"]
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
         [Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
     level = settings["scale"] / torch.tensor(settings["std"]).min()
@@ -500,84 +485,89 @@ def test_images_are_prepared_as_transformers_does(tmp_path, name):
 
 
 REFUSED = {
-    "resample": {"resample": 1}, "size": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
-    "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "offset": {"offset": True},
-    "crop_pct": {"crop_pct": 0.9}, "do_flip_channel_order": {"do_flip_channel_order": True},
+    "resample": {"resample": 1}, "size .'long": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
+    "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "crop_pct": {"crop_pct": 0.9},
+    "do_flip_channel_order": {"do_flip_channel_order": True}, "size": {"size": {"height": 3, "width": 24}},
     "image_processor_type": {"image_processor_type": "SiglipImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
     "image_std": {"image_std": [0, 1, 1]}, "rescale_factor": {"rescale_factor": "1/255"},
 }
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "other size"])
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_done_to_images_is_named(tmp_path, name):
-    changes = REFUSED.get(name, {"size": {"height": 30, "width": 24}})
-    with pytest.raises(UserError, match=f"preprocessor_config.json: {name if name in REFUSED else 'size'} .*: mend it"):
-        vit(tmp_path, 24, **{"size": {"height": 24, "width": 24}} | changes)
+    with refused(f"preprocessor_config.json: {name} .*: mend it"):
+        vit(tmp_path, 24, **SQUARE | REFUSED[name])
 
 
 def test_an_image_that_is_not_resized_must_fit(tmp_path):
-    rows = [{"pixels": some_images((3, 24, 24)), "label": 0}, {"pixels": some_images((3, 24, 25)), "label": 0}]
-    with pytest.raises(UserError, match="digits image 1: 24 x 25 pixels, the model takes"):
-        data.encode(TASKS["digits"], rows, image=vit(tmp_path, 24, do_resize=False))
-    rows = [{"pixels": some_images((3, 23, 40)), "label": 0}]
-    with pytest.raises(UserError, match="digits image 0: 23 x 24 pixels, .* does not enlarge it"):
-        data.encode(TASKS["digits"], rows, image=vit(tmp_path, 24, do_resize=False, **CROP))
+    whole = vit(tmp_path, 24, do_resize=False)
+    with refused("digits image 1: 24 x 25 pixels, the model takes"):
+        data.encode(TASKS["digits"], [digit(some_images((3, 24, width))) for width in (24, 25)], image=whole)
+    with refused("digits image 0: 23 x 24 pixels, .* does not enlarge it"):
+        cropped = vit(tmp_path, 24, do_resize=False, **CROP)
+        data.encode(TASKS["digits"], [digit(some_images((3, 23, 40)))], image=cropped)
+
+
+def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
+    """Arrays of the model's size do without Pillow."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    read_bad(tmp_path, "image-folder", photo("1.png", "junk"), "1.png: reading or resizing images needs Pillow: pip")
+    rows = [digit(some_images((3, 4, 4)))]
+    assert len(data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 4, 4)))) == 1
+    with refused("digits image 0: reading or resizing images needs Pillow"):
+        data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 5, 4)))
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizing
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "the dog", "", "naïve café — 42 %", "fox " * 40,
          "unseen žluťoučký", "中文 The\tFOX\n [SEP] </s> fox", " Fox  dog"]
+BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+ROBERTA = LLAMA | {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>"}
 
 
-def make_tokenizer(folder, kind, model_type=None, **settings):
+def make_tokenizer(folder, kind, model_type=None, texts=TEXTS[:4], **settings):
     """Train a small tokenizer of a kind and write a model folder with it as transformers would find one."""
-    models, before, decoders, processors = (
-        tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders, tokenizers.processors)
-    train, options = tokenizers.trainers.BpeTrainer, {"vocab_size": 200}
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+    train, options, templates = trainers.BpeTrainer, {"vocab_size": 200}, ("<s> $A", "<s> $A <s>:1 $B:1")
     if kind == "bert":
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = tokenizers.normalizers.BertNormalizer()
-        backend.pre_tokenizer, backend.decoder = before.BertPreTokenizer(), decoders.WordPiece()
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-        train, config = tokenizers.trainers.WordPieceTrainer, {"model_type": "bert", "type_vocab_size": 2}
-        template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1",
-                    "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        train, special, config = trainers.WordPieceTrainer, BERT, {"model_type": "bert", "type_vocab_size": 2}
+        templates = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
     elif kind == "sentencepiece":
         backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        backend.normalizer = tokenizers.normalizers.Sequence([
-            tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                              decoders.Strip(" ", 1, 0)])
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        config = {"model_type": "llama"}
-        template = {"single": "<s> $A", "pair": "<s> $A <s>:1 $B:1", "special_tokens": [("<s>", 1)]}
+        special, config = LLAMA, {"model_type": "llama"}
     else:
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer, backend.decoder = before.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "unk_token": "<unk>",
-                   "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-        if kind == "bpe":
-            special = {name: special[name] for name in ("bos_token", "eos_token")}
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        special = ROBERTA if kind == "roberta" else {name: LLAMA[name] for name in ("bos_token", "eos_token")}
         config = {"model_type": "llama", "eos_token_id": [1, 7]}
-        options = {"vocab_size": 400, "initial_alphabet": before.ByteLevel.alphabet()}
-        template = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+        options = {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        templates = "<s> $A </s>", "<s> $A </s> $B </s>"
     names = [token if isinstance(token, str) else token["content"] for token in special.values()]
     trainer = train(show_progress=False, special_tokens=[*dict.fromkeys(names)], **options)
-    more = ["### Response:\nthe correct answer is true"] if kind != "sentencepiece" else ["the correct answer is true"]
-    backend.train_from_iterator(TEXTS[:4] * 5 + more, trainer)
+    line = "### Response:\n" if kind != "sentencepiece" else ""     # whose pieces do not go over the end of a line
+    backend.train_from_iterator([*texts * 5, f"{line}the correct answer is true"], trainer)
+    used = [(name, backend.token_to_id(name)) for name in {*names} if name in templates[1].split()]
     if kind == "sentencepiece":
         content = json.loads(backend.to_str())
         content["model"]["vocab"] |= {f"<0x{i:02X}>": len(content["model"]["vocab"]) + i for i in range(256)}
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    backend.post_processor = processors.TemplateProcessing(**template)
+    backend.post_processor = processors.TemplateProcessing(
+        single=templates[0], pair=templates[1], special_tokens=used)
     backend.enable_truncation(5)  # settings left in the file must not matter
     backend.enable_padding(length=50)
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
-    settings = {key: value for key, value in (special | settings).items() if value is not None}
-    write(folder / "tokenizer_config.json", settings)
+    settings = special | {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    write(folder / "tokenizer_config.json", {key: value for key, value in settings.items() if value is not None})
     write(folder / "special_tokens_map.json", special)
     write(folder / "config.json", config | ({"model_type": model_type} if model_type else {}))
     return folder
@@ -585,9 +575,8 @@ def make_tokenizer(folder, kind, model_type=None, **settings):
 
 def compare_with_transformers(folder):
     fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
-    pairs = TEXTS[::-1]
     for length in (None, 64, 16, 8):
-        for second in (None, pairs):
+        for second in (None, TEXTS[::-1]):
             ids, types = ours.encode(TEXTS, second, length)
             theirs = fast(TEXTS, second, truncation=length is not None, max_length=length, return_token_type_ids=True)
             assert [list(row) for row in ids] == theirs["input_ids"]
@@ -640,10 +629,10 @@ OVERRIDES = {
     "special tokens": ("bert", {"tokenizer_class": "BertTokenizer", "cls_token": "[UNK]"}),
     "electra": ("bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
     "extra": ("bpe", {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
-    "roberta": ("roberta", {"tokenizer_class": "RobertaTokenizer"}),
-    "roberta space": ("roberta", {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}),
-    "gpt2": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
-    "gpt2 bos": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}),
+    "roberta": ("roberta", {"tokenizer_class": "RobertaTokenizer"}, "roberta"),
+    "roberta space": ("roberta", {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}, "roberta"),
+    "gpt2": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "gpt2"),
+    "gpt2 bos": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, "gpt2"),
     "eos": ("bpe", {"add_eos_token": True}), "neither": ("bpe", {"add_bos_token": False}),
     "llama": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}),
     "llama eos": ("sentencepiece", {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
@@ -651,13 +640,12 @@ OVERRIDES = {
     "llama legacy": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
     "llama byte level": ("bpe", {"tokenizer_class": "LlamaTokenizer"}),
 }
-TYPES = {"roberta": "roberta", "roberta space": "roberta", "gpt2": "gpt2", "gpt2 bos": "gpt2"}
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_encoding_equals_transformers(tmp_path, name):
-    kind, settings = OVERRIDES[name]
-    ours = compare_with_transformers(make_tokenizer(tmp_path, kind, TYPES.get(name), **settings))
+    kind, settings, *model_type = OVERRIDES[name]
+    ours = compare_with_transformers(make_tokenizer(tmp_path, kind, *model_type, **settings))
     if name == "as it is":
         assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (1, 1, [1, 7], [0])
     elif kind == "bert":
@@ -672,30 +660,23 @@ def test_encoding_equals_transformers_on_checkpoints(name):
     compare_with_transformers(folder)
 
 
-def split_files(folder, kind, model_type):
-    """A repository without tokenizer.json: its vocabulary as vocab.txt, or as vocab.json and merges.txt."""
-    make_tokenizer(folder, kind, model_type, tokenizer_class=None)
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer.json").unlink()
-    if kind == "bert":
-        write(folder / "vocab.txt", "".join(f"{token}\n" for token in sorted(model["vocab"], key=model["vocab"].get)))
-    else:
-        write(folder / "vocab.json", model["vocab"])
-        write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
-    return folder
-
-
-@pytest.mark.parametrize("kind, model_type", [("bert", "bert"), ("roberta", "roberta"), ("bpe", "gpt2")])
+@pytest.mark.parametrize("kind, model_type", [("bert", "bert"), ("roberta", "roberta"), ("bpe", "gpt2"),
+                                              ("bpe", "qwen2")])
 def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
-    compare_with_transformers(split_files(tmp_path, kind, model_type))
-
-
-def test_the_remedy_for_other_vocabularies_works(tmp_path):
-    """What the message says to run makes a tokenizer.json, with which the ids are transformers'."""
-    with pytest.raises(UserError, match="fetch the model's tokenizer files, or make it: pip install") as caught:
-        data.Tokenizer(split_files(tmp_path, "bpe", "qwen2"))
-    command = str(caught.value).partition(", then python ")[2]
-    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
+    """vocab.txt, or vocab.json and merges.txt; for other families the message says how to make a tokenizer.json."""
+    make_tokenizer(tmp_path, kind, model_type, tokenizer_class=None)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    if kind == "bert":
+        write(tmp_path / "vocab.txt", "".join(f"{token}\n" for token in sorted(model["vocab"], key=model["vocab"].get)))
+    else:
+        write(tmp_path / "vocab.json", model["vocab"])
+        write(tmp_path / "merges.txt", "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    if model_type == "qwen2":
+        with refused("fetch the model's tokenizer files, or make it: pip install") as caught:
+            data.Tokenizer(tmp_path)
+        command = str(caught.value).partition(", then python ")[2]
+        subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
     compare_with_transformers(tmp_path)
 
 
@@ -703,7 +684,7 @@ def test_fallback_ids(tmp_path, caplog):
     folder = make_tokenizer(tmp_path, "bert")
     write(folder / "special_tokens_map.json", "{}")
     write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
-    write(folder / "config.json", {"model_type": "bert", "bos_token_id": 2, "eos_token_id": 3})
+    write(folder / "config.json", {"model_type": "bert", "eos_token_id": 3})
     write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
     ours = data.Tokenizer(folder)
     assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 3, [3, 5], [2])
@@ -724,29 +705,41 @@ def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
     assert tokenizer.decode([3, 3, 2, 4, 5], [5, 1, 4]) == "   returnx"
 
 
-def processor(folder, task="rte", vocab_size=200, types=2):
-    return data.Processor(TASKS[task], folder, SimpleNamespace(vocab_size=vocab_size, type_vocab_size=types))
-
-
 def test_tokens_are_checked_against_the_model(tmp_path, caplog):
-    folder = make_tokenizer(tmp_path, "bert")
-    size = data.Tokenizer(folder).backend.get_vocab_size()
+    def processor(task="rte", vocab_size=200, types=2):
+        return data.Processor(TASKS[task], tmp_path, SimpleNamespace(vocab_size=vocab_size, type_vocab_size=types))
+
+    size = data.Tokenizer(make_tokenizer(tmp_path, "bert")).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
-    assert len(processor(folder, vocab_size=size).training(rows, 32)) == 1
-    with pytest.raises(UserError, match="rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
-        processor(folder, vocab_size=20).training(rows, 32)
-    with pytest.raises(UserError, match=f"the tokenizer has {size} tokens, the model 999: it is not this model's"):
-        processor(folder, vocab_size=999)
-    with pytest.raises(UserError, match="a pair's texts have 2 types, the model only 1 type embeddings"):
-        processor(folder, types=1).training(rows, 32)
-    make_tokenizer(folder, "bpe", add_bos_token=False, pad_token="<|pad|>")
-    ours = processor(folder, "sst2", size := data.Tokenizer(folder).pad_id)
-    assert ours.tokenizer.pad_id == 1 and f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
-    content = json.loads((folder / "tokenizer.json").read_text())
-    write(folder / "tokenizer.json", content | {"post_processor": None})
-    ours = processor(folder, "sst2", size)
-    with pytest.raises(UserError, match="sst2, row '': no token: remove the row"):
-        ours.training([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
+    assert len(processor(vocab_size=size).training(rows, 32)) == 1
+    with refused("rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
+        processor(vocab_size=20).training(rows, 32)
+    with refused(f"the tokenizer has {size} tokens, the model 999: it is not this model's"):
+        processor(vocab_size=999)
+    with refused("a pair's texts have 2 types, the model only 1 type embeddings"):
+        processor(types=1).training(rows, 32)
+    with refused("max length 2 leaves no room for text"):
+        processor().training(rows, 2)
+    with refused("the tokenizer has no eos token"):
+        processor("boolq").training([{"prompt": "a", "answer": "b"}], 32)
+    make_tokenizer(tmp_path, "bpe", pad_token="<|pad|>")
+    size = data.Tokenizer(tmp_path).pad_id
+    assert processor("sst2", size).tokenizer.pad_id == 1
+    assert f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    write(tmp_path / "tokenizer.json", content | {"post_processor": None})
+    with refused("sst2, row '': no token: remove the row"):
+        processor("sst2", size).training([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
+
+
+@pytest.mark.parametrize("file, content, pattern", [
+    ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
+    ("tokenizer_config.json", "[3]", "_config.json row 1: int, expected"),
+    ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": []}, "not a tokenizer")])
+def test_bad_tokenizers(tmp_path, file, content, pattern):
+    write(make_tokenizer(tmp_path, "bert") / file, content)
+    with refused(pattern):
+        data.Tokenizer(tmp_path)
 
 
 def test_classification_batches(tmp_path):
@@ -756,28 +749,22 @@ def test_classification_batches(tmp_path):
         folder = make_tokenizer(tmp_path / kind, kind, kind)
         fast = transformers.AutoTokenizer.from_pretrained(folder)
         split = data.encode(TASKS["rte"], rows, data.Tokenizer(folder), 24)
-        for indices in ([1], [0, 4, 2], [5, 3]):
-            inputs, labels = data.collate(split, indices)
-            texts = [[rows[i][name] for i in indices] for name in ("text", "pair")]
-            theirs = fast(*texts, padding=True, truncation=True, max_length=24, return_tensors="pt",
-                          return_token_type_ids=True)
-            assert torch.equal(inputs["tokens"], theirs["input_ids"])
-            assert torch.equal(inputs["mask"], theirs["attention_mask"].bool())
-            assert ("types" in inputs) == (kind == "bert")
-            assert kind != "bert" or torch.equal(inputs["types"], theirs["token_type_ids"])
-            assert labels.tolist() == [i % 2 for i in indices] and labels.dtype == torch.long
-        widths = [data.collate(split, [i], pad_to=[8, 16, 20])[0]["tokens"].shape[1] for i in range(6)]
-        for width, length in zip(widths, split.lengths):
-            assert width == min([bucket for bucket in (8, 16, 20) if bucket >= length], default=length)
-        assert len(set(widths)) > 1
-    rows = [{"text": "a", "pair": "b", "label": 2.5}]
-    split = data.encode(TASKS["stsb"], rows, data.Tokenizer(folder))
+        inputs, labels = data.collate(split, [0, 4, 2])
+        theirs = fast(*([rows[i][name] for i in (0, 4, 2)] for name in ("text", "pair")), padding=True,
+                      truncation=True, max_length=24, return_tensors="pt", return_token_type_ids=True)
+        assert torch.equal(inputs["tokens"], theirs["input_ids"]) and labels.tolist() == [0, 0, 0]
+        assert torch.equal(inputs["mask"], theirs["attention_mask"].bool()) and labels.dtype == torch.long
+        assert ("types" in inputs) == (kind == "bert")
+        assert kind != "bert" or torch.equal(inputs["types"], theirs["token_type_ids"])
+    for i, length in enumerate(split.lengths):
+        width = data.collate(split, [i], pad_to=[8, 16, 20])[0]["tokens"].shape[1]
+        assert width == min([bucket for bucket in (8, 16, 20) if bucket >= length], default=length)
+    split = data.encode(TASKS["stsb"], [{"text": "a", "pair": "b", "label": 2.5}], data.Tokenizer(folder))
     assert data.collate(split, [0])[1].dtype == torch.float32
 
 
 JOINED = {"sentencepiece": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer"}), "byte level": ("roberta", {}),
-          "bos": ("bpe", {"add_bos_token": True}), "eos": ("bpe", {"add_eos_token": True}),
-          "both": ("bpe", {"add_bos_token": True, "add_eos_token": True})}
+          "bos": ("bpe", {"add_bos_token": True}), "eos": ("bpe", {"add_eos_token": True})}
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -790,8 +777,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
     split = data.encode(TASKS["instructions"], rows, ours)
     for row, ids, start in zip(rows, split.tokens, split.starts):
         theirs = fast(row["prompt"] + row["answer"])["input_ids"]
-        theirs = theirs if theirs[-1] == ours.eos_id else [*theirs, ours.eos_id]
-        assert ids.tolist() == theirs
+        assert ids.tolist() == (theirs if theirs[-1] == ours.eos_id else [*theirs, ours.eos_id])
         prompt = fast(row["prompt"], add_special_tokens=False)["input_ids"]
         assert ids[:start].tolist() == [*ours.prefix, *prompt]
     assert "apart" not in caplog.text
@@ -802,16 +788,11 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
     assert "1 of 5 answers were encoded apart from their prompts" in caplog.text
 
 
-def instruction_rows(count, seed=0):
-    random = np.random.default_rng(seed)
-    return [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
-             "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(count)]
-
-
 def test_instruction_batches(tmp_path, caplog):
     """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
-    tokenizer = data.Tokenizer(make_tokenizer(tmp_path, "bpe"))
-    rows = instruction_rows(12)
+    tokenizer, random = data.Tokenizer(make_tokenizer(tmp_path, "bpe")), np.random.default_rng(0)
+    rows = [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
+             "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(12)]
     split = data.encode(TASKS["boolq"], rows, tokenizer)
     inputs, labels = data.collate(split, list(range(12)), pad_to=[512])
     flat, start = inputs["tokens"].view(-1), 0
@@ -835,26 +816,21 @@ def test_instruction_batches(tmp_path, caplog):
     assert short.rows == [rows[i] for i in kept] and max(short.lengths) <= cut
     assert all(list(a) == list(split.tokens[i][:cut]) for a, i in zip(short.tokens, kept))
     assert f"dropped {12 - len(kept)} of 12 rows" in caplog.text
-    with pytest.raises(UserError, match="no row has its answer within max length 9"):
+    with refused("no row has its answer within max length 9"):
         data.encode(TASKS["boolq"], rows, tokenizer, max_length=9)
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
-
-
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("count, size", [(1, 1), (5, 8), (64, 8), (1000, 7), (3001, 32)])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_batches_properties(seed, count, size, shuffle):
-    lengths = np.random.default_rng(seed).integers(1, 200, count).tolist()
+def test_batches_properties(count, size, shuffle):
+    lengths = np.random.default_rng(0).integers(1, 200, count).tolist()
     split = data.Split("classify", [], lengths)
-    order = data.batches(split, size, seed, epoch=3, shuffle=shuffle)
+    order = data.batches(split, size, 0, epoch=3, shuffle=shuffle)
     assert sorted(i for batch in order for i in batch) == list(range(count))
     assert [len(batch) for batch in order[:-1]] == [size] * (len(order) - 1) and 1 <= len(order[-1]) <= size
-    assert order == data.batches(split, size, seed, epoch=3, shuffle=shuffle)
+    assert order == data.batches(split, size, 0, epoch=3, shuffle=shuffle)
     if shuffle and count > 100:
-        assert order != data.batches(split, size, seed, epoch=4)
-        assert order != data.batches(split, size, seed + 1, epoch=3)
+        assert order != data.batches(split, size, 0, epoch=4) and order != data.batches(split, size, 1, epoch=3)
         padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in order)
         assert padded < 1.15 * sum(lengths)
         longest = [max(lengths[i] for i in batch) for batch in order[:-1]]
@@ -894,21 +870,11 @@ def test_a_method_decides_what_its_authors_say_and_why():
     assert data.hyperparameters(TASKS["rte"], "roberta", 768, "random")[1] == {}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "qwen3", "vit"])
-@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "weightlora"])
-def test_hyperparameters_are_complete(family, method):
-    keys = set("lr batch_size epochs steps warmup weight_decay max_length dropout alpha rank schedule".split())
-    for task, size in itertools.product(TASKS.values(), (384, 4096)):
-        found, _ = data.hyperparameters(task, family, size, method)
-        assert set(found) == keys and (found["epochs"] is None) != (found["steps"] is None) and 0 < found["lr"] < 0.01
-
-
 # --------------------------------------------------------------------------------------------- tasks in a user's file
 
 OWN_TASK = """
 from dataclasses import replace
 from data import TASKS, Task, own, read_texts
-from data import read_arrays as read
 LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"))
 NEAR = replace(TASKS["digits-rot90"], name="digits-near", base=(1e-3, 16, 3))
 """
@@ -922,22 +888,15 @@ def test_a_task_in_a_file(tmp_path):
         task = data.find_task(name, tmp_path)
         assert (task.name, task.labels) == ("liked", ("no", "yes"))
         assert data.read(task, tmp_path, "dev") == [{"text": "bad", "label": 0}]
-
-
-@pytest.mark.parametrize("name, message", [
-    ("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"), ("mine.txt:X", "there is no file mine.txt"),
-    ("mine.py:DISLIKED", r"the file has no data.Task DISLIKED: define it, or name one of \['LIKED', 'NEAR'\]"),
-    ("mine.py:read", "the file has no data.Task read"), ("mine", "no task 'mine': choose from .*, my_tasks.py:")])
-def test_what_is_no_task_in_a_file(tmp_path, monkeypatch, name, message):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "mine.py", OWN_TASK)
-    write(tmp_path / "mine.txt", OWN_TASK)
-    with pytest.raises(UserError, match=message):
-        data.find_task(name)
+    for name, message in (("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"),
+                          (f"{file}:Task", r"no data.Task Task: define it, or name one of \['LIKED', 'NEAR'\]"),
+                          ("mine", "no task 'mine': choose from .*, my_tasks.py:")):
+        with refused(message):
+            data.find_task(name)
 
 
 def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys):
-    """train.py, eval.py from another folder, --resume after the file's folder is left, bench.py quality; the hash."""
+    """train.py, --resume and eval.py after the file's folder is left, bench.py quality; the hash of the sources."""
     import bench
     import eval as evaluation
     import train
@@ -946,22 +905,19 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     flags = ["--steps", "4", "--limit-train", "64", "--limit-eval", "40", "--batch-size", "8", "--no-eval-before"]
     with interrupted_after(2):
         train.main(["--task", "mine.py:NEAR", *flags, "--save-every", "1", "--out", "run"])
-    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "x", "")
     monkeypatch.chdir(tmp_path / "elsewhere")
     train.main(["--resume", "../run"])
-    trained = json.loads(capsys.readouterr().out)
-    settings = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert settings["settings"]["task"] == f"{file}:NEAR" and settings["settings"]["lr"] == 1e-3
-    assert "lora on digits-near" in (tmp_path / "run" / "README.md").read_text()
-    for task in ((), ("--task", "../mine.py:NEAR")):
-        evaluation.main(["../run", *task])
-        again = json.loads(capsys.readouterr().out)
-        assert again["task"] == trained["task"] == "digits-near" and again["accuracy"] == trained["accuracy"]
+    evaluation.main(["../run"])
+    trained, again = map(json.loads, capsys.readouterr().out.splitlines())
+    assert again["task"] == trained["task"] == "digits-near" and again["accuracy"] == trained["accuracy"]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["settings"]["task"] == f"{file}:NEAR" and about["settings"]["lr"] == 1e-3
     monkeypatch.chdir(tmp_path)
     bench.main(["quality", "--tasks", "mine.py:NEAR,digits", "--methods", "lora", "--seeds", "1", *flags])
     assert {"mine.py:NEAR", "digits"} < json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["lora"].keys()
     before = evaluation.source_hash("lora", "mine.py:NEAR")
-    assert before == settings["source"] != evaluation.source_hash("lora", "digits")
+    assert before == about["source"] != evaluation.source_hash("lora", "digits")
     write(file, OWN_TASK + "# changed")
     evaluation.source_hash.cache_clear()
     assert evaluation.source_hash("lora", str(file) + ":NEAR") != before
@@ -969,59 +925,19 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-COLA = "gj04\t1\t\tGood.\ngj04\t0\t*\tBad are.\n"
-GOOD = {"instruction": "q", "input": "", "output": "the correct answer is true", "answer": "true"}
-
-
-def files(name, content, split="train", named=None):
-    """Case: these files of a task; `named`: it is --data, not the folder."""
-    def make(folder):
-        for path, text in content.items():
-            write(folder / path, text)
-        where = folder / named if named else folder
-        task = data.find_task(name, where)
-        rows = data.read(task, where, split)
-        if task.kind == "image":
-            data.encode(task, rows, image=data.image_settings(None, (3, 4, 4)))
-    return make
-
-
-def glue(name, text):
-    return files(name, {"train.tsv": text})
-
-
-def own(text, file="train.csv", name="text-classification"):
-    return files(name, {file: text, file.replace("train", "dev"): text})
-
-
-def rows(*rows, name="instructions"):
-    return own(jsonl(rows), "train.jsonl", name)
-
-
-def buffered(save, *arrays, **named):
+def bytes_of(save, *arrays, **named):
     buffer = io.BytesIO()
     save(buffer, *arrays, **named)
     return buffer.getvalue()
 
 
-def arrays(labels=(0, 1, 0), **more):
-    images = {"images": some_images((len(labels), 4, 4)), "labels": np.array(labels), **more}
-    return files("npz", {"a.npz": buffered(np.savez, **images)}, named="a.npz")
+def npz(labels=(0, 1, 0), **more):
+    images = {"images": some_images((3, 4, 4)), "labels": np.array(labels), **more}
+    return {"train.npz": bytes_of(np.savez, **images)}
 
 
-def photos(content, name="1.npy"):
-    """Case: this file in a folder of images."""
-    return files("image-folder", {"train/b/0.npy": buffered(np.save, some_images((4, 4))), f"train/a/{name}": content})
-
-
-def model(files, task="cola", max_length=None):
-    def make(folder):
-        make_tokenizer(folder, "bert")
-        for name, text in files.items():
-            (folder / name).unlink() if text is None else write(folder / name, text)
-        row = {"text": "a", "label": 0, "prompt": "a", "answer": "b"}
-        data.encode(TASKS[task], [row], data.Tokenizer(folder), max_length)
-    return make
+def photo(name, content):
+    return {"train/b/0.npy": bytes_of(np.save, some_images((4, 4))), f"train/a/{name}": content}
 
 
 def bomb():
@@ -1032,88 +948,74 @@ def bomb():
     return bytes(content)
 
 
-BAD = {
-    "unknown task": (lambda folder: data.find_task("colla"), "no task 'colla': choose from cola, "),
-    "unknown split": (lambda folder: data.read(TASKS["mnli"], folder, "test"), "mnli has no test rows, only"),
-    "no such folder": (lambda folder: data.read(TASKS["cola"], folder / "none"), "none/CoLA/train.tsv: no such file, in .* there are no files"),
-    "other names": (files("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"}),
-                    "train.tsv: no such file, in .* there are 'a.tsv', 'b.xlsx': correct --data to name a file"),
-    "a file as folder": (files("cola", {"x.tsv": COLA}, named="x.tsv"), "x.tsv/CoLA/.*: no such file"),
-    "no data": (lambda folder: data.read(TASKS["text-classification"]), "--task text-classification needs --data"),
-    "no dev ids": (files("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}), "_dev_ids.tsv: no such file"),
-    "empty file": (glue("cola", ""), "train.tsv: the file is empty"),
-    "header only": (glue("sst2", "sentence\tlabel\n"), "no train rows"),
-    "not UTF-8": (glue("cola", COLA.encode() + b"x\t1\t\tna\xefve\n"), r"train.tsv line 3: byte \d+ is not UTF-8"),
-    "short row": (glue("cola", COLA + "gj04\t1\tx\n"), "train.tsv line 3: 3 columns, expected 4"),
-    "missing column": (glue("sst2", "text\tlabel\na\t1\n"), "line 2: no column 'sentence' .there are .*rename"),
-    "one class": (glue("cola", "a\t1\t\tx\nb\t1\t\ty\n"), "all labels are '1' in the 2 rows: add another class"),
-    "score infinite": (own("text,score\na,inf\nb,1\n", name="text-regression"), "line 2: score 'inf' is no finite"),
-    "label unseen in training": (
-        files("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"}, "dev"),
-        "dev.csv line 2: label 'z' is none of .'x', 'y'"),
-    "own file without text": (own("words,label\na,1\n"), "line 2: no column 'text' .there are .'words', 'label'"),
-    "broken CSV": (own('text,label\n"a"b,1\n'), "train.csv line 2: .*mend the CSV quoting"),
-    "text is a number": (rows({"text": 3, "label": 1}, name="text-classification"), "line 1: 'text' is int"),
-    "half a surrogate pair": (own('{"question": "\\ud800", "answer": "b"}', "train.jsonl", "instructions"),
-                              "line 1: 'question' is"),
-    "not JSON": (own('[{"question": "a",\n "answer": }]', "train.json", "instructions"), "train.json line 2: not JSON"),
-    "JSON list of text": (own('["a"]', "train.json", "instructions"), "train.json row 1: str, expected an object"),
-    "missing keys": (rows(GOOD, {"instruction": "a"}), "line 2: no column 'output'"),
-    "no answer": (rows({"question": "a", "answer": " "}), "no train rows"),
-    "no ####": (files("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])}),
-                "train.jsonl line 1: answer '', expected one marked as gsm8k's are"),
-    "no gzip": (files("gsm8k", {"test.jsonl.gz": b"no gzip"}, "dev"), "a broken archive .*: fetch it again"),
-    "cut gzip": (files("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "dev"), "a broken archive"),
-    "choice out of range": (files("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "dev"),
-                            "row 2: answer 'maybe', expected true or false"),
-    "object arrays": (arrays(images=np.array([{}, {}, {}], object)), "a.npz: no .npz of plain arrays"),
-    "not an npz": (files("npz", {"a.npz": b"nonsense"}, named="a.npz"), "a.npz: no .npz of plain arrays"),
-    "missing array": (arrays(x_train=some_images((2, 4, 4))), "a.npz: no column 'y_train'"),
-    "fewer labels": (arrays(images=some_images((4, 4, 4))), r"images \(4, 4, 4\), labels \(3,\)"),
-    "labels are floats": (arrays(labels=(0.5, 1.0, 2.0)), "float64 and split .*: expected"),
-    "flat images": (arrays(images=some_images((3, 16))), r"images \(3, 16\), labels"),
-    "float images": (arrays(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
-    "five channels": (arrays(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
-    "split of another length": (arrays(split=np.zeros(4)), r"and split \(4,\): expected"),
-    "no image folder": (files("image-folder", {"a/1.png": "x"}), "train: no such file, in .* there are 'a': correct --data"),
-    "no images": (lambda folder: (folder / "train" / "a").mkdir(parents=True) or files("image-folder", {})(folder),
-                  "no train rows"),
-    "not an image": (photos("junk", "1.png"), "1.png: not an image"),
-    "cut image": (lambda folder: photos(jpg(60)[:-300], "1.jpg")(folder), "1.jpg: not an image .*truncated"),
-    "decompression bomb": (lambda folder: photos(bomb(), "1.png")(folder), "1.png: not an image .*2147483648 pixels"),
-    "no tokenizer": (model({"tokenizer.json": None}), "tokenizer.json: no such file, nor a vocabulary"),
-    "broken tokenizer": (model({"tokenizer.json": "{}"}), "tokenizer.json: not a tokenizer"),
-    "tokenizer config is a list": (model({"tokenizer_config.json": "[3]"}), "_config.json row 1: int, expected"),
-    "tokenizer setting of a wrong type": (
-        model({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "do_lower_case": []}}), "not a tokenizer"),
-    "no room for text": (model({}, max_length=2), "max length 2 leaves no room for text"),
-    "no eos": (model({}, task="boolq"), "the tokenizer has no eos token"),
-}
+COLA = "gj04\t1\t\tGood.\ngj04\t0\t*\tBad are.\n"
+GOOD = {"instruction": "q", "input": "", "output": "the correct answer is true", "answer": "true"}
+# task, its files, what the line says, and the split or file that is read
+BAD = [
+    ("colla", {}, "no task 'colla': choose from cola, "),
+    ("mnli", {}, "mnli has no test rows, only", "test"),
+    ("cola", {}, "CoLA/train.tsv: no such file, in .* there are no files"),
+    ("cola", {"x.tsv": COLA}, "x.tsv/CoLA/.*: no such file", "train", "x.tsv"),
+    ("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"},
+     "train.tsv: no such file, in .* there are 'a.tsv', 'b.xlsx': correct --data to name a file"),
+    ("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}, "_dev_ids.tsv: no such file"),
+    ("cola", {"train.tsv": ""}, "train.tsv: the file is empty"),
+    ("sst2", {"train.tsv": "sentence\tlabel\n"}, "no train rows"),
+    ("cola", {"train.tsv": COLA.encode() + b"x\t1\t\tna\xefve\n"}, r"train.tsv line 3: byte \d+ is not UTF-8"),
+    ("cola", {"train.tsv": COLA + "gj04\t1\tx\n"}, "train.tsv line 3: 3 columns, expected 4"),
+    ("sst2", {"train.tsv": "text\tlabel\na\t1\n"}, "line 2: no column 'sentence' .there are .*rename"),
+    ("sst2", {"train.tsv": "sentence\tlabel\na\t\n"}, "line 2: label '' stands for a missing one"),
+    ("cola", {"train.tsv": "a\t1\t\tx\nb\t1\t\ty\n"}, "all labels are '1' in the 2 rows: add another class"),
+    ("text-regression", {"train.csv": "text,score\na,inf\nb,1\n"}, "line 2: score 'inf' is no finite"),
+    ("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"},
+     "dev.csv line 2: label 'z' is none of .'x', 'y'", "dev"),
+    ("text-classification", {"train.csv": "words,label\na,1\n"}, "no column 'text' .there are .'words', 'label'"),
+    ("text-classification", {"train.csv": 'text,label\n"a"b,1\n'}, "train.csv line 2: .*mend the CSV quoting"),
+    ("text-classification", {"train.jsonl": jsonl([{"text": 3, "label": 1}])}, "line 1: 'text' is int"),
+    ("instructions", {"train.jsonl": jsonl([{"question": "\ud800", "answer": "b"}])}, "line 1: 'question' is"),
+    ("instructions", {"train.json": '[{"question": "a",\n "answer": }]'}, "train.json line 2: not JSON"),
+    ("instructions", {"train.json": '["a"]'}, "train.json row 1: str, expected an object"),
+    ("instructions", {"train.jsonl": jsonl([GOOD, {"instruction": "a"}])}, "line 2: no column 'output'"),
+    ("instructions", {"train.jsonl": jsonl([{"question": "a", "answer": " "}])}, "no train rows"),
+    ("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])},
+     "train.jsonl line 1: answer '', expected one marked as gsm8k's are"),
+    ("gsm8k", {"test.jsonl.gz": b"no gzip"}, "a broken archive .*: fetch it again", "dev"),
+    ("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "a broken archive", "dev"),
+    ("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "row 2: answer 'maybe', expected true or", "dev"),
+    ("npz", npz(images=np.array([{}, {}, {}], object)), "train.npz: no .npz of plain arrays"),
+    ("npz", {"train.npz": b"nonsense"}, "train.npz: no .npz of plain arrays"),
+    ("npz", npz(x_train=some_images((2, 4, 4))), "train.npz: no column 'y_train'"),
+    ("npz", npz(images=some_images((4, 4, 4))), r"images \(4, 4, 4\), labels \(3,\)"),
+    ("npz", npz(labels=(0.5, 1.0, 2.0)), "float64 and split .*: expected"),
+    ("npz", npz(images=some_images((3, 16))), r"images \(3, 16\), labels"),
+    ("npz", npz(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
+    ("npz", npz(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
+    ("npz", npz(split=np.zeros(4)), r"and split \(4,\): expected"),
+    ("image-folder", {"a/1.png": "x"}, "train: no such file, in .* there are 'a': correct"),
+    ("image-folder", {"train/a.txt": "x"}, "no train rows"),
+    ("image-folder", photo("1.png", "junk"), "1.png: not an image"),
+    ("image-folder", photo("1.jpg", jpg(60)[:-300]), "1.jpg: not an image .*truncated"),
+    ("image-folder", photo("1.png", bomb()), "1.png: not an image .*2147483648 pixels"),
+]
 
 
-@pytest.mark.parametrize("make, pattern", BAD.values(), ids=BAD)
-def test_bad_input_is_one_line(tmp_path, make, pattern):
+def read_bad(folder, name, content, pattern, split="train", file=""):
+    """These files of a task are refused by one line that `pattern` finds; `file`: --data names it, not the folder."""
+    for path, text in content.items():
+        write(folder / path, text)
+    with refused(pattern):
+        task = data.find_task(name, folder / file)
+        rows = data.read(task, folder / file, split)
+        data.encode(task, rows, image=data.image_settings(None, (3, 4, 4)))
+
+
+@pytest.mark.parametrize("case", BAD, ids=[case[2] for case in BAD])
+def test_bad_input_is_one_line(tmp_path, case):
     """Each malformed input raises UserError with one line that names the place and a remedy."""
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    with pytest.raises(UserError, match=pattern) as caught:
-        make(folder)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-
-
-def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
-    """Arrays of the model's size do without Pillow."""
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(UserError, match="1.png: reading or resizing images needs Pillow: pip install pillow"):
-        photos("junk", "1.png")(tmp_path)
-    rows = [{"pixels": some_images((3, 4, 4)), "label": 0}]
-    assert len(data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 4, 4)))) == 1
-    with pytest.raises(UserError, match="digits image 0: reading or resizing images needs Pillow"):
-        data.encode(TASKS["digits"], rows, image=data.image_settings(None, (3, 5, 4)))
+    read_bad(tmp_path, *case)
 
 
 # ----------------------------------------------------------------------------------------------------------- fetching
-
 
 class Mirror(http.server.BaseHTTPRequestHandler):
     """Serves files {path: bytes}; a path in `cut` is announced whole and sent by half."""
@@ -1174,77 +1076,47 @@ def serve(mirror, task, bodies):
     return replace(task, sources=tuple(sources))
 
 
-def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if path.suffix in (".part", ".zip", ".gz", ".tgz")]
-
-
 COLA_ZIP = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/original/more.txt": "x"}
-
-
 EVIL = ("../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil")
 
 
 def test_fetch_archive(tmp_path, mirror):
     """Another checksum, then a connection that ends early, then all of it, once; no member gets out of the folder."""
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(COLA_ZIP)
-    with pytest.raises(UserError, match="CoLA.zip .it is damaged: its SHA-256 is .{64}, not .{64}.: run"):
+    with refused("CoLA.zip .it is damaged: its SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}.: run this again"):
         data.read(TASKS["cola"])
     packed = make_zip(COLA_ZIP | {"CoLA/test.tsv": os.urandom(9000)} | dict.fromkeys(EVIL, "x"))
-    task = serve(mirror, TASKS["cola"], [packed])
+    task, folder = serve(mirror, TASKS["cola"], [packed]), tmp_path / "cache" / "CoLA"
     mirror.cut.update(mirror.files)
-    with pytest.raises(UserError, match="the connection ended at .* run this again"):
+    with refused("the connection ended at .* run this again"):
         data.read(task)
-    folder = tmp_path / "cache" / "CoLA"
-    assert not leftovers(tmp_path) and not (folder / "train.tsv").exists()
+    assert not list(folder.iterdir())
     mirror.cut.clear()
     assert len(data.read(task)) == 2 and len(data.read(task, None, "dev")) == 2
-    assert len(mirror.asked) == 3 and not leftovers(tmp_path) and not Path("/tmp/evil.txt").exists()
+    assert len(mirror.asked) == 3 and not Path("/tmp/evil.txt").exists()
     assert {path.name for path in folder.iterdir()} == {"dev.tsv", "original", "test.tsv", "train.tsv"}
     assert all(folder in path.parents for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_every_published_archive_has_a_checksum():
-    for name in LAYOUTS:
-        assert all(address.startswith("http") and len(sha256) == 64 for _, address, sha256 in TASKS[name].sources)
-    readme = SHARED / "README.md"
-    if not readme.is_file():
+    sources = [source for name in LAYOUTS for source in TASKS[name].sources]
+    assert all(address.startswith("https://") and len(sha256) == 64 for _, address, sha256 in sources)
+    if not (SHARED / "README.md").is_file():
         pytest.skip("no ../shared: checksums not compared with its list")
-    listed = readme.read_text()
-    for name in LAYOUTS:
-        for _, address, sha256 in TASKS[name].sources:
-            assert f"`{address.removeprefix(data.FACEBOOK)}`" in listed and sha256 in listed
+    listed = (SHARED / "README.md").read_text()
+    assert all(f"`{address.removeprefix(data.FACEBOOK)}` | {sha256}" in listed.replace("(MRPC) ", "").replace(
+        "(which of its rows are dev) ", "") for _, address, sha256 in sources)
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
     """A closed port, then a server that does not have the file."""
-    with pytest.raises(UserError, match="cannot fetch https://raw.*HTTP Error 404"):
+    with refused("--task text-classification needs --data"):
+        data.read(TASKS["text-classification"])
+    with refused("cannot fetch https://raw.*HTTP Error 404"):
         data.read(TASKS["piqa"])
     monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
-    for task, verb in ((TASKS["sst2"], "unpack"), (TASKS["commonsense"], "put")):
-        pattern = (f"cannot fetch https://.*: run this again, or download it elsewhere and {verb} it into {tmp_path}/cache/.*, "
-                   "or name a folder with its files by --data")
-        with pytest.raises(UserError, match=pattern) as caught:
-            data.read(task)
-        assert "\n" not in str(caught.value)
-    assert not leftovers(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------- real data
-
-REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb", "glue"): (5749, 1500),
-        ("boolq", "commonsense"): (9427, 3270), ("obqa", "commonsense"): (4957, 500),
-        ("arc-e", "commonsense"): (2251, 2376), ("arc-c", "commonsense"): (1119, 1172),
-        ("piqa", "commonsense"): (0, 1838), ("siqa", "commonsense"): (0, 1954),
-        ("winogrande", "commonsense"): (0, 1267), ("gsm8k", "."): (7473, 1319)}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with the real data")
-@pytest.mark.parametrize("name, folder", REAL)
-def test_real_files(name, folder, caplog):
-    """Every row and column of the real files is read; expected outputs contain their own answers."""
-    task = data.find_task(name, SHARED / folder)
-    for split, count in zip(("train", "dev"), REAL[name, folder]):
-        rows = data.read(task, SHARED / folder, split) if count else []
-        assert len(rows) == count and "not read" not in caplog.text
-        scored = [row for row in rows if "target" in row]
-        assert all(data.extract_answer(row["answer"], row["answers"]) == row["target"] for row in scored)
+    for name, verb in (("sst2", "unpack"), ("commonsense", "put")):
+        with refused(f"cannot fetch https://.*: run this again, or download it elsewhere and {verb} it into "
+                     f"{tmp_path}/cache/.*, or name a folder with its files by --data"):
+            data.read(TASKS[name])
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -11,12 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import test_data
-from test_data import (files, jpg, jsonl, leftovers, make_tar, make_zip, mirror, own_cache, place, serve,  # noqa: F401
+from test_data import (jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad, serve,  # noqa: F401
                        some_images, write)
+from tiny import refused
 
 import data
-from model import UserError
 from papers import tasks
 
 FILE = str(ROOT / "papers" / "tasks.py")
@@ -101,7 +100,6 @@ PUBLISHED = {
 }
 
 
-
 TARGETS = {"math": ["\\frac{3}{2}"] * 3, "gsm8k": ["1200", "-3"]}
 
 
@@ -126,7 +124,7 @@ def test_published_sets(tmp_path, caplog, name):
     else:
         scored = [row for row in rows if row.get("task_id") not in (1, 10, 511, 974)]
         assert [row["sample"] for row in read] == [{key: row[key] for key in task.sample} for row in scored]
-        with pytest.raises(UserError, match=f"{name} has no train rows, only dev: name another task"):
+        with refused(f"{name} has no train rows, only dev: name another task"):
             data.read(task, tmp_path, "train")
 
 
@@ -136,9 +134,8 @@ def test_math_as_it_is_in_the_official_archive(tmp_path):
         write(tmp_path / "MATH" / split / subject / f"{n}.json", json.dumps(row, indent=4))
     for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
         assert [row["target"] for row in data.read(tasks.math, tmp_path, split)] == targets
-    with pytest.raises(UserError, match="MATH/train.jsonl: no such file, in .* there are 'algebra': correct --data"):
+    with refused("MATH/train.jsonl: no such file, in .* there are 'algebra': correct --data"):
         data.read(tasks.math, tmp_path / "MATH" / "test", "train")
-
 
 
 # hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
@@ -170,7 +167,7 @@ def test_final_answer(text, expected):
 
 def test_a_reference_solution_has_its_answer_in_its_own_place():
     assert tasks.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
-
+    assert [data.last_number(f"5 of 7{end}", reference=True) for end in (" #### 1,000", "")] == ["1000", ""]
 
 
 def food():
@@ -218,7 +215,7 @@ def test_photo_sets(tmp_path, mirror, name):
     task = serve(mirror, TASKS[name], [members.get(file, archive) for file in names])
     last = place(task.sources[-1][1])
     kept = mirror.files.pop(last)
-    with pytest.raises(UserError, match="cannot fetch"):
+    with refused("cannot fetch"):
         next(task.reader(task, None, "train"))
     mirror.files[last] = kept
     cache = tmp_path / "cache"
@@ -226,35 +223,16 @@ def test_photo_sets(tmp_path, mirror, name):
         for split in expected:
             rows = [row for _, row in task.reader(task, where, split)]
             assert [(row["label"], data.read_image(row["pixels"]).shape[2]) for row in rows] == expected[split]
-    assert mirror.asked.count(last) == 2 and not leftovers(tmp_path)
+    assert mirror.asked.count(last) == 2
     task = find(name, cache)
     assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, cache, "dev")
 
 
-def test_fetch_a_set_in_several_files(mirror):
-    """UltraFeedback: what was fetched before an interruption is not taken for the whole."""
-    _, rows, prompts, _ = PUBLISHED["ultrafeedback"]
-    addresses = [place(address) for _, address, _ in tasks.ultrafeedback.sources]
-    assert len(addresses) == 6
-    mirror.files.update(dict.fromkeys(addresses[:4], jsonl(rows).encode()))
-    for _ in range(2):
-        with pytest.raises(UserError, match="cannot fetch .*truthful_qa.jsonl .*put it into"):
-            data.read(tasks.ultrafeedback)
-    mirror.files.update(dict.fromkeys(addresses, jsonl(rows).encode()))
-    found = [len(data.read(tasks.ultrafeedback, None, split)) for split in ("train", "dev")]
-    assert sum(found) == 6 * len(prompts)
-    assert [mirror.asked.count(address) for address in addresses] == [1, 1, 1, 1, 3, 1]
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-def bad(name, content, pattern):
-    return files(f"{FILE}:{name}", content, "dev"), pattern
-
 
 def published(name, row, pattern):
     """Case: this row in the file of a published set."""
-    return bad(name, {TASKS[name].files["dev"][0].replace("*", "flan"): jsonl([row])}, pattern)
+    return name, {TASKS[name].files["dev"][0].replace("*", "flan"): jsonl([row])}, pattern
 
 
 BAD = [
@@ -263,20 +241,20 @@ BAD = [
     published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2},
               "line 1: 'overall_score' is str 'N/A'"),
     published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}, "line 1: no column 0"),
-    bad("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
-    bad("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
-    bad("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"}, "a/1.jpg: not an image .*No such"),
-    bad("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99},
-        "imagelabels.mat: no MATLAB file")]
+    ("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
+    ("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
+    ("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"}, "a/1.jpg: not an image .*No such"),
+    ("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99},
+     "imagelabels.mat: no MATLAB file")]
 
 
-@pytest.mark.parametrize("make, pattern", BAD)
-def test_bad_input(tmp_path, make, pattern):
-    test_data.test_bad_input_is_one_line(tmp_path, make, pattern)
+@pytest.mark.parametrize("name, content, pattern", BAD)
+def test_bad_input(tmp_path, name, content, pattern):
+    read_bad(tmp_path, f"{FILE}:{name}", content, pattern, "dev")
 
 
 def test_scipy_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     write(tmp_path / "jpg" / "image_00001.jpg", "x")
-    with pytest.raises(UserError, match="imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
+    with refused("imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
         data.read(tasks.flowers102, tmp_path)

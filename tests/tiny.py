@@ -61,7 +61,7 @@ def settings(**changes):
 def refused(message):
     """A place for what ends with a UserError of one line that `message`, a regular expression, finds."""
     with pytest.raises(UserError, match=message) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
 
 
