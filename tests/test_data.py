@@ -485,7 +485,7 @@ def test_images_are_prepared_as_transformers_does(tmp_path, name):
 
 
 REFUSED = {
-    "resample": {"resample": 1}, "size .'long": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
+    "resample": {"resample": 1}, "size .'longest_edge':": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
     "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "crop_pct": {"crop_pct": 0.9},
     "do_flip_channel_order": {"do_flip_channel_order": True}, "size": {"size": {"height": 3, "width": 24}},
     "image_processor_type": {"image_processor_type": "SiglipImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
