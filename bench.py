@@ -82,8 +82,8 @@ class Bench:
 def base_model(b):
     """The frozen model that all contenders share, and its task's kind; settles --targets."""
     config, folder = models.find_config(b.model, b.init_weights)
-    raw = dict(config.raw, attention_dropout=b.dropout, hidden_dropout_prob=b.dropout,
-               attention_probs_dropout_prob=b.dropout, classifier_dropout=b.dropout)
+    raw = dict(config.raw, attention_dropout=b.dropout, hidden_dropout_prob=b.dropout, classifier_dropout=b.dropout,
+               attention_probs_dropout_prob=b.dropout, attn_pdrop=b.dropout, resid_pdrop=b.dropout)
     if b.layers:
         raw["num_hidden_layers"] = b.layers
         raw.pop("layer_types", None)

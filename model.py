@@ -23,7 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 
@@ -67,8 +66,7 @@ def publish(final, folder=True):
         sync(final.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if not folder:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def sync(path):
@@ -167,45 +165,62 @@ def resolve(name, weights=True):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise UserError(f"model '{name}': no such folder, nor a Hub id 'org/name', nor vit-digits, {', '.join(HUB)}")
     import huggingface_hub  # here, not above: half a second that a run on local files need not wait for
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
-    wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
-              "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
-              "chat_template.jinja", "*.model"] + ["*.safetensors", "*.safetensors.index.json"] * weights
+    from huggingface_hub.errors import HfHubHTTPError
+    wanted = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
     try:  # sub-folders and consolidated*.safetensors hold the same weights in other formats
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted,
-                                                        ignore_patterns=["*/*", "consolidated*"]))
-    except (OSError, HFValidationError, HfHubHTTPError.__mro__[1]) as error:  # the last: its HTTP client's HTTPError
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted,
+                                                      ignore_patterns=["*/*", "consolidated*"]))
+    except (OSError, ValueError, HfHubHTTPError.__mro__[1]) as error:  # the last: its HTTP client's HTTPError
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"model '{name}': cannot get {repo} from the Hub ({reason}); put config.json, *.safetensors "
-                         f"and tokenizer*.json of https://huggingface.co/{repo} into a folder and give its path, or "
-                         "set HF_TOKEN if the model is gated") from error
-    if weights and not list(folder.glob("*.safetensors")):
-        raise UserError(f"model '{name}': {repo} has no *.safetensors weights on the Hub; convert it with "
-                         "https://huggingface.co/spaces/safetensors/convert")
-    return folder
+                        f"and tokenizer*.json of https://huggingface.co/{repo} into a folder and give its path, or "
+                        "set HF_TOKEN if the model is gated") from error
 
 
-# model_type -> what its classes are called in transformers
-CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "deberta-v2": "DebertaV2",
-           "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "vit": "ViT",
-           "gpt2": "GPT2", "olmo2": "Olmo2"}
-KINDS = {"bert": "encoder", "roberta": "encoder", "deberta-v2": "encoder", "vit": "vit"}  # the others: decoder
-# what others call by GPT-2's names
-GPT2_KEYS = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
-             "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
-             "attn_pdrop": "attention_dropout", "resid_pdrop": "hidden_dropout_prob", "embd_pdrop": "embedding_dropout",
-             "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}
-# transformers' defaults where a family has its own
-DEFAULTS = {"roberta": dict(pad_token_id=1), "deberta-v2": dict(layer_norm_eps=1e-7, type_vocab_size=0),
-            "qwen3": dict(head_dim=128), "gemma": dict(head_dim=256, tie_word_embeddings=True),
-            "olmo2": dict(rms_norm_eps=1e-5), "vit": dict(hidden_dropout_prob=0.0),
-            "gpt2": dict(max_position_embeddings=1024, layer_norm_eps=1e-5, hidden_act="gelu_new",
-                         attention_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=True)}
+# Settings of config.json that are read, with transformers' defaults; ... where the file has to have one
+COMMON = dict(num_labels=2, initializer_range=0.02, architectures=[], id2label={}, problem_type=None)
+SHAPE = dict(COMMON, hidden_size=..., intermediate_size=..., num_hidden_layers=..., num_attention_heads=...)
+IMAGES = dict(SHAPE, hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+              qkv_bias=True, image_size=None, patch_size=None, num_channels=3)
+TEXT = dict(SHAPE, hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+            vocab_size=..., max_position_embeddings=..., type_vocab_size=2, pad_token_id=0, classifier_dropout=None)
+RELATIVE = dict(TEXT, layer_norm_eps=1e-7, type_vocab_size=0, pos_att_type=None, share_att_key=False,
+                max_relative_positions=-1, position_buckets=-1, norm_rel_ebd="none", position_biased_input=True,
+                pooler_dropout=0.0, cls_dropout=None)
+ROTARY = dict(SHAPE, vocab_size=..., hidden_act="silu", rms_norm_eps=1e-6, attention_dropout=0.0, pad_token_id=-1,
+              num_key_value_heads=0, head_dim=0, tie_word_embeddings=False, rope_theta=None, rope_scaling=None,
+              rope_parameters=None)
+BIASED = dict(ROTARY, attention_bias=False)
+WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
+LEARNED = dict(COMMON, vocab_size=..., n_embd=..., n_layer=..., n_head=..., n_inner=0, n_positions=1024,
+               activation_function="gelu_new", layer_norm_epsilon=1e-5, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1,
+               tie_word_embeddings=True, pad_token_id=-1)
+# model_type -> what its classes are called in transformers, our class, its settings
+FAMILIES = {
+    "bert": ("Bert", "encoder", TEXT),
+    "roberta": ("Roberta", "encoder", dict(TEXT, pad_token_id=1)),
+    "xlm-roberta": ("XLMRoberta", "encoder", dict(TEXT, pad_token_id=1)),
+    "deberta-v2": ("DebertaV2", "encoder", RELATIVE),
+    "llama": ("Llama", "decoder", dict(BIASED, mlp_bias=False)),
+    "mistral": ("Mistral", "decoder", dict(ROTARY, sliding_window=4096)),
+    "qwen2": ("Qwen2", "decoder", dict(ROTARY, **WINDOWS)),
+    "qwen3": ("Qwen3", "decoder", dict(BIASED, **WINDOWS, head_dim=128)),
+    "gemma": ("Gemma", "decoder", dict(BIASED, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)),
+    "olmo2": ("Olmo2", "decoder", dict(BIASED, rms_norm_eps=1e-5)),
+    "gpt2": ("GPT2", "decoder", LEARNED),
+    "vit": ("ViT", "vit", IMAGES)}
+# settings that are called otherwise in some families
+NAMES = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
+         "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "activation_function": "hidden_act",
+         "resid_pdrop": "hidden_dropout_prob", "attn_pdrop": "attention_dropout", "cls_dropout": "classifier_dropout",
+         "attention_probs_dropout_prob": "attention_dropout", "rms_norm_eps": "norm_eps", "layer_norm_eps": "norm_eps",
+         "layer_norm_epsilon": "norm_eps"}
 # Keys of config.json with which transformers computes what is not built here, unless they have the value given,
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
          "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-         "conv_kernel_size": 0, "pooler_hidden_act": "gelu"}
+         "conv_kernel_size": 0, "pooler_hidden_act": "gelu", "relative_attention": True,
+         "hidden_activation": "gelu_pytorch_tanh"}
 # and those that change no logits (names, export, memory, pre-training, decoding), or would show in tensors' shapes
 IRRELEVANT = re.compile(
     r"_.*|.*_tokens?(_ids?)?|.*_length|.*_penalty|.*dtype|.*beam.*|.*_ngram_size|output_.*|pooler_.*|summary_.*|"
@@ -222,12 +237,17 @@ ROPE = {"default": [], "linear": ["factor"],
 
 
 class Config(SimpleNamespace):
-    """What the forward passes need to know, the same for every family; see `normalise`.
+    """The settings of a config.json and what follows from them, called alike in every family; see `normalise`.
 
-    kind: "encoder", "decoder" or "vit"; max_positions, type_vocab_size: rows of these tables, or 0; pad_id, rope (its
-    theta, type and that type's settings), relative (`relative_attention`'s): None without; windows: tokens that a query
+    kind: "encoder", "decoder" or "vit"; rope: its theta, type and that type's settings; windows: tokens that a query
     sees, itself included, or None for all, per layer; image_size (channels, height, width); patch_size (height, width).
     """
+
+    # of families that have no such setting
+    vocab_size = max_position_embeddings = type_vocab_size = hidden_dropout_prob = max_window_layers = 0
+    num_key_value_heads = head_dim = layer_types = rope = sliding_window = classifier_dropout = None
+    relative = c2p = p2c = tie_word_embeddings = False
+    use_sliding_window = True
 
 
 def find_config(name, weights="checkpoint"):
@@ -235,10 +255,7 @@ def find_config(name, weights="checkpoint"):
     if weights == "random" and name in CONFIGS and not Path(name).is_dir():
         return normalise(dict(CONFIGS[name]), f"built-in config of {name}"), None
     folder = resolve(name, weights=weights != "random")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
-    return normalise(read_json(path), path), folder
+    return normalise(read_json(folder / "config.json"), folder / "config.json"), folder
 
 
 def read_json(path):
@@ -247,125 +264,109 @@ def read_json(path):
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
-    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
+    except (OSError, ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not a JSON object ({error}); download it again") from None
     return raw
 
 
 def normalise(raw, path):
     """Turn the dict of a config.json into a Config, with transformers' defaults; `path` is for error messages."""
-    family, asked = raw.get("model_type"), {"model_type", *FIXED}
-    ours = GPT2_KEYS if family == "gpt2" else {}
-    given = {ours.get(key, key): value for key, value in raw.items()}
-
     def refuse(key, expected):
-        raise UserError(f"{path}: '{key}' is {given.get(key, 'missing')!r}, expected {expected}")
+        raise UserError(f"{path}: '{key}' is {raw.get(key, 'missing')!r}, expected {expected}")
 
-    def ask(key, default=None):
-        asked.add(key)
-        value = given.get(key)
-        return DEFAULTS.get(family, {}).get(key, default) if value is None else value
-
-    def get(key, default=None, low=1, high=2**20, kind=int):
-        value = ask(key, default)
+    def check(key, value, kind, low, high):
         if not isinstance(value, (int, kind)) or isinstance(value, bool) or not low <= value <= high:
             refuse(key, f"{kind.__name__} from {low} to {high}")
-        return value
 
-    if not isinstance(family, str) or family not in CLASSES:
-        refuse("model_type", f"one of {', '.join(CLASSES)}")
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        refuse("model_type", f"one of {', '.join(FAMILIES)}")
+    _, kind, settings = FAMILIES[family]
     family = "roberta" if family == "xlm-roberta" else family  # which differs in its vocabulary and its class's name
-    kind, deberta, gpt2 = KINDS.get(family, "decoder"), family == "deberta-v2", family == "gpt2"
-    rotary = kind == "decoder" and not gpt2
-    for key, expected in {"architectures": list, "id2label": dict}.items():
-        if not isinstance(ask(key, expected()), expected):
-            refuse(key, f"a {expected.__name__}")
+    c = Config(family=family, kind=kind, raw=raw)
     for key, only in FIXED.items():
-        if given.get(key) not in (None, only):
+        if raw.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
-    if ask("problem_type") == "multi_label_classification":
-        refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
-    hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers", high=1000)
-    kv_heads = get("num_key_value_heads", heads) if rotary else heads
-    head_dim = get("head_dim", hidden // heads, 0) if rotary else hidden // heads
-    if heads % kv_heads or hidden % heads and head_dim == hidden // heads or kind == "decoder" and head_dim % 2:
-        raise UserError(f"{path}: num_attention_heads {heads} must divide hidden_size {hidden} and be a multiple of "
-                         f"num_key_value_heads {kv_heads}, head_dim {head_dim} must be even")
-    activation = ask("hidden_activation") or ask("hidden_act", "silu" if rotary else "gelu")
-    if family == "gemma" and activation in ("gelu", "silu"):  # its first releases say "gelu" and mean the tanh form
-        activation = "gelu_pytorch_tanh"
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-    # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
-    rope = rotary and (ask("rope_scaling") or ask("rope_parameters")) or {}
-    rope = {"rope_theta": ask("rope_theta", 1e4), **(rope if isinstance(rope, dict) else {"type": rope})}
-    rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
-    numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
-    if rotary and not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
-                       and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
-        raise UserError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
-                         + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
-
-    qwen, window = family in ("qwen2", "qwen3"), get("sliding_window", 4096, high=2**31)
-    windowed = qwen and ask("use_sliding_window") or family == "mistral" and raw.get("sliding_window", True)
-    first = get("max_window_layers", 28, 0) if qwen else 0
-    kinds = qwen and ask("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        refuse("layer_types", f"{layers} entries, one per layer")
-    image, patch = (tuple(size) if isinstance(size, list) else (size, size)
-                    for size in (ask("image_size", 224), ask("patch_size", 16)))
-    if kind == "vit" and not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
-                                                                    for n, p in zip(image, patch))):
-        refuse("image_size", f"positive integers not below patch_size {patch}")
-    number = functools.partial(get, low=0, high=1, kind=float)
-    bias = not rotary or family in ("llama", "qwen3", "gemma", "olmo2") and bool(ask("attention_bias"))
-    dropout, text = 0.0 if rotary else number("hidden_dropout_prob", 0.1), kind == "encoder"
-    positions = 0 if rotary or kind == "vit" else get("max_position_embeddings", low=3)
-    pad = get("pad_token_id", 0 if text else -1, 0 if text else -1, 2**24)
-    config = Config(
-        family=family, kind=kind, raw=raw, hidden_size=hidden, layers=layers, heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, activation=activation, vocab_size=0 if kind == "vit" else get("vocab_size", high=2**24),
-        intermediate_size=get("intermediate_size", 4 * hidden if gpt2 else None), pad_id=None if pad < 0 else pad,
-        relative=relative_attention(ask, get, refuse, positions) if deberta else None,
-        max_positions=0 if deberta and ask("position_biased_input") is False else positions,
-        type_vocab_size=get("type_vocab_size", 2, 0) if text else 0, hidden_dropout=dropout,
-        norm_eps=number("rms_norm_eps", 1e-6) if rotary else number("layer_norm_eps", 1e-12),
-        embedding_dropout=number("embedding_dropout", 0.0), initializer_range=number("initializer_range", 0.02),
-        attention_dropout=number("attention_dropout" if kind == "decoder" else "attention_probs_dropout_prob", dropout),
-        classifier_dropout=number("cls_dropout" if deberta else "classifier_dropout", dropout), out_bias=bias,
-        qkv_bias=family == "qwen2" or bias and (kind != "vit" or bool(ask("qkv_bias", True))),
-        mlp_bias=not rotary or family == "llama" and bool(ask("mlp_bias")),
-        tied=kind == "decoder" and bool(ask("tie_word_embeddings")), rope=rope if rotary else None,
-        windows=[window if windowed and kind == "sliding_attention" else None for kind in kinds],
-        image_size=(get("num_channels", 3), *image), patch_size=patch,
-        num_labels=len(ask("id2label", ())) or get("num_labels", 2))
+    for key, default in settings.items():
+        value = raw.get(key, default)
+        if value is None and key != "sliding_window":  # where null means that there is none
+            value = default
+        if default is ... or type(default) is int and value is not None:
+            check(key, value, int, 1 if default is ... else min(default, 0), 2**24)
+        elif isinstance(default, float) or "dropout" in key and value is not None:
+            check(key, value, float, 0, 1)
+        elif isinstance(default, (list, dict)) and not isinstance(value, type(default)):
+            refuse(key, f"a {type(default).__name__}")
+        setattr(c, NAMES.get(key, key), value)
+    known = {"model_type", *settings, *FIXED}
     unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {})
-              and ours.get(key, key) not in asked and not IRRELEVANT.fullmatch(key)]
+              and key not in known and not IRRELEVANT.fullmatch(key)]
     if unread:
         note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
-    return config
+
+    if c.problem_type == "multi_label_classification":
+        refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
+    c.num_labels = len(c.id2label) or c.num_labels
+    c.intermediate_size = c.intermediate_size or 4 * c.hidden_size
+    hidden, heads = c.hidden_size, c.num_attention_heads
+    c.num_key_value_heads, c.head_dim = c.num_key_value_heads or heads, c.head_dim or hidden // heads
+    if (heads % c.num_key_value_heads or hidden % heads and c.head_dim == hidden // heads
+            or kind == "decoder" and c.head_dim % 2):
+        raise UserError(f"{path}: num_attention_heads {heads} must divide hidden_size {hidden} and be a multiple of "
+                        f"num_key_value_heads {c.num_key_value_heads}, head_dim {c.head_dim} must be even")
+    if family == "gemma" and c.hidden_act == "gelu":  # so its first releases say and mean the tanh form
+        c.hidden_act = "gelu_pytorch_tanh"
+    if not isinstance(c.hidden_act, str) or c.hidden_act not in ACTIVATIONS:
+        refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+    if c.classifier_dropout is None:
+        c.classifier_dropout = c.hidden_dropout_prob
+    rotary = "rope_theta" in settings
+    c.out_bias = getattr(c, "attention_bias", not rotary)
+    c.qkv_bias = family == "qwen2" or getattr(c, "qkv_bias", c.out_bias)
+    c.mlp_bias = getattr(c, "mlp_bias", not rotary)
+    if rotary:  # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
+        rope = c.rope_scaling or c.rope_parameters or {}
+        rope = {"rope_theta": c.rope_theta or 1e4, **(rope if isinstance(rope, dict) else {"type": rope})}
+        rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
+        numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
+        if not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
+                and rope.get("partial_rotary_factor", 1) == 1 and "full_attention" not in rope):
+            raise UserError(f"{path}: rope settings {rope} are not supported, only rope_theta and the rope_type "
+                            + ", ".join(f"{kind} with {keys}" if keys else kind for kind, keys in ROPE.items()))
+        c.rope = rope
+    window, first = c.sliding_window if c.use_sliding_window else None, c.max_window_layers
+    kinds = c.layer_types or ["sliding_attention" if i >= first else "full" for i in range(c.num_hidden_layers)]
+    if not isinstance(kinds, list) or len(kinds) != c.num_hidden_layers:
+        refuse("layer_types", f"{c.num_hidden_layers} entries, one per layer")
+    c.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    if kind == "vit":
+        image, patch = (tuple(size) if isinstance(size, list) else (size, size)
+                        for size in (c.image_size or 224, c.patch_size or 16))
+        if not (len(image) == len(patch) == 2 and all(type(n) is type(p) is int and 0 < p <= n <= 2**14
+                                                      for n, p in zip(image, patch))):
+            refuse("image_size", f"positive integers not below patch_size {patch}")
+        c.image_size, c.patch_size = (c.num_channels, *image), patch
+    if family == "deberta-v2":
+        relative_attention(c, refuse)
+    return c
 
 
-def relative_attention(ask, get, refuse, positions):
-    """DeBERTa's attention, as config.json sets it; what does not show in the shapes of tensors is checked.
+def relative_attention(c, refuse):
+    """Settings of DeBERTa's attention that do not show in the shapes of tensors are checked.
 
     c2p, p2c: compare content with the key's position, the query's; buckets: of distances, 0 = each its own; furthest:
-    where the last one ends; span: buckets on either side; shared: positions are projected as content is.
+    where the last one ends; span: buckets on either side.
     """
-    types = ask("pos_att_type")
-    types = [part.strip() for part in types.lower().split("|")] if isinstance(types, str) else types
+    types = c.pos_att_type.lower().split("|") if isinstance(c.pos_att_type, str) else c.pos_att_type
     if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
         refuse("pos_att_type", "c2p, p2c or both")
-    if ask("relative_attention") is not True:
-        refuse("relative_attention", "true: nothing else is supported")
-    reach, buckets = get("max_relative_positions", -1, -1), max(0, get("position_buckets", -1, -1))
-    reach = positions if reach < 1 else reach
-    if buckets and not 2 <= buckets < 2 * (reach - 1):
+    reach = c.max_relative_positions if c.max_relative_positions > 0 else c.max_position_embeddings
+    c.buckets = max(0, c.position_buckets)
+    if c.buckets and not 2 <= c.buckets < 2 * (reach - 1):
         refuse("position_buckets", f"from 2 to {2 * reach - 3}, or -1")
-    return SimpleNamespace(c2p="c2p" in types, p2c="p2c" in types, buckets=buckets, furthest=reach - 1,
-                           span=buckets or reach, shared=bool(ask("share_att_key")),
-                           norm="layer_norm" in str(ask("norm_rel_ebd")).lower(),
-                           pooler_dropout=get("pooler_dropout", 0.0, 0, 1, float))
+    c.relative, c.c2p, c.p2c, c.furthest, c.span = True, "c2p" in types, "p2c" in types, reach - 1, c.buckets or reach
+    if c.position_biased_input is False:
+        c.max_position_embeddings = 0
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -557,8 +558,8 @@ class Cache:
 
     def __init__(self, model, batch, capacity):
         c, like = model.config, model.embed.weight  # which may be sharded: new_empty would be, too
-        self.keys, self.values = torch.empty(2, c.layers, batch, c.kv_heads, capacity, c.head_dim, dtype=like.dtype,
-                                             device=like.device)
+        self.keys, self.values = torch.empty(2, c.num_hidden_layers, batch, c.num_key_value_heads, capacity, c.head_dim,
+                                             dtype=like.dtype, device=like.device)
         self.length = 0  # tokens that all layers have seen; advanced by Decoder.forward
 
     def update(self, layer, k, v):
@@ -578,8 +579,8 @@ class Block(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        D, inner, dim, self.relative = config.hidden_size, config.intermediate_size, config.head_dim, config.relative
-        q, kv = config.heads * dim, config.kv_heads * dim
+        D, inner, dim, self.config = config.hidden_size, config.intermediate_size, config.head_dim, config
+        q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
         self.query = Linear(D, q, bias=config.qkv_bias)
         self.key, self.value = (Linear(D, kv, bias=config.qkv_bias) for _ in range(2))
         self.out = Linear(q, D, bias=config.out_bias)
@@ -591,14 +592,14 @@ class Block(nn.Module):
             self.query_norm, self.key_norm = RMSNorm(dim, config), RMSNorm(dim, config)
         elif config.family == "olmo2":  # of all heads together
             self.query_norm, self.key_norm = RMSNorm(q, config), RMSNorm(kv, config)
-        products = 1 + self.relative.c2p + self.relative.p2c if self.relative else 1
-        if self.relative and not self.relative.shared:
-            self.position_key = Linear(D, D) if self.relative.c2p else None
-            self.position_query = Linear(D, D) if self.relative.p2c else None
+        if config.c2p and not config.share_att_key:
+            self.position_key = Linear(D, D)
+        if config.p2c and not config.share_att_key:
+            self.position_query = Linear(D, D)
         self.index, self.window, self.family = index, config.windows[index], config.family
-        self.head_dim, self.scale = dim, (dim * products) ** -0.5
-        self.dropout, self.attention_dropout = Dropout(config.hidden_dropout), config.attention_dropout
-        self.activation, self.gated = ACTIVATIONS[config.activation], config.rope is not None
+        self.head_dim, self.scale = dim, (dim * (1 + config.c2p + config.p2c)) ** -0.5
+        self.dropout, self.attention_dropout = Dropout(config.hidden_dropout_prob), config.attention_dropout
+        self.activation, self.gated = ACTIVATIONS[config.hidden_act], config.rope is not None
         self.norm_sum, self.norm_last = config.kind == "encoder", config.family == "olmo2"
         self.norm_first = not (self.norm_sum or self.norm_last)
 
@@ -633,7 +634,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mask, causal = masks[self.window]
-        if self.relative:
+        if bucket is not None:
             mask = self.position_scores(q, k, mask, bucket, table)
         return attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
 
@@ -646,11 +647,12 @@ class Block(nn.Module):
         """
         (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], 0
         bucket = bucket[:Q].expand(B, H, -1, -1)
-        if self.relative.c2p:
-            position = self.key(table) if self.relative.shared else self.position_key(table)  # (1, R, H * D)
+        shared = self.config.share_att_key  # positions are projected as content is
+        if self.config.c2p:
+            position = self.key(table) if shared else self.position_key(table)  # (1, R, H * D)
             scores = (q @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket)
-        if self.relative.p2c:
-            position = self.query(table) if self.relative.shared else self.position_query(table)
+        if self.config.p2c:
+            position = self.query(table) if shared else self.position_query(table)
             scores = scores + (k @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket.mT).mT
         return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
 
@@ -677,7 +679,7 @@ class Transformer(nn.Module):
     def __init__(self, config, head):
         super().__init__()
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
-        self.tied = head == "lm" and config.tied  # the head is the embedding
+        self.tied = head == "lm" and config.tie_word_embeddings  # the head is the embedding
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
@@ -730,29 +732,29 @@ class Encoder(Transformer):
         D, self.prefix = config.hidden_size, config.family
         if config.relative:
             self.prefix, self.names = "deberta", {**self.names, **self.deberta}
-            self.relative_embed = nn.Embedding(2 * config.relative.span, D)
-            self.relative_norm = make_norm(config) if config.relative.norm else nn.Identity()
+            self.relative_embed = nn.Embedding(2 * config.span, D)
+            self.relative_norm = make_norm(config) if "layer_norm" in str(config.norm_rel_ebd) else nn.Identity()
         self.embed = nn.Embedding(config.vocab_size, D)
-        self.positions = nn.Embedding(config.max_positions, D) if config.max_positions else None
+        self.positions = nn.Embedding(config.max_position_embeddings, D) if config.max_position_embeddings else None
         self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
         self.embed_norm = make_norm(config)
-        self.dropout, head_dropout = Dropout(config.hidden_dropout), Dropout(config.classifier_dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.dropout, head_dropout = Dropout(config.hidden_dropout_prob), Dropout(config.classifier_dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         if head == "span":
             self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
         elif config.family == "bert":
             self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
             self.pooled_dropout = head_dropout
         else:
-            first = Dropout(config.relative.pooler_dropout) if config.relative else head_dropout
+            first = Dropout(config.pooler_dropout) if config.relative else head_dropout
             self.head = nn.Sequential(OrderedDict(
                 first_dropout=first, dense=Linear(D, D), activation=nn.GELU() if config.relative else nn.Tanh(),
                 dropout=head_dropout, out_proj=Linear(D, config.num_labels)))
         if head == "classify" and config.relative:
             self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
-        self.max_length = config.max_positions or math.inf
+        self.max_length = config.max_position_embeddings or math.inf
         if config.family == "roberta":  # counts positions from pad_id + 1
-            self.max_length -= config.pad_id + 1
+            self.max_length -= config.pad_token_id + 1
 
     def forward(self, tokens, mask=None, types=None):
         """Logits (B, num_labels) of the first token; span: (B, T, 2), of all, as an answer's first and last."""
@@ -766,7 +768,7 @@ class Encoder(Transformer):
 
         `first_token_only`: see `run_blocks`. Raises UserError when T exceeds the position table.
         """
-        T, pad = tokens.shape[1], self.config.pad_id
+        T, pad = tokens.shape[1], self.config.pad_token_id
         if T > self.max_length:
             raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
         x = self.embed(tokens)
@@ -787,15 +789,16 @@ class Encoder(Transformer):
 
     def relative_positions(self, T):
         """(bucket (T, T), table (R, D)) for `Block.attend`: the part of the table for T tokens, and each pair's row."""
-        relative, at = self.config.relative, torch.arange(T, device=self.embed.weight.device)
-        bucket, middle = at[:, None] - at, relative.buckets // 2  # query - key
+        at, span = torch.arange(T, device=self.embed.weight.device), self.config.span
+        bucket, middle = at[:, None] - at, self.config.buckets // 2  # query - key
         if middle:  # the nearest half of the buckets holds a distance each, the others grow logarithmically
             far = bucket.abs().clamp(min=middle) / middle
-            far = torch.log(far) / torch.log(torch.tensor(relative.furthest / middle)) * (middle - 1)  # float32 decides
+            furthest = torch.tensor(self.config.furthest / middle)  # float32 decides
+            far = torch.log(far) / torch.log(furthest) * (middle - 1)
             far = bucket.sign() * (middle + far.ceil())
             bucket = torch.where(bucket.abs() <= middle, bucket, far).long()
-        near = T if T <= (middle or relative.span) else relative.span
-        table = self.relative_embed.weight[relative.span - near:relative.span + near]
+        near = T if T <= (middle or span) else span
+        table = self.relative_embed.weight[span - near:span + near]
         return (bucket + near).clamp(0, 2 * near - 1), self.relative_norm(table)
 
 
@@ -819,13 +822,13 @@ class Decoder(Transformer):
         self.head_names = {"head": "lm_head" if head == "lm" else "score"}
         D = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, D)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.head = Linear(D, config.vocab_size if head == "lm" else config.num_labels, bias=False)
         if config.family == "gpt2":
-            self.prefix, self.names, self.max_length = "transformer", self.gpt2_names, config.max_positions
-            self.positions = nn.Embedding(config.max_positions, D)
-            self.dropout = Dropout(config.embedding_dropout)
+            self.prefix, self.names, self.max_length = "transformer", self.gpt2_names, config.max_position_embeddings
+            self.positions = nn.Embedding(config.max_position_embeddings, D)
+            self.dropout = Dropout(config.embd_pdrop)
         else:
             self.names = self.olmo2_names if config.family == "olmo2" else self.names
             self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
@@ -888,8 +891,8 @@ class ViT(Transformer):
         self.patch = nn.Conv2d(channels, D, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.positions = nn.Parameter(torch.zeros(1, (height // patch[0]) * (width // patch[1]) + 1, D))
-        self.dropout = Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.head = Linear(D, config.num_labels)
 
@@ -981,10 +984,10 @@ def initial(model, name, generator):
         return torch.full(shape, 0.0 if name.endswith("bias") or config.family == "gemma" else 1.0)
     std = config.initializer_range
     if config.family == "gpt2" and name.startswith("blocks.") and ("out" in name or "down" in name):
-        std /= math.sqrt(2 * config.layers)  # Radford et al. 2019, section 2.3: there are 2 residual sums per block
+        std /= math.sqrt(2 * config.num_hidden_layers)  # Radford et al. 2019, section 2.3: 2 residual sums per block
     value = torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
-    if name == "embed.weight" and config.pad_id is not None:
-        value[config.pad_id:][:1] = 0
+    if name == "embed.weight" and config.pad_token_id >= 0:
+        value[config.pad_token_id:][:1] = 0
     return value
 
 
@@ -994,11 +997,10 @@ def weight_files(folder, config):
     if single.is_file():
         return [single]
     if not index.is_file():
-        for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
-            kind = (config.raw.get("architectures") or ["AutoModel"])[0]
-            raise UserError(f"{path}: refused, since unpickling runs code; convert it where you trust it: python -c \""
-                             f"from transformers import {kind} as M; M.from_pretrained('.').save_pretrained('.')\"")
-        raise UserError(f"{single}: no such file, nor {index.name}; download the checkpoint's *.safetensors")
+        kind = (config.architectures or ["AutoModel"])[0]
+        raise UserError(f"{single}: no such file, nor {index.name}; download it, or convert pickled weights (refused, "
+                        "since unpickling runs code) where you trust them: python -c \"from transformers import "
+                        f"{kind} as M; M.from_pretrained('.').save_pretrained('.')\"")
     files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else [f"weight_map {files}"]
     for name in names:
@@ -1017,55 +1019,46 @@ def open_weights(path):
     """safe_open; raises UserError for a file that is damaged, too large to be mapped, or a Git LFS pointer."""
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            pointer = file.read(20).startswith(b"version https://git")
-        if pointer:
-            raise UserError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull in its folder") from None
-        raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        raise UserError(f"{path}: cannot be mapped ({error}); free memory or use smaller shards") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged, a Git LFS pointer or too large to be mapped ({error}): "
+                        "download it again, run git lfs pull, or free memory") from None
 
 
 def read_weights(model, folder, there, outputs, **options):
     """Copy the checkpoint into `model`, one tensor at a time; returns the names of the parameters it does not have."""
-    config, files, stored, others = model.config, weight_files(folder, model.config), set(), []
-    where, trained_head = files[0] if len(files) == 1 else folder, model.head_kind != "lm"
-    for path in files:
-        with open_weights(path) as file:
-            stored.update(file.keys())
-    names, missing = stored_names(model, every_spelling=True), set(model.plain_names)
-    if config.tied and stored.isdisjoint(spellings(model, "embed.weight")):
+    config, missing, others, trained_head = model.config, set(model.plain_names), [], model.head_kind != "lm"
+    files = {path: open_weights(path) for path in weight_files(folder, config)}
+    where = folder if len(files) > 1 else [*files][0]
+    names = {spelling: ours for ours in stored_names(model).values() for spelling in spellings(model, ours[0])}
+    stored = {key for file in files.values() for key in file.keys()}
+    if config.tie_word_embeddings and stored.isdisjoint(spellings(model, "embed.weight")):
         names["lm_head.weight"] = ["embed.weight"]
     body = {model.prefix, *(name.split(".")[0] for name in model.names.values())}  # where all tensors have to be known
-    for path in files:
-        with open_weights(path) as file:
-            for key in file.keys():
-                hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-                ours, expected = names.get(hf, []), None
-                if not ours and (IGNORED.search(hf) or hf.split(".")[0] not in body):
-                    others += [] if IGNORED.search(hf) else [key]
-                    continue
-                kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
-                if ours and missing.issuperset(ours):
-                    expected = list(as_stored(model, ours).shape)
-                of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
-                if of_outputs:
-                    expected[0] = there  # of these the `outputs` are used
-                    if shape[1:] == expected[1:] and (shape != expected or not outputs):
-                        model.unused_outputs = shape[0]
-                        continue  # starts afresh
-                if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
-                    raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
-                                     + (f"one of floats {expected}" if expected else "none, or it is here twice"))
-                tensor = file.get_tensor(key)  # a view of the file
-                tensor = tensor[outputs] if of_outputs else turned(model, ours[0], tensor)
-                for name, part in zip(ours, tensor.split([len(model.get_parameter(name)) for name in ours])):
-                    place(model, name, part, **options)
-                missing -= {*ours}
-                del tensor, part  # before the next one is read
+    for path, file in files.items():
+        for key in file.keys():
+            hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            ours, expected = names.get(hf, []), None
+            if not ours and (IGNORED.search(hf) or hf.split(".")[0] not in body):
+                others += [] if IGNORED.search(hf) else [key]
+                continue
+            kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
+            if ours and missing.issuperset(ours):
+                expected = list(as_stored(model, ours).shape)
+            of_outputs = expected and trained_head and re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0])
+            if of_outputs:
+                expected[0] = there  # of these the `outputs` are used
+                if shape[1:] == expected[1:] and (shape != expected or not outputs):
+                    model.unused_outputs = shape[0]
+                    continue  # starts afresh
+            if shape != expected or kind not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"{path}: unexpected tensor '{key}', {kind} {shape}: by config.json there is "
+                                 + (f"one of floats {expected}" if expected else "none, or it is here twice"))
+            tensor = file.get_tensor(key)  # a view of the file
+            tensor = tensor[outputs] if of_outputs else turned(model, ours[0], tensor)
+            for name, part in zip(ours, tensor.split([len(model.get_parameter(name)) for name in ours])):
+                place(model, name, part, **options)
+            missing -= {*ours}
+            del tensor, part  # before the next one is read
     if others:
         some = ", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else "")
         note(f"{where}: {len(others)} tensors of another head are not used, as in transformers: {some}")
@@ -1087,12 +1080,11 @@ def spellings(model, name):
     return names | {name.removeprefix(f"{model.prefix}.") for name in names}
 
 
-def stored_names(model, every_spelling=False):
-    """{name in transformers' checkpoint: our parameters in it, one below the other}; see `spellings`."""
+def stored_names(model):
+    """{name in transformers' checkpoint: our parameters in it, one below the other}."""
     names = {}
     for name in model.plain_names:
-        for theirs in spellings(model, name) if every_spelling else [model.hf_name(name)]:
-            names.setdefault(theirs, []).append(name)
+        names.setdefault(model.hf_name(name), []).append(name)
     return names
 
 
@@ -1109,27 +1101,17 @@ def as_stored(model, names):
 
 def save(model, folder, shard_bytes=5_000_000_000):
     """Write `model` over an earlier checkpoint, as transformers and `load` read it; UserError: unmerged adapters."""
-    folder, config, stored = Path(folder), model.config, stored_names(model)
+    folder, config = Path(folder), model.config
     adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
     if adapted:
         raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint "
                          "holds plain weights only: merge them first, or write them with lora.save_adapter")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    from huggingface_hub import split_state_dict_into_shards_factory  # here, not above: see `resolve`
-    shards = split_state_dict_into_shards_factory(
-        stored, get_storage_size=lambda names: as_stored(model, names).nbytes,
-        filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
-    for file, keys in shards.filename_to_tensors.items():
-        tensors = {key: as_stored(model, stored[key]).cpu().contiguous() for key in keys}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    from huggingface_hub import save_torch_state_dict  # here, not above: see `resolve`
+    tensors = {key: as_stored(model, names) for key, names in stored_names(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
     raw = dict(config.raw)
-    kind = f"{CLASSES[raw['model_type']]}For{model.heads[model.head_kind]}"
+    kind = f"{FAMILIES[raw['model_type']][0]}For{model.heads[model.head_kind]}"
     raw["architectures"] = [kind.replace("GPT2ForCausalLM", "GPT2LMHeadModel")]
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if model.head_kind != "lm" and len(raw.get("id2label") or ()) != config.num_labels:

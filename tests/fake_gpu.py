@@ -90,6 +90,7 @@ import torch.nn.attention  # noqa: E402
 import torch.nn.utils.clip_grad as clip_grad  # noqa: E402
 import torch.optim.optimizer as torch_optimizer  # noqa: E402
 import torch.utils._foreach_utils as foreach_utils  # noqa: E402
+import safetensors.torch  # noqa: E402
 from safetensors.torch import load_file as real_load  # noqa: E402
 from safetensors.torch import save_file as real_save  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
@@ -326,7 +327,7 @@ def fake_gpu(capacity=math.inf):
                (train.Survival, "save", phase("save", train.Survival.save)), (train, "safe_open", Opened),
                (train.Survival, "resume", phase("resume", train.Survival.resume)), (train, "load_file", load_file),
                (evaluation, "evaluate_splits", phase("eval", evaluation.evaluate_splits))]
-    patches += [(place, "save_file", save_file) for place in (lora, train, models)]
+    patches += [(place, "save_file", save_file) for place in (lora, train, safetensors.torch)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,
