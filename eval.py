@@ -414,7 +414,7 @@ def rows_at_once(s, task, model, splits):
     if task.kind == "image":
         tokens = model.positions.shape[1]
     if task.kind == "lm":
-        width += 2 * c.layers * c.kv_heads * c.head_dim
+        width += 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     room = torch.cuda.get_device_properties(s.device).total_memory - sum(p.nbytes for p in model.parameters())
     rows = max(1, room // 2 // (tokens * width * getattr(torch, s.dtype).itemsize))
     return min(256, 2 ** (rows.bit_length() - 1))

@@ -1029,9 +1029,8 @@ def read_weights(model, folder, there, outputs, **options):
     config, missing, others, trained_head = model.config, set(model.plain_names), [], model.head_kind != "lm"
     files = {path: open_weights(path) for path in weight_files(folder, config)}
     where = folder if len(files) > 1 else [*files][0]
-    names = {spelling: ours for ours in stored_names(model).values() for spelling in spellings(model, ours[0])}
-    stored = {key for file in files.values() for key in file.keys()}
-    if config.tie_word_embeddings and stored.isdisjoint(spellings(model, "embed.weight")):
+    names, stored = stored_names(model, every_spelling=True), {key for file in files.values() for key in file.keys()}
+    if config.tie_word_embeddings and not any(names.get(key) == ["embed.weight"] for key in stored):
         names["lm_head.weight"] = ["embed.weight"]
     body = {model.prefix, *(name.split(".")[0] for name in model.names.values())}  # where all tensors have to be known
     for path, file in files.items():
@@ -1074,17 +1073,16 @@ def read_weights(model, folder, there, outputs, **options):
     return fresh
 
 
-def spellings(model, name):
-    """How files name our parameter or module: as transformers' checkpoints or models, with or without a head."""
-    names = {model.hf_name(name), model.hf_name(name, module=True)}
-    return names | {name.removeprefix(f"{model.prefix}.") for name in names}
-
-
-def stored_names(model):
-    """{name in transformers' checkpoint: our parameters in it, one below the other}."""
+def stored_names(model, every_spelling=False):
+    """{name in transformers' checkpoint: our parameters in it, one below the other}; also as its models spell them."""
     names = {}
     for name in model.plain_names:
-        names.setdefault(model.hf_name(name), []).append(name)
+        spellings = {model.hf_name(name)}
+        if every_spelling:  # with or without the prefix that a model with a head has
+            spellings.add(model.hf_name(name, module=True))
+            spellings |= {theirs.removeprefix(f"{model.prefix}.") for theirs in spellings}
+        for theirs in spellings:
+            names.setdefault(theirs, []).append(name)
     return names
 
 
