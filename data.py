@@ -284,9 +284,9 @@ def read_texts(task, data, split):
     else:
         rows = read_table(path, task.header, skip_short=task.name == "qqp", quoted=not task.sources)
     if path.name == "msr_paraphrase_train.txt":
-        dev = {(row["id1"], row["id2"]) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ("id1", "id2"))}
-        rows = ((where, row) for where, row in rows
-                if ((get(row, "#1 ID", where), get(row, "#2 ID", where)) in dev) == (split == "dev"))
+        ids = ("#1 ID", "#2 ID")
+        dev = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ids)}
+        rows = (row for row in rows if (tuple(get(row[1], name, row[0]) for name in ids) in dev) == (split == "dev"))
     else:
         rows = held_out(task, data, split, rows)
     for where, row in rows:
@@ -807,9 +807,8 @@ def find_task(name, data=None, labels=None):
         there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
         return replace(task, eval_splits=there or COMMONSENSE)
     if task.kind in ("classify", "image") and not (labels or task.labels):
-        found = {row["label"] for _, row in labelled(task, data, "train")}
-        if not task.sources and task.files and find_files(task, data, "train") == find_files(task, data, "dev"):
-            found |= {row["label"] for _, row in labelled(task, data, "dev")}  # a rare class may be there alone
+        whole = replace(task, files={"train": task.files["train"]})     # nothing held out: rare classes may be there
+        found = {row["label"] for _, row in labelled(whole, data, "train")}
         labels = sorted(found, key=int if all(re.fullmatch(r"-?\d{1,18}", label) for label in found) else str)
     return replace(task, labels=tuple(labels)) if labels else task
 
@@ -948,6 +947,19 @@ class Tokenizer:
                 types.append(np.array(encoding.type_ids, np.int32))
         self.backend.no_truncation()
         return ids, types
+
+    def encode_answers(self, prompts, answers):
+        """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
+
+        They are encoded joined and split where the prompt's own ids end, unless a merge crosses that boundary.
+        """
+        asked = self.encode(prompts, special=False)[0]
+        joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
+        apart = [i for i, ids in enumerate(asked) if not np.array_equal(joined[i][:len(ids)], ids)]
+        said = [whole[len(ids):] for whole, ids in zip(joined, asked)]
+        for i, ids in zip(apart, self.encode([answers[i] for i in apart], special=False)[0]):
+            said[i] = ids
+        return asked, said, len(apart)
 
     def decode(self, ids, prompt=()):
         """Return the text of ids generated after a prompt's ids, without special tokens."""
@@ -1118,8 +1130,8 @@ def half(rows, which):
 def encode(task, rows, tokenizer=None, max_length=None, image=None):
     """Return the Split of rows; images need image_settings instead of a tokenizer.
 
-    lm: prompt and answer, encoded as one text and split where the prompt's own ids end, then eos. What is over
-    max_length is cut off, as in LLM-Adapters; rows that lose the whole answer are dropped and noted.
+    lm: prompt and answer (see encode_answers), then eos. What is over max_length is cut off, as in LLM-Adapters; rows
+    that lose the whole answer are dropped and noted.
     """
     if task.kind == "image":
         pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
@@ -1140,14 +1152,10 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
                      pad_id=tokenizer.pad_id)
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
-    asked = tokenizer.encode([row["prompt"] for row in rows], special=False)[0]
-    joined = tokenizer.encode([row["prompt"] + row["answer"] for row in rows], special=False)[0]
-    split, apart = Split(task.kind, [], [], tokens=[], starts=[], pad_id=tokenizer.pad_id), 0
-    for row, prompt, whole in zip(rows, asked, joined):
-        answer, start = whole[len(prompt):], len(tokenizer.prefix) + len(prompt)
-        if not np.array_equal(whole[:len(prompt)], prompt):     # a merge crosses the boundary
-            answer = tokenizer.encode([row["answer"]], special=False)[0][0]
-            apart += 1
+    asked, said, apart = tokenizer.encode_answers(*([row[key] for row in rows] for key in ("prompt", "answer")))
+    split = Split(task.kind, [], [], tokens=[], starts=[], pad_id=tokenizer.pad_id)
+    for row, prompt, answer in zip(rows, asked, said):
+        start = len(tokenizer.prefix) + len(prompt)
         ids = np.concatenate((tokenizer.prefix, prompt, answer, [tokenizer.eos_id])).astype(np.int32)[:max_length]
         if start < len(ids):
             split.rows.append(row)

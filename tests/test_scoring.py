@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from test_data import jsonl, write
 from test_train import LLAMA, ROOT, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401
+from tiny import refused
 
 import data
 import eval as evaluation
 import train
-from model import UserError
 
 transformers = pytest.importorskip("transformers")
 PAPERS = f"{ROOT}/papers/tasks.py:"
@@ -29,10 +30,7 @@ def loaded(checkpoints, task, folder, **changes):
 
 def instructions(root, name, rows):
     row = data.task_row(name)
-    folder, file = root / row.folder, row.files["dev"][0]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(json.dumps(rows) if file.endswith(".json") else "\n".join(map(json.dumps, rows)))
-    return root
+    write(root / row.folder / row.files["dev"][0], rows if row.files["dev"][0].endswith(".json") else jsonl(rows))
 
 
 def choices(random, words, n=23):
@@ -154,31 +152,29 @@ def test_samples_for_other_programs(checkpoints, tmp_path, shell):
 
 def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, shell):
     """Trained on one set and scored by likelihood, then evaluated on another one, with samples."""
-    out = tmp_path / "run"
+    out, written = tmp_path / "run", tmp_path / "all.jsonl"
     result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
                   "--max-length", 64, "--limit-eval", 30, "--batch-size", 8, "--out", out, "--device", "cpu",
                   "--score", "likelihood")
     rows = [{"question": f"the {w}", "answer": "a cat #### 5"} for w in WORDS[:4]]
     instructions(tmp_path, "gsm8k", rows)
-    evaluate = ("--data", tmp_path, "--task", "gsm8k")
+    other = ("--data", tmp_path, "--task", "gsm8k")
     assert shell(out)[0]["accuracy"] == result["accuracy"]
-    again, _ = shell(out, *evaluate, "--score", "generation", "--samples", tmp_path / "all.jsonl")
-    written = lines(tmp_path / "all.jsonl")
+    again, _ = shell(out, *other, "--score", "generation", "--samples", written)
     assert again["task"] == "gsm8k" and again["method"] == "lora"
-    assert [row["prompt"] for row in written] == [data.prompt(row["question"]) for row in rows]
-    assert again["exact_match"] == np.mean([row["answer"] == row["target"] for row in written])
-    assert all(row["answer"] == data.last_number(row["completion"]) and row["target"] == "5" for row in written)
+    assert [row["prompt"] for row in lines(written)] == [data.prompt(row["question"]) for row in rows]
+    assert again["exact_match"] == np.mean([row["answer"] == row["target"] for row in lines(written)])
+    for row in lines(written):
+        assert row["answer"] == data.last_number(row["completion"]) and row["target"] == "5"
     changes = {"task": "gsm8k", "data": str(tmp_path), "score": "generation"}
     s, task, processor, model = evaluation.load_run(out, changes)
     unmerged, splits = [], processor.evaluation(s)
     metrics = evaluation.evaluate_splits(model, task, splits, 8, processor.tokenizer, samples=unmerged)
-    assert unmerged == written and metrics["loss"] == pytest.approx(again["loss"], rel=1e-5)
-    evaluation.evaluate_loaded(s, task, processor, model, splits)  # as above: with the adapters merged
-    assert all(layer.merged for layer in evaluation.lora.adapters(model).values())
-    for flags, message in ((evaluate, "use --score generation"),  # the run's own way of scoring does not fit
-                           (("--task", "text-classification", "--data", texts / "classes"), "was trained on boolq")):
-        with pytest.raises(UserError, match=message):
-            shell(out, *flags)
+    assert unmerged == lines(written) and metrics["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    with refused("use --score generation"):     # the run's own way of scoring does not fit
+        shell(out, *other)
+    with refused("was trained on boolq"):
+        shell(out, "--task", "text-classification", "--data", texts / "classes")
 
 
 @pytest.mark.parametrize("task, folder, changes, message", [
@@ -190,15 +186,13 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, shell)
 ])
 def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, folder, changes, message):
     """Found before the model is loaded, and in training before the run folder exists."""
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         loaded(checkpoints, task, texts / folder, **changes)
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["none/x.jsonl", "."])
-def test_samples_need_a_place(checkpoints, tmp_path, place):
-    with pytest.raises(UserError, match="no file can be there; name another place"):
-        evaluation.main([f"{checkpoints}/llama", "--task", PAPERS + "humaneval", "--samples", str(tmp_path / place)])
+def test_samples_need_a_place(checkpoints, tmp_path, shell):
+    with refused("no file can be there; name another place"):
+        shell(checkpoints / "llama", "--task", PAPERS + "humaneval", "--samples", tmp_path)
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
@@ -213,5 +207,5 @@ def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
             call()
         model.norm.weight.fill_(torch.inf)
         for call in calls:
-            with pytest.raises(UserError, match="in --dtype bfloat16 are not finite: try --dtype float32"):
+            with refused("in --dtype bfloat16 are not finite: try --dtype float32"):
                 call()
