@@ -19,17 +19,17 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,30 +81,25 @@ class Bench:
 
 def base_model(b):
     """The frozen model that all contenders share, and its task's kind; settles --targets."""
-    config, folder = models.find_config(b.model, b.init_weights)
-    raw = dict(config.raw, attention_dropout=b.dropout, hidden_dropout_prob=b.dropout, classifier_dropout=b.dropout,
-               attention_probs_dropout_prob=b.dropout, attn_pdrop=b.dropout, resid_pdrop=b.dropout)
+    config, _ = models.find_config(b.model, b.init_weights)
+    changes = dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+                             "classifier_dropout", "attn_pdrop", "resid_pdrop"), b.dropout)
     if b.layers:
-        raw["num_hidden_layers"] = b.layers
-        raw.pop("layer_types", None)
+        changes |= {"num_hidden_layers": b.layers, "layer_types": None}
     decoder = config.kind == "decoder"
     b.targets = b.targets or train.default_targets(decoder)
-    with tempfile.TemporaryDirectory() as made:
-        (Path(made) / "config.json").write_text(json.dumps(raw))
-        for file in folder.glob("*.safetensors*") if b.init_weights == "checkpoint" else ():
-            (Path(made) / file.name).symlink_to(file.resolve())
-        base = models.load(made, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
-                           b.device, b.init_weights, b.seed, int8=b.weights == "int8")
+    base = models.load(b.model, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
+                       b.device, b.init_weights, b.seed, int8=b.weights == "int8", changes=changes)
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
-def settings_for(b, method, **changes):
-    """train.Settings for one contender; warm-up phases are as short as they can be, the run is long."""
-    fields = dict(method=method, model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets,
-                  lr=1e-4, weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
-                  accumulate=1, batch_size=b.batch_size, max_length=b.length, adalora_t_init=1, lalora_gamma=1.0,
-                  weightlora_steps=2, weightlora_examples=0, credit_steps=2, credit_examples=0)
-    return train.Settings(**fields | changes)
+def settings_for(b):
+    """train.Settings of uniform LoRA; warm-up phases are as short as they can be."""
+    return train.Settings(
+        model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4,
+        weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
+        batch_size=b.batch_size, max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2,
+        weightlora_examples=0, credit_steps=2, credit_examples=0)
 
 
 def random_split(b, base, kind, rows):
@@ -126,54 +121,48 @@ def batches_for(b, base, kind, count=4):
 
 
 def own_copy(base, shared=True):
-    """A copy of the model that shares the frozen weights; the head, which is trained, is its own."""
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()} if shared else {})
-    if shared and base.head_kind == "classify":
-        model.head = copy.deepcopy(base.head)
-    return model.train()
+    """A copy of the model that shares the frozen weights or none; a classifier's head, which is trained, is its own."""
+    own = "head." if base.head_kind == "classify" else ()
+    return copy.deepcopy(base, {id(p): p for name, p in base.named_parameters() if shared and not name.startswith(own)})
 
 
 class Contender:
-    """One method on its own copy of the model, ready to take the training steps that train.py takes.
+    """One method on its own copy of the model: takes training steps and keeps what each took.
 
-    `params` are trained. Ours have a `training` (train.Training), the floor and PEFT a `loss(inputs, labels)`, the mean
-    loss. `also(step)` is called at the end of a step: PEFT's allocation, or one more validation forward.
+    Ours has a `training` (train.Training), whose steps train.py takes, too. The floor and PEFT have `params`, which are
+    trained, loss(inputs, labels), the mean loss, and PEFT after(step), its allocation.
     """
 
-    def __init__(self, s, model, params=(), training=None, loss=None, also=None):
-        self.s, self.model, self.training, self.loss, self.also = s, model, training, loss, also
+    def __init__(self, s, model, params=(), loss=None, after=None, training=None):
+        self.s, self.model, self.loss, self.after, self.training = s, model.train(), loss, after, training
         self.params = training.params if training else list(params)
         self.trainable = sum(p.numel() for p in self.params)
         if not training:
             for p in self.params:
                 p.requires_grad_(True)
             self.optimizer = torch.optim.AdamW(self.params, lr=s.lr, weight_decay=s.weight_decay, fused=True)
-        self.taken, self.losses, self.times, self.compiles, self.breaks = 0, [], [], [], 0
+        self.losses, self.times, self.compiled = [], [], []  # the last: (graphs, graph breaks)
 
-    def step(self, batch):
-        self.taken += 1
+    def step(self, inputs, labels):
+        """Take a step; returns its mean loss."""
+        number = 1 + len(self.losses)
         if self.training:
-            loss, _ = self.training.step(self.taken, [(*batch, 1 / batch[1].numel())])
-        else:
-            loss = self.loss(*batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.params, 1.0)
-            self.optimizer.step()
-        if self.also:
-            self.also(self.taken)
-        if not self.training:
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+            return self.training.step(number, [(inputs, labels, 1 / labels.numel())])[0]
+        loss = self.loss(inputs, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        if self.after:
+            self.after(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
 
     def timed_step(self, batch):
-        """Take a step; keeps its seconds, its loss, and what it compiled."""
-        graphs, breaks = compiled_so_far()
-        began = clock(self.s.device)
-        loss = self.step(batch)
+        before, began = compiled_so_far(), clock(self.s.device)
+        loss = self.step(*batch)
         self.times.append(clock(self.s.device) - began)
         self.losses.append(loss.item())
-        self.compiles.append(compiled_so_far()[0] - graphs)
-        self.breaks += compiled_so_far()[1] - breaks
+        self.compiled.append(np.subtract(compiled_so_far(), before))
 
     def policy_seconds(self, batch, times=20):
         """Mean seconds of the policy's own calls in a step, with cold caches, without LeLoRA's validation forward."""
@@ -186,7 +175,7 @@ class Contender:
         train.criterion(t.kind, outputs, labels).backward()
         lora.gather_gradients([*t.params, *a.own])
         outputs = outputs.detach()
-        if a.validation_rows:
+        if a.validation_loss:
             loss, a.validation_loss = a.validation_loss(), lambda: loss
         for i in range(times):
             cold.fill_(i)
@@ -215,57 +204,56 @@ def compiled_so_far():
 
 
 def contender(b, base, kind, name):
-    """Build the contender `name`: METHOD, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
-    if name.startswith("peft/"):
-        return peft_contender(b, base, kind, name[5:])
-    method, _, mode = name.partition("/")
-    plain = method in ("floor", "uniform+validation", "dora")
-    s = settings_for(b, "lora" if plain else method, dora=method == "dora", compile="on" if mode else "off")
-    if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
-        s.rank = 3 * b.rank
-    model = own_copy(base, shared=s.method not in ("full", "bitfit"))
-    sites = [name for name, _, _ in lora.sites(model, s.targets)]
-    if method == "lelora":  # it changes the frozen weights
-        for linear in map(model.get_submodule, sites):
-            linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
+    """Build `name`: METHOD, dora, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
+    method, _, end = name.partition("/")
+    if method == "peft":
+        return peft_contender(b, base, kind, end)
+    s, moves_w = settings_for(b), method in ("full", "bitfit", "lelora")
+    if method not in ("floor", "uniform+validation", "dora"):
+        s.method = method
+    if moves_w and b.weights == "int8":
+        raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
+    s.dora = method == "dora"
+    model = own_copy(base, shared=not moves_w)
     if method == "floor":
-        for site in sites:
-            model.set_submodule(site, Shifted(model.get_submodule(site)))
-        params = [model.get_submodule(site).shift for site in sites]
-        params += list(model.head.parameters()) if kind != "lm" else []
-
-        def loss(inputs, labels):
-            return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
-
-        made = Contender(s, model, params, loss=loss)
+        made = floor(s, model, kind)
     else:
+        if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
+            s.rank = 3 * b.rank
         allocator = allocators.policy(s.method)(model, s, 1000)
-        if method in ("lelora", "uniform+validation"):
+        if method in ("uniform+validation", "lelora"):
             aside = random_split(b, base, kind, allocators.LeLora.validation_rows)
             allocator.validation_loss = train.validation(model, kind, aside, s.device)
-        also = (lambda step: allocator.validation_loss()) if method == "uniform+validation" else None
-        made = Contender(s, model, training=train.Training(s, model, kind, allocator), also=also)
-    if s.compile == "on":
+        if method == "uniform+validation":
+            allocator.after_backward = lambda step: allocator.validation_loss()
+        made = Contender(s, model, training=train.Training(s, model, kind, allocator))
+    if end:
         train.compile_blocks(model)
     return made
 
 
-class Shifted(nn.Module):
-    """The floor's layer: the frozen projection plus one trainable number."""
+def floor(s, model, kind):
+    """The least that any adapter must do: train one number, added to what each matrix gives, and the head."""
+    def shifted(linear, inputs, output):
+        return output + linear.shift.to(output.dtype)
 
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.shift = linear, nn.Parameter(torch.zeros((), device=linear.weight.device))
+    def loss(inputs, labels):
+        return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
 
-    def forward(self, x):
-        return self.linear(x) + self.shift.to(x.dtype)
+    params = list(model.head.parameters()) if kind != "lm" else []
+    for site, _, _ in lora.sites(model, s.targets):
+        linear = model.get_submodule(site)
+        linear.shift = nn.Parameter(torch.zeros((), device=s.device))
+        linear.register_forward_hook(shifted)
+        params.append(linear.shift)
+    return Contender(s, model, params, loss)
 
 
 def peft_contender(b, base, kind, method):
     """transformers' model on the same weights with PEFT's adapters, as their users run them."""
     import peft
     import transformers
-    s, dtype = settings_for(b, "lora"), getattr(torch, b.dtype)
+    s, dtype = settings_for(b), getattr(torch, b.dtype)
     raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
     config = transformers.AutoConfig.for_model(base.family, **raw)
     if kind != "lm":
@@ -274,21 +262,20 @@ def peft_contender(b, base, kind, method):
         kernel = "eager" if base.family == "deberta-v2" else "sdpa"  # transformers has no other for the former
         auto = getattr(transformers, evaluation.AUTO[kind][0])
         theirs = auto.from_config(config, attn_implementation=kernel, dtype=dtype)
-    weights = {base.hf_name(name, module=True): base.get_parameter(name).data for name in base.plain_names}
-    heads = tuple(base.head_names.values()) if kind != "lm" else ()
-    weights |= {name: weight.to(dtype).clone() for name, weight in weights.items() if name.startswith(heads)}
+    weights = {base.hf_name(name, module=True): base.get_parameter(name).data.to(dtype) for name in base.plain_names}
     unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     assert not unknown, f"transformers' model has no {unknown[0]}"
     theirs.tie_weights()
-    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout, modules_to_save=list(heads) or None,
+    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout,
                    task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
+                   modules_to_save=list(base.head_names.values()) if kind != "lm" else None,
                    target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
     if method == "adalora":
         chosen = peft.AdaLoraConfig(init_r=round(s.adalora_init_ratio * b.rank), target_r=b.rank, tinit=1, tfinal=500,
                                     deltaT=s.adalora_delta_t, total_step=1000, **options)
     else:
         chosen = peft.LoraConfig(r=b.rank, use_dora=method == "dora", **options)
-    theirs = peft.get_peft_model(theirs, chosen).train()
+    theirs = peft.get_peft_model(theirs, chosen)
 
     def loss(inputs, labels):
         if kind == "image":
@@ -300,7 +287,7 @@ def peft_contender(b, base, kind, method):
         return theirs(input_ids=inputs["tokens"], attention_mask=inputs["mask"].long(), labels=labels).loss
 
     allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
-    return Contender(s, theirs, [p for p in theirs.parameters() if p.requires_grad], loss=loss, also=allocate)
+    return Contender(s, theirs, [p for p in theirs.parameters() if p.requires_grad], loss, allocate)
 
 
 # ---------------------------------------------------------------------------------------------- speed and memory
@@ -323,11 +310,9 @@ def speed(b):
     base, kind = base_model(b)
     runners = {name: contender(b, base, kind, name) for name in names}
     batches = batches_for(b, base, kind)
-    with tqdm(total=len(names) * (b.warmup + b.rounds), desc="steps", file=sys.stderr) as bar:
-        for i in range(b.warmup + b.rounds):  # interleaved: what else the machine does hits all alike
-            for runner in runners.values():
-                runner.timed_step(batches[i % len(batches)])
-                bar.update()
+    for i in tqdm(range(b.warmup + b.rounds), "rounds", file=sys.stderr):
+        for runner in runners.values():  # interleaved: what else the machine does hits all alike
+            runner.timed_step(batches[i % len(batches)])
 
     def ratio(runner, name):
         """Median over rounds of its step time over another's in the same round; None without that other."""
@@ -343,7 +328,8 @@ def speed(b):
             row["to_uniform_and_validation"] = ratio(r, "uniform+validation" + end)
         row |= {"tokens_per_second": tokens / seconds, "trainable": r.trainable}
         if end:
-            row |= {"graph_breaks": r.breaks, "recompilations": sum(n > 0 for n in r.compiles[2:])}
+            graphs, breaks = np.transpose(r.compiled)
+            row |= {"graph_breaks": int(breaks.sum()), "recompilations": int(np.count_nonzero(graphs[2:]))}
         if b.device.startswith("cuda"):
             row["synchronisations"] = synchronisations(r, batches[0])
         policy = r.policy_seconds(batches[0])  # the last: it moves the policy on
@@ -357,10 +343,8 @@ def synchronisations(runner, batch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        try:
-            runner.step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        runner.step(*batch)
+        torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
@@ -368,14 +352,14 @@ def memory(b):
     """Peak memory and step time of every method, the floor and PEFT at three shapes, each in a process of its own."""
     shapes = [(b.batch_size, b.length), (max(1, b.batch_size // 2), b.length), (b.batch_size, max(4, b.length // 2))]
     names, rows = contender_names(b, b.methods or ADAPTIVE), []
-    points = [(shape, name) for shape in dict.fromkeys(shapes) for name in names]
-    for (batch, length), name in tqdm(points, "memory", file=sys.stderr):
-        settings = dataclasses.asdict(b) | {"batch_size": batch, "length": length}
-        try:
-            printed = start(["bench.py", "one", name, json.dumps(settings)])
-        except subprocess.CalledProcessError as error:
-            raise UserError(f"{name}: its own process failed: {last_line(error.stderr)}") from None
-        rows.append({"batch": batch, "length": length, "contender": name} | json.loads(printed.splitlines()[-1]))
+    for (batch, length), name in tqdm([*itertools.product(dict.fromkeys(shapes), names)], "memory", file=sys.stderr):
+        shaped = dataclasses.replace(b, batch_size=batch, length=length)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            try:
+                measured = process.submit(one, shaped, name).result()
+            except RuntimeError as error:  # no memory, or the system has killed it for that
+                raise UserError(f"{name}: its own process failed: {error}") from None
+        rows.append({"batch": batch, "length": length, "contender": name} | measured)
     return rows
 
 
@@ -405,11 +389,6 @@ def megabytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def last_line(text):
-    """The last line that a process printed: what went wrong, if it is on stderr."""
-    return (text.strip().splitlines() or ["?"])[-1]
-
-
 # ---------------------------------------------------------------------------------------------- quality: its runs
 
 
@@ -417,19 +396,17 @@ def last_line(text):
 class Comparison:
     """Which runs `quality` compares; all flags besides are train.py's and hold for every run."""
 
-    methods: str = setting("all", "rows", "methods, where need be with flags of their own, as in "
-                                          "'lora,lora --init pissa,lalora --lalora-gamma 1'; or all")
+    methods: str = setting("all", "rows", "with flags of their own, as in 'lora,lora --init pissa,lalora'; or all")
     steps: list = setting(None, "rows", "numbers of optimizer steps, as in 250,1000,4000: each row once for each")
-    budgets: list = setting(None, "rows", "ranks, as in 1,2,8: each row once for each, or with --match-budget for the "
-                                          "parameters that uniform LoRA has at it")
+    budgets: list = setting(None, "rows", "ranks, as in 1,2,8: each row once for each, or at uniform LoRA's budget")
     tasks: list = setting(None, "columns", "default: the model's own")
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
     seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1)
     first_seed: int = setting(0, "fairness", "the first seed that is reported")
-    match_budget: bool = setting(False, "fairness", "choose the other methods' ranks, and alphas in proportion, for "
-                                                    "mean trainable parameters within 5 %% of uniform LoRA's")
-    tune: str = setting(None, "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it "
-                                          "what is best on average over seeds that are not reported")
+    match_budget: bool = setting(False, "fairness", "choose ranks, and alphas in proportion, for mean trainable "
+                                                    "parameters within 5 %% of uniform LoRA's")
+    tune: str = setting("", "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it what "
+                                        "is best on average over seeds that are not reported")
     tune_seeds: int = setting(2, "fairness", "runs of each choice, with seeds 1000, 1001, ...", low=1)
     tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
     split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
@@ -445,29 +422,36 @@ class Comparison:
 class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
-    `settings` holds what they set, as train.py reads it: runs with the same settings, `key` as JSON, are the same run.
-    `columns` are the tasks that it has numbers for, `place` says where on --steps and --budgets the row is, `times` is
-    its rank over the one that was told, `line` what `make` has found or made: its line in the results, or None.
+    `settings` is what they set, as train.py reads it; runs with the same `key`, that and the hash of the program's
+    source, are the same run. `columns` are the tasks that it has numbers for, `point` where on --steps and --budgets
+    the row is, `times` its rank over the one that was told, `line` what `make` has found or made, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
         self.row, self.task, self.seed, self.flags, self.folder = row, task, seed, list(flags), folder
         self.columns, self.times, self.line = [task], 1.0, None
-        self.place = row.partition(" @ ")[2]
+        self.point = row.partition(" @ ")[2]
+        for flag in ("--method", "--task", "--seed", "--out", "--resume"):
+            if self.flags.count(flag) > (flag == "--method"):
+                raise UserError(f"{flag} is the comparison's own: use --methods, --tasks, --seeds, --runs")
         self.words = [*flags, "--task", task, "--seed", str(seed)]
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
-        if self.s.out or self.s.resume:
-            raise UserError("--out and --resume are the comparison's own; leave them out")
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        self.key = json.dumps(self.settings, sort_keys=True)
         self.source = evaluation.source_hash(self.s.method, self.s.task)
-        content = hashlib.sha256((self.key + self.source).encode()).hexdigest()
+        self.key = json.dumps(self.settings, sort_keys=True), self.source
+        content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
     def again(self, seed, *flags):
         """The same with another seed and more flags, which override those before."""
         return Run(self.row, self.task, seed, [*self.flags, *flags], self.folder)
+
+    def filled(self):
+        """Its settings with the values that train.py takes for those that are not told."""
+        s = copy.copy(self.s)
+        train.settle(s, models.find_config(s.model, s.init_weights)[0])
+        return s
 
     def perform(self, env):
         """Do what is left of it; returns its line for the results. Raises subprocess.CalledProcessError."""
@@ -500,28 +484,18 @@ def changed(settings):
     return {name: value for name, value in settings.items() if value != getattr(train.Settings, name, None)}
 
 
-def check_shared(flags):
-    """Raises UserError for flags that differ between the runs of a comparison."""
-    for flag, instead in {"--method": "--methods", "--task": "--tasks", "--seed": "--seeds"}.items():
-        if flag in flags:
-            raise UserError(f"{flag} differs between the runs that are compared: use {instead}")
-
-
 def finished(q):
-    """The lines of the results, by their settings as JSON; what is no such line, or half of one, is skipped.
+    """The lines of the results by their runs' keys, and by the settings alone: the first of several.
 
-    `old` are those that another version of the program made, where there is no other.
+    What is no such line, or half of one, is skipped.
     """
     lines, file = {}, Path(q.results)
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
-            line.setdefault("settled", line["settings"])
-            told = line["settings"]
-            line["old"] = line.get("source") != evaluation.source_hash(told.get("method", "lora"), told.get("task"))
-            key = json.dumps(line["settings"], sort_keys=True)
-            if key not in lines or not line["old"]:
-                lines[key] = line
+            told = json.dumps(line["settings"], sort_keys=True)
+            lines[told, line["source"]] = line
+            lines.setdefault(told, line)
     return lines
 
 
@@ -531,12 +505,13 @@ def make(runs, q):
     Returns {name: what went wrong} of those that failed. A run that was begun goes on from its last checkpoint. Ctrl-C
     reaches the runs, too: they stop at a checkpoint.
     """
-    found, different, failed = finished(q), {run.key: run for run in runs}, {}
-    old, take_old = [key for key in different if key in found and found[key]["old"]], q.keep_old or not q.run
+    lines, failed, different = finished(q), {}, {run.key: run for run in runs}
+    old, take_old = [key for key in different if key not in lines and key[0] in lines], q.keep_old or not q.run
     if old:
         say(f"note: {len(old)} of {len(different)} results are of another version of the program: "
             + ("taken as they are" if take_old else "made again; --keep-old takes them as they are"))
-    lines = {key: found[key] for key in different if key in found and (take_old or key not in old)}
+    if take_old:
+        lines |= {key: lines[key[0]] for key in old}
     waiting = [run for key, run in different.items() if key not in lines] * q.run
     for folder in (Path(q.results).parent, Path(q.runs)) if waiting else ():
         folder.mkdir(parents=True, exist_ok=True)
@@ -546,14 +521,14 @@ def make(runs, q):
         for run in todo:
             log = Path(f"{run.out}.stderr.txt")
             try:
-                line = run.perform(env)
+                line = lines[run.key] = run.perform(env)
                 log.unlink(missing_ok=True)
                 with lock:
                     append(q.results, line)
-                lines[run.key] = line | {"old": False}
             except subprocess.CalledProcessError as error:
                 log.write_text(error.stderr, encoding="utf-8")
-                failed[run.out.name] = f"{last_line(error.stderr)} (all of it: {log})"
+                last = (error.stderr.strip().splitlines() or ["?"])[-1]
+                failed[run.out.name] = f"{last} (all of it: {log})"
                 say(f"{run.out.name}: {failed[run.out.name]}")
             bar.update()
 
@@ -592,37 +567,34 @@ def quality(argv):
     parser.usage = "%(prog)s quality [flags] [train.py's flags]"
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
-    check_shared(flags)
     train.check_bounds(q)
     axes = {name: values for name, values in (("steps", q.steps), ("rank", q.budgets)) if values}
     axis = next((name for name, values in axes.items() if len(values) > 1), None)
     if q.picture and not axis:
         raise UserError("--picture shows quality over steps or parameters: name some, as in --steps 250,1000,4000 or "
                         "--budgets 1,2,8")
+    grid = grid_of(q.tune)
+    if q.match_budget and "--rank" in grid[0]:
+        raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
     methods = list(allocators.METHODS)
     if q.methods != "all":  # a comma may be part of a flag
         names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
-    if q.tasks is None:
-        s = train.Settings(**vars(TRAIN.parse_args(flags)))
-        q.tasks = [train.settle(s, models.find_config(s.model, s.init_weights)[0]).name]
     rows = {method: shlex.split(method) for method in methods}
     for name, values in axes.items():
         rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
                 for row, words in rows.items() for n in values}
+    q.tasks = q.tasks or [Run("", "", 0, flags, q.runs).filled().task]
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
-    if q.match_budget and q.tune and "--rank" in grid_of(q.tune)[0]:
-        raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
-    for cell in cells:  # complains before the first run
-        for flags in grid_of(q.tune or ""):
-            cell.again(0, *flags)
+    for choice in grid:  # complains before the first run
+        cells[0].again(0, *choice)
     failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own
     if q.match_budget:
         cells = match_budget(cells, q)
         free |= {"rank", "alpha"}
     if q.tune:
         cells, chosen, failed = tune(cells, q)
-        free |= {flag.removeprefix("--").replace("-", "_") for flag in grid_of(q.tune)[0][::2]}
+        free |= {flag.removeprefix("--").replace("-", "_") for flag in grid[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.first_seed, q.first_seed + q.seeds)]
     failed |= make(runs, q)
@@ -630,7 +602,7 @@ def quality(argv):
     if q.csv:
         write_csv(q.csv, runs)
     if q.picture:
-        draw(q.picture, axis, runs, about)
+        draw(q.picture, axis, runs, about["metrics"])
     return markdown(about), about
 
 
@@ -644,21 +616,17 @@ def match_budget(cells, q):
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
     grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
     """
-    uniform = {(cell.task, cell.place): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
+    uniform = {(cell.task, cell.point): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
-    told, tried, ranks = {}, {}, {}  # of each cell: its settings as filled in, runs, and the rank to try next
-    for cell in cells:
-        if cell.s.method not in ("full", "bitfit"):
-            told[cell], tried[cell] = copy.copy(cell.s), []
-            train.settle(told[cell], models.find_config(cell.s.model, cell.s.init_weights)[0])
-            ranks[cell] = told[cell].rank
+    told = {cell: cell.filled() for cell in cells if cell.s.method not in ("full", "bitfit")}
+    tried, ranks = {cell: [] for cell in told}, {cell: s.rank for cell, s in told.items()}  # ranks: to try next
 
     def budget(run):
         return run.line["trainable_params"]["mean"] if run.line else math.inf
 
     def closest(cell):
-        aim = budget(tried[uniform[cell.task, cell.place]][0])
+        aim = budget(tried[uniform[cell.task, cell.point]][0])
         if aim == math.inf:
             raise UserError(f"--match-budget: uniform LoRA has no result on {cell.task}; see above")
         return min(((budget(run) / aim - 1, run) for run in tried[cell]), key=lambda pair: abs(pair[0]))
@@ -706,23 +674,22 @@ def tune(cells, q):
     for the rank that was told, and grow with --match-budget's.
     """
     more = ["--eval-half", "tune"] * q.split_eval + ["--limit-train", str(q.tune_rows)] * (q.tune_rows > 0)
-    trials = [(cell, flags, [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)])
-              for cell in cells for flags in grid_of(q.tune, cell.times)]
-    make([run for _, _, runs in trials for run in runs], q)
-    best, tuned, chosen, failed = {}, [], {}, {}
-    for cell, flags, runs in trials:
-        metrics, values = scores(runs, q.metric)
-        numbers = values[cell.row].get(cell.task, {}).values()
-        if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
-            mean = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
-            if cell not in best or mean > best[cell][0]:
-                best[cell] = mean, flags
-    for cell in cells:
-        if cell in best:
-            _, flags = best[cell]
-            tuned.append(cell.again(0, *flags))
-            tries = len(grid_of(q.tune)) * q.tune_seeds
-            chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(flags)} (of {tries} runs)"
+    trials = {cell: {flags: [cell.again(1000 + i, *flags, *more) for i in range(q.tune_seeds)]
+                     for flags in grid_of(q.tune, cell.times)} for cell in cells}
+    make([run for choices in trials.values() for runs in choices.values() for run in runs], q)
+    tuned, chosen, failed = [], {}, {}
+    for cell, choices in trials.items():
+        means = {}
+        for flags, runs in choices.items():
+            metrics, values = scores(runs, q.metric)
+            numbers = values[cell.row].get(cell.task, {}).values()
+            if len(numbers) == q.tune_seeds and math.isfinite(sum(numbers)):
+                means[flags] = statistics.fmean(numbers) * (-1 if metrics[cell.task] in LOSSES else 1)
+        if means:
+            best = max(means, key=means.get)
+            tuned.append(cell.again(0, *best))
+            tries = len(choices) * q.tune_seeds
+            chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(best)} (of {tries} runs)"
         else:
             failed[f"{cell.row}, {cell.task}"] = "left out: no choice of --tune has finished with all its seeds"
     return tuned, chosen, failed
@@ -759,7 +726,8 @@ def scores(runs, metric=None):
         metrics["average"] = ""
         for row in values.values():
             seeds = set.intersection(*(set(row.get(task, ())) for task in tasks))
-            row["average"] = {seed: statistics.fmean(row[task][seed] for task in tasks) for seed in sorted(seeds)}
+            if seeds:
+                row["average"] = {seed: statistics.fmean(row[task][seed] for task in tasks) for seed in sorted(seeds)}
     return metrics, values
 
 
@@ -787,7 +755,7 @@ def baselines(runs, free=()):
 
     lines, found = {}, {}
     for run in runs:
-        lines.setdefault(run.row, {})[run.task, run.seed, run.place] = run.line
+        lines.setdefault(run.row, {})[run.task, run.seed, run.point] = run.line
     for row, own in lines.items():
         fitting = {}
         for name, others in lines.items():
@@ -805,20 +773,18 @@ def summarise(runs, metric=None, free=()):
     A row has for each column mean and standard deviation over seeds, and the mean difference from its baseline, over
     the seeds that both have, with p of the sign-flip test; besides what was trained, seconds and memory.
     """
-    metrics, values = scores(runs, metric)
-    against = baselines([run for run in runs if run.line], free)
-    rows = {}
+    done = [run for run in runs if run.line]
+    (metrics, values), against, rows = scores(runs, metric), baselines(done, free), {}
     for name, columns in values.items():
         row = rows[name] = {"against": against.get(name)}
         for column, mine in columns.items():
-            theirs = values.get(against.get(name), {}).get(column, {})
+            theirs = values.get(row["against"], {}).get(column, {})
             pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-            if mine:
-                row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
-                               "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
+            row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
+                           "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
             if pairs and not math.isnan(sum(pairs)):
                 row[column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
-        lines = [run.line for run in runs if run.row == name and run.line]
+        lines = [run.line for run in done if run.row == name]
         if lines:
             sizes = [line["trainable_params"] for line in lines]
             row |= {"trainable_params": {k: statistics.fmean(size[k] for size in sizes) for k in sizes[0]},
@@ -829,14 +795,14 @@ def summarise(runs, metric=None, free=()):
 
 def markdown(about):
     """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
-    metrics, chosen, cells = about["metrics"], about.get("chosen", {}), []
-    scored = [row[column] for row in about["rows"].values() for column in metrics if column in row]
+    metrics, chosen, cells, tests = about["metrics"], about.get("chosen", {}), [], 0
     for name, row in about["rows"].items():
         cell = {"method": name}
         for column, metric in metrics.items():
-            others = [other[column]["mean"] for other in about["rows"].values() if column in other]
-            text = score_text(row[column], others, metrics) if column in row else ""
+            means = [other[column]["mean"] for other in about["rows"].values() if column in other]
+            text = score_text(row[column], means, metrics) if column in row else ""
             cell[f"{column}, {metric}" if metric else column] = text
+            tests += column in row and row[column]["p"] is not None
         sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
         cell |= {"trainable: last / mean / peak": " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]),
                  "s": f"{row['seconds']:,.1f}" if sizes else "", "MB": row.get("peak_memory_mb"),
@@ -844,7 +810,7 @@ def markdown(about):
         if chosen:
             cell["chosen"] = "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())
         cells.append(cell)
-    text, tests = table(cells), sum(score["p"] is not None for score in scored)
+    text = table(cells)
     if tests:
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
                  f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
@@ -891,28 +857,21 @@ def write_csv(path, runs):
         writer.writerows(rows)
 
 
-def draw(path, axis, runs, about):
-    """A picture of quality over steps, or with `axis` "rank" over trained parameters: mean and standard deviation.
-
-    A curve per method; the parameters are the mean over training.
-    """
-    plt, metrics = evaluation.pyplot(), about["metrics"]
-    figure, panels = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 4), squeeze=False, layout="constrained")
-    curves = {}
+def draw(path, axis, runs, metrics):
+    """A picture of quality over steps, or with `axis` "rank" over trained parameters: a panel per task."""
+    from papers import figures
+    groups, label = {}, {"steps": "steps", "rank": "trained parameters, mean over training"}[axis]
     for run in runs:
-        row = about["rows"][run.row]
-        x = run.s.steps if axis == "steps" else row.get("trainable_params", {}).get("mean")
-        curves.setdefault(re.sub(rf" @ {axis} \d+", "", run.row), {})[x] = row
-    for panel, (column, metric) in zip(panels[0], metrics.items()):
-        for method, rows in curves.items():
-            points = [(x, row[column]["mean"], row[column]["std"] or 0) for x, row in rows.items() if column in row]
-            if points:
-                panel.errorbar(*zip(*sorted(points)), label=method, marker="o", capsize=3)
-        panel.set(title=column, xlabel={"steps": "steps", "rank": "trained parameters, mean over training"}[axis],
-                  ylabel=metric, xscale="log")
-        panel.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        if run.line:
+            groups.setdefault((run.task, re.sub(rf" @ {axis} \d+", "", run.row)), []).append(run)
+
+    def x(run):
+        return run.s.steps if axis == "steps" else run.line["trainable_params"]["mean"]
+
+    def quality(run):
+        return {metrics[run.task]: run.line[metrics[run.task]]}
+
+    figures.plot_points(figures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -936,15 +895,8 @@ def settle(b):
     evaluation.check_device(b.device)
     cuda = b.device.startswith("cuda")
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
-    b.modes = b.modes or (["eager", "compiled"] if cuda else ["eager"])
+    b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
     b.methods = None if b.methods == ["all"] else b.methods
-    for method in b.methods or ():
-        if method != "dora":
-            allocators.policy(method)  # complains about one that is not known
-        if b.weights == "int8" and method in ("lelora", "full", "bitfit"):
-            raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
-    if b.weights == "int8":
-        b.peft = False  # whose 8 bits are another library's
     if not {*b.modes} <= {"eager", "compiled"}:
         raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")
 
@@ -969,9 +921,6 @@ COMMANDS = {"speed": speed, "memory": memory}
 def main(argv=None):
     """Do what the command line says: measure, or compare."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["one"]:  # a process that `memory` started
-        print(evaluation.to_json(one(Bench(**json.loads(argv[2])), argv[1])))
-        return
     if argv[:1] == ["quality"]:
         answer("quality", *quality(argv[1:]))
         return
@@ -979,8 +928,7 @@ def main(argv=None):
     parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s quality [--help]"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     given = vars(parser.parse_args(argv))
-    command = given.pop("command")
-    b = Bench(**given)
+    command, b = given.pop("command"), Bench(**given)
     settle(b)
     report(command, b, COMMANDS[command](b))
 

@@ -13,7 +13,6 @@ The last line on stdout is one JSON object with the result.
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -616,145 +615,6 @@ def summary(metrics):
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_rows")
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-LOGGED = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
-          "trainable_params"}  # by the loop itself; what else is in metrics.jsonl is the policy's
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing into files; raises UserError where matplotlib is not installed."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt")
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    return plt
-
-
-def read_runs(folders):
-    """The runs among `folders`, each with folder, s (its settings), metrics and ranks (lines of its logs).
-
-    Of several, what is no run is left out and named. Raises UserError if none is one.
-    """
-    runs = []
-    for folder in dict.fromkeys(Path(os.path.abspath(name)) for name in folders):
-        if folder.is_file():  # a picture, where runs/* was typed
-            continue
-        try:
-            s, _ = read_run(folder)
-            metrics, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")
-            runs.append(SimpleNamespace(folder=folder, s=s, metrics=metrics, ranks=ranks))
-        except (UserError, OSError):
-            if len(folders) == 1:
-                raise
-            data.note(f"left out, not a run's folder: {folder.name}")
-    if not runs:
-        raise UserError(f"no run among {len(folders)} paths; name folders that train.py wrote")
-    return runs
-
-
-def save_figures(plt, runs, figures):
-    """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
-    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
-    return [folder / name for name in figures]
-
-
-def plot(*folders):
-    """Draw one run's curves.png and ranks.png into its folder, or several runs' curves.png into the one that holds all.
-
-    Returns the paths. Raises UserError without matplotlib or without a run.
-    """
-    plt, runs = pyplot(), read_runs(folders)
-    figures = {"curves.png": plot_curves(plt, runs)}
-    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
-        figures["ranks.png"] = plot_ranks(plt, runs[0].ranks)
-    return save_figures(plt, runs, figures)
-
-
-def plot_curves(plt, runs):
-    """Loss, metric, budget and, of one run, the policy's own numbers over steps; a row for each task.
-
-    Runs whose folders' names differ in the seed (and task) alone have one colour.
-    """
-    labels, tasks, shown = [], list(dict.fromkeys(run.s.task for run in runs)), {}
-    for run in runs:
-        end = rf"(-{re.escape(run.s.task.rpartition(':')[2])})?-{run.s.seed}(-[0-9a-f]{{8}})?$"
-        labels.append(re.sub(end, "", run.folder.name))
-    names = list(dict.fromkeys(labels))
-    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
-    own = dict.fromkeys(key for line in runs[0].metrics for key in line if key not in LOGGED and len(runs) == 1)
-    size = len(tasks), 3 + bool(own)
-    figure, axes = plt.subplots(*size, figsize=(4.6 * size[1], 3.8 * size[0]), layout="constrained", squeeze=False)
-
-    def draw(axis, title, run, number, **options):
-        points = [(line["step"], number(line)) for line in run.metrics if number(line) is not None]
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        x, y = np.reshape(points, (-1, 2)).T
-        return axis.plot(x, y, marker="o" if len(points) < 15 else None, markersize=3, **options)[0]
-
-    for run, label in zip(runs, labels):
-        task, color = data.task_row(run.s.task), colours[names.index(label) % len(colours)]
-        metric, row = task.metrics[0], axes[tasks.index(run.s.task)]
-        if any(metric not in line.get("eval", metric) for r in runs if r.s.task == run.s.task for line in r.metrics):
-            metric = "loss"  # answers are generated and scored at the end only
-        draw(row[0], f"{task.name}: training loss", run, lambda line: line.get("loss"), color=color)
-        draw(row[1], f"{task.name}: {metric}", run, lambda line: line.get("eval", {}).get(metric), color=color)
-        shown[label] = draw(row[2], "trainable adapter parameters", run, lambda line: line["trainable_params"]["now"],
-                            color=color)
-    for axis in axes[:, 2]:  # after the last curve, since it ends autoscaling
-        axis.set_ylim(bottom=0)
-    for key in own:
-        draw(axes[0, 3], "the policy's own numbers", runs[0], lambda line: line.get(key), label=key)
-        axes[0, 3].legend(fontsize="small")
-    if len(runs) == 1:
-        s = runs[0].s  # whose names may have dollar signs
-        figure.suptitle(f"{s.method} on {Path(s.model).name}, {task.name}, seed {s.seed}", parse_math=False)
-    else:
-        names = [name.replace("$", r"\$") for name in shown]  # a dollar sign alone would start a formula
-        figure.legend(shown.values(), names, loc="outside right upper", fontsize="small")
-    return figure
-
-
-def plot_ranks(plt, ranks):
-    """The rank of each kind of matrix over blocks and steps, and the final ranks."""
-    kinds, steps = grid(ranks[-1]["ranks"])[1], [line["step"] for line in ranks]
-    history = np.stack([grid(line["ranks"])[0] for line in ranks])  # (times, blocks, kinds)
-    top = max(1, np.nanmax(history))
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(4.2 * (len(kinds) + 1), 4), layout="constrained")
-    for axis, kind, image in zip(axes, kinds, history.T):
-        axis.set_title(kind)
-        heat(axis, image, "step", top, edges=[0, *steps])
-    axes[-1].set_title(f"final ranks (step {steps[-1]})")
-    shown = heat(axes[-1], history[-1], "matrix", top, kinds)
-    figure.colorbar(shown, ax=axes, label="rank", fraction=0.02)
-    return figure
-
-
-def heat(axis, image, x, top, names=(), edges=None):
-    """A heat map of numbers (blocks, columns) from 0 to `top`, which it returns for a colour bar.
-
-    Columns have `names`, and their numbers are written in unless they are many; or else `edges`, on a scale.
-    """
-    blocks, columns = image.shape
-    edges = np.arange(columns + 1) - 0.5 if edges is None else edges
-    shown = axis.pcolormesh(edges, np.arange(blocks + 1) - 0.5, image, vmin=0, vmax=top)
-    axis.set(xlabel=x, ylabel="block")
-    axis.invert_yaxis()
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    if names:
-        axis.set_xticks(range(columns), names, rotation=45 * (len("".join(map(str, names))) > 16))
-    for row, column in np.argwhere(~np.isnan(image)) if names and image.size <= 120 else ():
-        number = image[row, column]
-        axis.text(column, row, f"{number.round(2):g}", ha="center", va="center", fontsize="small",
-                  color="white" if number < 0.6 * top else "black")
-    return shown
-
-
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -771,7 +631,7 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        shown = action.default not in (None, argparse.SUPPRESS, False, 0) and "default" not in action.help
+        shown = action.default not in (None, argparse.SUPPRESS, False, 0, "") and "default" not in action.help
         choices = f": {', '.join(action.choices)}" if action.choices else ""
         return action.help + choices + (" (default: %(default)s)" if shown else "")
 
@@ -836,7 +696,8 @@ def main(argv=None):
     if ":" in changes.get("task", ""):
         changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:
-        print(to_json({"plots": [str(path) for path in plot(*args.what)]}))
+        from papers import figures  # which imports this module
+        print(to_json({"plots": [str(path) for path in figures.plot(args.what)]}))
         return
     if what == "merge":
         if len(places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:

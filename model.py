@@ -250,12 +250,13 @@ class Config(SimpleNamespace):
     use_sliding_window = True
 
 
-def find_config(name, weights="checkpoint"):
+def find_config(name, weights="checkpoint", changes=None):
     """Return (Config, folder) of the model `name`; with weights="random" a name in `CONFIGS` needs no folder: None."""
     if weights == "random" and name in CONFIGS and not Path(name).is_dir():
-        return normalise(dict(CONFIGS[name]), f"built-in config of {name}"), None
+        return normalise(CONFIGS[name] | (changes or {}), f"built-in config of {name}"), None
     folder = resolve(name, weights=weights != "random")
-    return normalise(read_json(folder / "config.json"), folder / "config.json"), folder
+    path = folder / "config.json"
+    return normalise(read_json(path) | (changes or {}), path), folder
 
 
 def read_json(path):
@@ -919,16 +920,17 @@ DECODING |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_re
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
-         mapped=False, outputs=None, int8=False):
+         mapped=False, outputs=None, int8=False, changes=None):
     """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
     as the checkpoint has); None is what the checkpoint was saved as. weights="random" draws all from `seed`, as what
     `model.fresh` names. `mapped` leaves on the CPU what has the `dtype` in the file: pages that all processes of a
     machine share. `outputs`: indices of the checkpoint's outputs that become the model's, [] for a new head; by default
-    all, if they are as many. `int8` keeps the blocks' matrices as Int8Linear. Raises UserError for anything wrong.
+    all, if they are as many. `int8` keeps the blocks' matrices as Int8Linear; `changes` override the config.json.
+    Raises UserError for anything wrong.
     """
-    config, folder = find_config(name, weights)
+    config, folder = find_config(name, weights, changes)
     kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
     if head is None:
         saved_as = str((config.raw.get("architectures") or [""])[0])

@@ -275,7 +275,8 @@ def test_a_model_named_like_a_command_or_a_format(tmp_path, monkeypatch, capsys)
 
 def test_names_with_dollar_signs_can_be_plotted(folder):
     pytest.importorskip("matplotlib")
+    from papers import figures
     settings = json.loads((folder / "run" / "run.json").read_text())
     settings["settings"]["model"] = "/x/a$\\frac{$b"
     (folder / "run" / "run.json").write_text(json.dumps(settings))
-    assert all(path.exists() for path in evaluation.plot(folder / "run"))
+    assert all(path.exists() for path in figures.plot([folder / "run"]))
