@@ -297,7 +297,7 @@ def contender_names(b, methods):
     """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
     names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
     names = [name + "/compiled" * (mode == "compiled") for mode in b.modes for name in names]
-    theirs = [f"peft/{method}" for method in PEFT if method in methods and b.peft]
+    theirs = [f"peft/{method}" for method in PEFT if method in methods and b.peft and b.weights == "float"]
     if theirs and not all(importlib.util.find_spec(module) for module in ("peft", "transformers")):
         say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
         theirs = []
