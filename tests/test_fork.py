@@ -165,7 +165,8 @@ class Sign(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("cls, options", [(torch.optim.SGD, dict(lr=1e-2, momentum=0.9, weight_decay=0.2)), (Sign, {}),
-                                          (torch.optim.RMSprop, dict(lr=1e-2, momentum=0.5, weight_decay=0.2))])
+                                          (torch.optim.RMSprop, dict(lr=1e-2, momentum=0.5, weight_decay=0.2)),
+                                          (torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.2))])
 def test_any_optimizer_holds_components_still(cls, options):
     """Each component goes as under the optimizer alone, fed only the steps in which it may move and none is bad."""
     torch.manual_seed(0)
@@ -174,7 +175,8 @@ def test_any_optimizer_holds_components_still(cls, options):
     for part, mask in zip(whole.parts, masks):
         part.active = mask[:, None]
     alone = [[torch.nn.Parameter(row.clone()) for row in part] for part in whole.data]
-    optimizer = lora.hold_still(cls([whole], **options))
+    ours = cls is torch.optim.AdamW  # whose components have clocks of their own
+    optimizer = lora.AdamW([whole], **options) if ours else lora.hold_still(cls([whole], **options))
     others = [[cls([row], **options) for row in rows] for rows in alone]
     for step in range(40):
         masks.copy_(torch.rand(3, 4) < 0.5)
@@ -188,7 +190,8 @@ def test_any_optimizer_holds_components_still(cls, options):
         for i, k in moved.nonzero().tolist():
             alone[i][k].grad = grad[i, k].clone()
             others[i][k].step()
-    torch.testing.assert_close(whole.detach(), torch.stack([torch.stack(rows) for rows in alone]).detach())
+    expected = torch.stack([torch.stack(rows) for rows in alone]).detach()
+    torch.testing.assert_close(whole.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_late_masks_are_refused():
