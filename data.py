@@ -1024,7 +1024,7 @@ def configure(backend, names, kind, tokens):
         if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
             backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
         if kind == "RobertaTokenizer":
-            backend.post_processor = tokenizers.processors.RobertaProcessing(*ends)
+            backend.post_processor = tokenizers.processors.RobertaProcessing(*ends, add_prefix_space=bool(space))
     elif kind == "XLMRobertaTokenizer" and model == "Unigram":
         backend.pre_tokenizer = before.Sequence([
             before.WhitespaceSplit(), before.Metaspace(prepend_scheme="never" if space is False else "always")])

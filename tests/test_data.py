@@ -479,7 +479,7 @@ def test_images_are_prepared_as_transformers_does(tmp_path, name):
 
 
 REFUSED = {
-    "resample": {"resample": 1}, "size .'longest_edge':": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
+    "resample": {"resample": 1}, "size .'lon.*": {"size": {"longest_edge": 24}}, "crop_size": {**CROP, "crop_size": 20},
     "do_pad": {"do_pad": True}, "rescale_offset": {"rescale_offset": True}, "crop_pct": {"crop_pct": 0.9},
     "do_flip_channel_order": {"do_flip_channel_order": True}, "size": {"size": {"height": 3, "width": 24}},
     "image_processor_type": {"image_processor_type": "SiglipImageProcessor"}, "image_mean": {"image_mean": [1, 2]},
@@ -516,54 +516,40 @@ def test_extras_are_named_where_they_are_missing(tmp_path, monkeypatch):
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "the dog", "", "naïve café — 42 %", "fox " * 40,
          "unseen žluťoučký", "中文 The\tFOX\n [SEP] </s> fox", " Fox  dog"]
-BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-ROBERTA = LLAMA | {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>"}
-
-
-def make_tokenizer(folder, kind, model_type=None, texts=TEXTS[:4], **settings):
-    """Train a small tokenizer of a kind and write a model folder with it as transformers would find one."""
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-    train, options, templates = trainers.BpeTrainer, {"vocab_size": 200}, ("<s> $A", "<s> $A <s>:1 $B:1")
-    if kind == "bert":
-        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = normalizers.BertNormalizer()
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-        train, special, config = trainers.WordPieceTrainer, BERT, {"model_type": "bert", "type_vocab_size": 2}
-        templates = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
-    elif kind == "sentencepiece":
-        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                             decoders.Strip(" ", 1, 0)])
-        special, config = LLAMA, {"model_type": "llama"}
-    else:
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        special = ROBERTA if kind == "roberta" else {name: LLAMA[name] for name in ("bos_token", "eos_token")}
-        config = {"model_type": "llama", "eos_token_id": [1, 7]}
-        options = {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-        templates = "<s> $A </s>", "<s> $A </s> $B </s>"
-    names = [token if isinstance(token, str) else token["content"] for token in special.values()]
-    trainer = train(show_progress=False, special_tokens=[*dict.fromkeys(names)], **options)
-    line = "### Response:\n" if kind != "sentencepiece" else ""     # whose pieces do not go over the end of a line
-    backend.train_from_iterator([*texts * 5, f"{line}the correct answer is true"], trainer)
-    used = [(name, backend.token_to_id(name)) for name in {*names} if name in templates[1].split()]
-    if kind == "sentencepiece":
-        content = json.loads(backend.to_str())
-        content["model"]["vocab"] |= {f"<0x{i:02X}>": len(content["model"]["vocab"]) + i for i in range(256)}
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    backend.post_processor = processors.TemplateProcessing(
-        single=templates[0], pair=templates[1], special_tokens=used)
+def make_tokenizer(folder, kind="Roberta", model_type=None, texts=TEXTS[:4], **settings):
+    """Train a small tokenizer, which transformers' class saves with what tokenizer_config.json says besides."""
+    models, before = tokenizers.models, tokenizers.pre_tokenizers
+    model, splitter, special = {
+        "Bert": (models.WordPiece(unk_token="[UNK]"), before.BertPreTokenizer(), "[PAD] [UNK] [CLS] [SEP] [MASK]"),
+        "Roberta": (models.BPE(), before.ByteLevel(add_prefix_space=False), "<s> </s> <unk> <pad> <mask>"),
+        "GPT2": (models.BPE(), before.ByteLevel(add_prefix_space=False), "<|endoftext|>"),
+        "Llama": (models.BPE(unk_token="<unk>"), before.Metaspace(split=False), "<unk> <s> </s>"),
+        "DebertaV2": (models.Unigram(), before.Metaspace(), "[PAD] [CLS] [SEP] [UNK]"),
+        "XLMRoberta": (models.Unigram(), before.Metaspace(), "<s> <pad> </s> <unk>")}[kind]
+    backend, special = tokenizers.Tokenizer(model), special.split()
+    backend.pre_tokenizer = splitter
+    options = {"unk_token": special[3]} if isinstance(model, models.Unigram) else {}
+    if kind in ("Roberta", "GPT2"):
+        options = {"initial_alphabet": before.ByteLevel.alphabet()}
+    trainer = type(model.get_trainer())
+    backend.train_from_iterator([*texts * 5, "the correct answer is true"], trainer(
+        vocab_size=400 if options else 200, show_progress=False, special_tokens=special, **options))
+    content = json.loads(backend.to_str())["model"]
+    vocab, merges = content["vocab"], [tuple(pair) for pair in content.get("merges", ())]
+    if kind == "Llama":
+        vocab |= {f"<0x{i:02X}>": len(vocab) + i for i in range(256)}
+    vocab = vocab if isinstance(vocab, dict) else [tuple(piece) for piece in vocab]
+    saved = getattr(transformers, f"{kind}Tokenizer")(vocab, **{"merges": merges} if merges else {})
+    saved.save_pretrained(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(5)  # settings left in the file must not matter
     backend.enable_padding(length=50)
-    folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    settings = special | {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | settings
     write(folder / "tokenizer_config.json", {key: value for key, value in settings.items() if value is not None})
-    write(folder / "special_tokens_map.json", special)
-    write(folder / "config.json", config | ({"model_type": model_type} if model_type else {}))
+    family = {"Bert": "bert", "DebertaV2": "deberta-v2", "XLMRoberta": "xlm-roberta"}.get(kind, "llama")
+    ends = {"eos_token_id": [1, 7]} if family == "llama" else {}
+    write(folder / "config.json", {"model_type": model_type or family, "type_vocab_size": 2} | ends)
     return folder
 
 
@@ -582,57 +568,31 @@ def compare_with_transformers(folder):
     return ours
 
 
-PIECES = [("DebertaV2Tokenizer", {}), ("DebertaV2Tokenizer", {"do_lower_case": True}), ("XLMRobertaTokenizer", {}),
-          ("DebertaV2Tokenizer", {"split_by_punct": True}), ("XLMRobertaTokenizer", {"add_prefix_space": False})]
-
-
-@pytest.mark.parametrize("kind, settings", PIECES)
-def test_sentencepiece_tokenizers_of_encoders(kind, settings, tmp_path):
-    """The tokenizer.json that transformers makes of DeBERTaV3's and XLM-R's; types where the model has a table."""
-    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if kind == "DebertaV2Tokenizer" else ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=120, show_progress=False, unk_token=names[3], special_tokens=names)
-    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    pieces.train_from_iterator(TEXTS[:4] * 5, trainer)
-    vocabulary = [tuple(piece) for piece in json.loads(pieces.to_str())["model"]["vocab"]]
-    getattr(transformers, kind)(vocab=vocabulary).save_pretrained(tmp_path)
-    saved, types = json.loads((tmp_path / "tokenizer_config.json").read_text()), 2 * bool(settings)
-    write(tmp_path / "tokenizer_config.json", saved | settings)
-    family = "deberta-v2" if kind == "DebertaV2Tokenizer" else "xlm-roberta"
-    write(tmp_path / "config.json", {"model_type": family, "type_vocab_size": types})
-    ours = compare_with_transformers(tmp_path)
-    assert ours.types == (family == "deberta-v2" and types > 0) and ours.pad_id == (family == "xlm-roberta")
-    assert "\u2581" in ours.backend.encode("the answer").tokens or settings.get("add_prefix_space") is False
-
-
-# name: (kind, what tokenizer_config.json says against tokenizer.json); the oracle is AutoTokenizer
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+# name: (transformers' class, what tokenizer_config.json says against tokenizer.json, family); oracle: AutoTokenizer
 OVERRIDES = {
-    "as it is": ("bpe", {}), "bert": ("bert", {"tokenizer_class": "BertTokenizer"}),
-    "cased": ("bert", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
-    "cased fast": ("bert", {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True}),
-    "no class": ("bert", {"tokenizer_class": None, "do_lower_case": False}),
-    "accents": ("bert", {"tokenizer_class": "BertTokenizer", "strip_accents": False}),
-    "chinese": ("bert", {"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": False}),
-    "left": ("bert", {"tokenizer_class": "BertTokenizer", "truncation_side": "left"}),
-    "any class left": ("bpe", {"truncation_side": "left"}), "not for this class": ("bert", {"do_lower_case": False}),
-    "split": ("bert", {"tokenizer_class": "BertTokenizer", "split_special_tokens": True}),
-    "added": ("bert", {"tokenizer_class": "BertTokenizer", "added_tokens_decoder": {
+    "as it is": ("Roberta", FAST), "bert": ("Bert", {}), "cased": ("Bert", {"do_lower_case": False}),
+    "cased fast": ("Bert", {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True}),
+    "no class": ("Bert", {"tokenizer_class": None, "do_lower_case": False}),
+    "accents": ("Bert", {"strip_accents": False}), "chinese": ("Bert", {"tokenize_chinese_chars": False}),
+    "left": ("Bert", {"truncation_side": "left"}), "any class left": ("Roberta", FAST | {"truncation_side": "left"}),
+    "not for this class": ("Bert", FAST | {"do_lower_case": False}), "split": ("Bert", {"split_special_tokens": True}),
+    "added": ("Bert", {"added_tokens_decoder": {
         "900": {"content": "quick", "lstrip": False, "rstrip": False, "normalized": False, "special": False,
                 "single_word": False}, "5": {"content": "fox", "special": True}}}),
-    "special tokens": ("bert", {"tokenizer_class": "BertTokenizer", "cls_token": "[UNK]"}),
-    "electra": ("bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
-    "extra": ("bpe", {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
-    "roberta": ("roberta", {"tokenizer_class": "RobertaTokenizer"}, "roberta"),
-    "roberta space": ("roberta", {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}, "roberta"),
-    "gpt2": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "gpt2"),
-    "gpt2 bos": ("bpe", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, "gpt2"),
-    "eos": ("bpe", {"add_eos_token": True}), "neither": ("bpe", {"add_bos_token": False}),
-    "llama": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}),
-    "llama eos": ("sentencepiece", {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
-    "llama no space": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
-    "llama legacy": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
-    "llama byte level": ("bpe", {"tokenizer_class": "LlamaTokenizer"}),
+    "special tokens": ("Bert", {"cls_token": "[UNK]"}),
+    "electra": ("Bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
+    "extra": ("Roberta", FAST | {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
+    "roberta": ("Roberta", {}, "roberta"), "roberta space": ("Roberta", {"add_prefix_space": True}, "roberta"),
+    "gpt2": ("GPT2", {"add_prefix_space": True}, "gpt2"), "gpt2 bos": ("GPT2", {"add_bos_token": True}, "gpt2"),
+    "eos": ("Roberta", FAST | {"add_eos_token": True}), "neither": ("Roberta", FAST | {"add_bos_token": False}),
+    "llama": ("Llama", {"add_bos_token": True, "add_eos_token": False}),
+    "llama eos": ("Llama", {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
+    "llama no space": ("Llama", {"add_prefix_space": False}), "llama legacy": ("Llama", {"legacy": True}),
+    "llama byte level": ("Roberta", {"tokenizer_class": "LlamaTokenizer"}),
+    "deberta": ("DebertaV2", {}), "deberta lower": ("DebertaV2", {"do_lower_case": True}),
+    "deberta points": ("DebertaV2", {"split_by_punct": True}), "xlm": ("XLMRoberta", {}),
+    "xlm no space": ("XLMRoberta", {"add_prefix_space": False}),
 }
 
 
@@ -640,10 +600,12 @@ OVERRIDES = {
 def test_encoding_equals_transformers(tmp_path, name):
     kind, settings, *model_type = OVERRIDES[name]
     ours = compare_with_transformers(make_tokenizer(tmp_path, kind, *model_type, **settings))
+    assert ours.types == (kind in ("Bert", "DebertaV2"))
     if name == "as it is":
-        assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (1, 1, [1, 7], [0])
-    elif kind == "bert":
-        assert (ours.pad_id, ours.eos_id, ours.types) == (0, None, True)
+        assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 1, [1, 7], [0])
+    if kind in ("DebertaV2", "XLMRoberta"):
+        assert ours.pad_id == (kind == "XLMRoberta")
+        assert "\u2581" in ours.backend.encode("the answer").tokens or settings.get("add_prefix_space") is False
 
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2-135m"])
@@ -654,14 +616,14 @@ def test_encoding_equals_transformers_on_checkpoints(name):
     compare_with_transformers(folder)
 
 
-@pytest.mark.parametrize("kind, model_type", [("bert", "bert"), ("roberta", "roberta"), ("bpe", "gpt2"),
-                                              ("bpe", "qwen2")])
+@pytest.mark.parametrize("kind, model_type", [("Bert", "bert"), ("Roberta", "roberta"), ("GPT2", "gpt2"),
+                                              ("GPT2", "qwen2")])
 def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
     """vocab.txt, or vocab.json and merges.txt; for other families the message says how to make a tokenizer.json."""
     make_tokenizer(tmp_path, kind, model_type, tokenizer_class=None)
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     (tmp_path / "tokenizer.json").unlink()
-    if kind == "bert":
+    if kind == "Bert":
         write(tmp_path / "vocab.txt", "".join(f"{token}\n" for token in sorted(model["vocab"], key=model["vocab"].get)))
     else:
         write(tmp_path / "vocab.json", model["vocab"])
@@ -675,7 +637,7 @@ def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
 
 
 def test_fallback_ids(tmp_path, caplog):
-    folder = make_tokenizer(tmp_path, "bert")
+    folder = make_tokenizer(tmp_path, "Bert")
     write(folder / "special_tokens_map.json", "{}")
     write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
     write(folder / "config.json", {"model_type": "bert", "eos_token_id": 3})
@@ -690,7 +652,7 @@ def test_fallback_ids(tmp_path, caplog):
 
 def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
     """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
-    tokenizer = data.Tokenizer(make_tokenizer(tmp_path, "bpe"))
+    tokenizer = data.Tokenizer(make_tokenizer(tmp_path))
     vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
     tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
@@ -703,7 +665,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     def processor(task="rte", vocab_size=200, types=2):
         return data.Processor(TASKS[task], tmp_path, SimpleNamespace(vocab_size=vocab_size, type_vocab_size=types))
 
-    size = data.Tokenizer(make_tokenizer(tmp_path, "bert")).backend.get_vocab_size()
+    size = data.Tokenizer(make_tokenizer(tmp_path, "Bert")).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
     assert len(processor(vocab_size=size).training(rows, 32)) == 1
     with refused("rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
@@ -716,7 +678,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
         processor().training(rows, 2)
     with refused("the tokenizer has no eos token"):
         processor("boolq").training([{"prompt": "a", "answer": "b"}], 32)
-    make_tokenizer(tmp_path, "bpe", pad_token="<|pad|>")
+    make_tokenizer(tmp_path, **FAST, pad_token="<|pad|>")
     size = data.Tokenizer(tmp_path).pad_id
     assert processor("sst2", size).tokenizer.pad_id == 1
     assert f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
@@ -731,13 +693,13 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     ("tokenizer_config.json", "[3]", "_config.json row 1: int, expected"),
     ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": []}, "not a tokenizer")])
 def test_bad_tokenizers(tmp_path, file, content, pattern):
-    write(make_tokenizer(tmp_path, "bert") / file, content)
+    write(make_tokenizer(tmp_path, "Bert") / file, content)
     with refused(pattern):
         data.Tokenizer(tmp_path)
 
 
-JOINED = {"sentencepiece": ("sentencepiece", {"tokenizer_class": "LlamaTokenizer"}), "byte level": ("roberta", {}),
-          "bos": ("bpe", {"add_bos_token": True}), "eos": ("bpe", {"add_eos_token": True})}
+JOINED = {"sentencepiece": ("Llama", {}), "byte level": ("Roberta", {}), "no eos": ("GPT2", {}),
+          "bos": ("Roberta", FAST | {"add_bos_token": True}), "eos": ("Roberta", FAST | {"add_eos_token": True})}
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -763,7 +725,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
 
 def test_instruction_batches(tmp_path, caplog):
     """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
-    tokenizer, random = data.Tokenizer(make_tokenizer(tmp_path, "bpe")), np.random.default_rng(0)
+    tokenizer, random = data.Tokenizer(make_tokenizer(tmp_path)), np.random.default_rng(0)
     rows = [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
              "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(12)]
     split = data.encode(TASKS["boolq"], rows, tokenizer)

@@ -43,9 +43,8 @@ def prepare(folder, family, version2):
     """The data, and a small random model with a word-piece, byte-level or SentencePiece-like tokenizer: that, fast."""
     for split in ("train", "dev"):
         write(folder / "data" / f"{split}.json", questions(split, version2))
-    prefix, kind = {"bert": ("Bert", "bert"), "roberta": ("Roberta", "roberta"),
-                    "deberta": ("DebertaV2", "sentencepiece")}[family]
-    make_tokenizer(folder / "model", kind, texts=[" ".join(WORDS) + " What is after."])
+    prefix = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}[family]
+    make_tokenizer(folder / "model", prefix, texts=[" ".join(WORDS) + " What is after."])
     fast = transformers.AutoTokenizer.from_pretrained(folder / "model")
     torch.manual_seed(0)
     relative = dict(relative_attention=True, pos_att_type="c2p|p2c", share_att_key=True, position_buckets=32)
