@@ -303,13 +303,11 @@ def add_up(tensors):
         t.copy_(total.view_as(t))
 
 
-def agree_on(number):
-    """The largest of the processes' numbers, on all; on the hosts, so that no device is waited for."""
-    if not dist.is_initialized():
-        return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+def largest(tensor):
+    """Replace a tensor by the largest of the processes' values, and return it; one on the CPU waits for no device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
 
 
 def start_alike(s, step, tensors):
@@ -327,8 +325,7 @@ def compare(step, training):
         return
     state = {name: t for name, t in training.state().items() if not name.endswith("generator")}
     sums = torch.stack([t.sum(dtype=torch.float64).to(training.device) for t in state.values()])
-    extremes = torch.stack([sums, -sums])  # the largest, and minus the smallest
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    extremes = largest(torch.stack([sums, -sums]))  # the largest, and minus the smallest
     different = [name for name, most, least in zip(state, *extremes.tolist()) if most != -least]
     if different:
         raise UserError(f"step {step}: the processes no longer hold the same {different[0]}: start again")
@@ -500,7 +497,7 @@ def fit_memory(training, batches):
         raise UserError(f"--max-length {s.max_length}: one row does not fit the memory of {s.device}: lower it")
     for name in training.allocator.summed:
         getattr(training.allocator, name).zero_()
-    s.forward_rows = -agree_on(-n)
+    s.forward_rows = -largest(torch.tensor(-n)).item()
     if s.forward_rows < rows or recompute:
         say(f"memory: forward passes of {s.forward_rows} rows" + ", activations recomputed" * recompute)
 
@@ -546,7 +543,7 @@ def train(training, batches, task, alive, evaluate):
 
             logged = step % s.log_every == 0 or step == steps
             alive.in_step = step < steps
-            stopping = agree_on(alive.came)
+            stopping = largest(torch.tensor(alive.came)).item()
             saved = step % (s.save_every or eval_every) == 0 or step == steps or stopping
             if logged or saved:
                 skipped, _, most = training.bad.tolist()
@@ -767,7 +764,7 @@ def run(s):
             torch._dynamo.reset()  # it holds on to the model
         del model, allocator, training, batches  # the saved adapter is loaded onto a fresh base: make room for it
         if s.shard:
-            dist.barrier()  # until the adapter is there
+            largest(torch.tensor(0))  # wait until the adapter is there
         after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
         if process:
             return None

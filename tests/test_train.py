@@ -335,24 +335,17 @@ def test_training_on_8_bit_weights(method, tmp_path):
 
 
 def test_generated_answers_are_scored_row_by_row(checkpoints, texts, monkeypatch):
-    """The share of right answers, whatever order the rows are generated in; every third is answered wrongly."""
+    """The share of right answers, whatever the size of a batch, of a model that always says the same."""
     s, task = settled("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--max-length", 64)
-    model, encoder = evaluation.load(s, task)
-    (split,) = encoder.evaluation(s).values()
-    prompts = {tuple(ids[:start].tolist()): i for i, (ids, start) in enumerate(zip(split.tokens, split.starts))}
-
-    def answer(model, tokens, mask, new_tokens, eos_ids, pad_id, stop):
-        rows = [prompts[tuple(ids[keep].tolist())] for ids, keep in zip(tokens, mask)]
-        wrong = {"true": "false", "false": "true"}
-        targets = [split.rows[i]["target"] for i in rows]
-        said = [f"the answer is {target if i % 3 else wrong[target]}" for i, target in zip(rows, targets)]
-        return torch.tensor(np.array(encoder.tokenizer.encode(said, special=False)[0], dtype=np.int64))
-
-    monkeypatch.setattr(evaluation.models, "generate", answer)
-    right = sum(i % 3 != 0 for i in range(len(split)))
+    model, processor = evaluation.load(s, task)
+    (split,) = processor.evaluation(s).values()
+    said = torch.tensor(processor.tokenizer.encode(["the answer is true"], special=False)[0][0])
+    monkeypatch.setattr(evaluation.models, "generate", lambda model, tokens, *rest: said.expand(len(tokens), -1))
+    right = np.mean([row["target"] == "true" for row in split.rows])
+    assert 0.2 < right < 0.8
     for batch_size in (1, 7, 40):
-        result = evaluation.evaluate(model, task, split, batch_size, encoder.tokenizer)
-        assert result["accuracy"] == pytest.approx(right / len(split))
+        result = evaluation.evaluate(model, task, split, batch_size, processor.tokenizer)
+        assert result["accuracy"] == pytest.approx(right)
 
 
 def test_untouched_models_are_evaluated(capsys):
@@ -422,11 +415,37 @@ BAD = """
 --out file                                  | 'file'
 --out file/run                              | 'file/run'
 --out full                                  | --out
+eval.py nowhere                             | --task
+eval.py nowhere --task digits               | nowhere
+eval.py {runs}/whole --task cola            | digits
+eval.py {runs}/whole --batch-size 0         | --batch-size
+eval.py {runs}/whole --device toaster       | toaster
+eval.py {runs}/whole --seed 5               | --seed
+eval.py                                     | required
+eval.py vit-digits --task digits --dtype x  | invalid choice: 'x'
+eval.py {runs}/adapter                      | neither adapter/ nor model/
+eval.py {runs}/classifier                   | head
+eval.py {runs}/lora_A                       | lora_A
 """.strip().splitlines()
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run, whole/, and what is left of it without the tensors that have a word in their names."""
+    root = tmp_path_factory.mktemp("runs")
+    main("--steps", 5, "--no-eval-before", "--out", root / "whole", "--limit-eval", 50)
+    text = (root / "whole" / "run.json").read_text()
+    for word in ("adapter", "classifier", "lora_A"):
+        shutil.copytree(root / "whole", root / word)
+        (root / word / "run.json").write_text(text.replace('"checkpoint"', '"random"'))  # whose head is not there, too
+        file = root / word / "adapter" / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if word not in key}, file)
+    shutil.rmtree(root / "adapter" / "adapter")
+    return root
+
+
 @pytest.mark.parametrize("row", BAD, ids=[" ".join(row.split("|")[0].split()) for row in BAD])
-def test_bad_input_is_one_line_and_status_2(row, checkpoints, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_status_2(row, runs, checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("not what you think\n")
@@ -440,36 +459,8 @@ def test_bad_input_is_one_line_and_status_2(row, checkpoints, tmp_path, capsys, 
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoints / "bert" / file, "weightless")
     flags, expected = (part.strip() for part in row.split("|"))
-    argv = flags.format(bert=checkpoints / "bert").split()
+    argv = flags.format(bert=checkpoints / "bert", runs=runs).split()
+    program, argv = (evaluation, argv[1:]) if "eval.py" in argv else (train, ["--out", "run", *argv])
     before = sorted(tmp_path.rglob("*"))
-    assert expected in refused(train, argv if "--out" in argv else [*argv, "--out", "run"], capsys)
+    assert expected in refused(program, argv, capsys)
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a short finished run."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    main("--steps", 5, "--no-eval-before", "--out", out, "--limit-eval", 50)
-    return out
-
-
-@pytest.mark.parametrize("flags, expected", [
-    ("nowhere", "--task"), ("nowhere --task digits", "nowhere"), ("{run} --task cola", "digits"),
-    ("{run} --batch-size 0", "--batch-size"), ("{run} --device toaster", "toaster"), ("{run} --seed 5", "--seed"),
-    ("", "required"), ("vit-digits --task digits --dtype int3", "int3"), ("{run} without adapter", "adapter"),
-    ("{run} without classifier", "head"), ("{run} without lora_A", "lora_A")])
-def test_bad_input_to_eval(flags, expected, finished, tmp_path, capsys, monkeypatch):
-    """Flags, and runs whose adapter has lost the tensors with this part in their names, and no checkpoint has a head."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    shutil.copytree(finished, tmp_path / "run")
-    flags, _, part = flags.format(run=tmp_path / "run").partition(" without ")
-    if part == "adapter":
-        shutil.rmtree(tmp_path / "run" / "adapter")
-    elif part:
-        file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
-        save_file({key: value for key, value in load_file(file).items() if part not in key}, file)
-        about = json.loads((tmp_path / "run" / "run.json").read_text())
-        about["settings"]["init_weights"] = "random"
-        (tmp_path / "run" / "run.json").write_text(json.dumps(about))
-    assert expected in refused(evaluation, flags.split(), capsys)
