@@ -209,7 +209,7 @@ class Allocator:
         """Raise UserError unless the ranks that are logged are those that the layers have, and so the adapter file."""
         for name, rank in self.ranks().items():
             layer = self.layers.get(name)
-            held = layer.active_rank() if layer else 0
+            held = int(layer.let_through().sum()) if layer else 0
             if held != rank and not (layer and layer.start):  # W's own components are all in use
                 raise UserError(f"{type(self).__name__}: `current` says that {name} has rank {rank}, but its g lets "
                                 f"{held} components through: change both together, and name in `saved` what g views")

@@ -56,8 +56,7 @@ class LoraLinear(nn.Module):
         There is no dropout from here on, which would drop parts of W.
         """
         if isinstance(self.linear, Int8Linear):
-            raise UserError("--weights int8: weights that are kept as int8 cannot give components to an adapter, as "
-                            "LeLoRA, PiSSA and MiLoRA have them do; leave it out")
+            raise UserError("--weights int8: LeLoRA, PiSSA and MiLoRA take components off W itself; leave it out")
         W = self.weight.to(A.device)  # it may wait on the CPU to be sharded
         A, B = ((t * c).to(W.dtype).float() for t, c in ((A, self.scale ** -0.5), (B, self.scale ** 0.5)))
         self.weight.data.copy_(W.float() - B @ A)
@@ -93,10 +92,6 @@ class LoraLinear(nn.Module):
         """Which components g lets through, (R,) bool."""
         g = torch.ones(1, device=self.A.device) if self.g is None else self.g
         return (g != 0).expand(self.rank)
-
-    def active_rank(self):
-        """How many components g lets through."""
-        return int(self.let_through().sum())
 
     @torch.no_grad()
     def factors(self):
@@ -216,8 +211,6 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     `ranks` is name -> capacity; a projection of rank 0 stays plain. The scale s is alpha / nominal (La-LoRA Eq. 4), or
     with scaling="own" alpha / r_i, or with "rslora" alpha / sqrt(nominal). Raises UserError for an impossible rank.
     """
-    if not 0 <= dropout < 1:
-        raise UserError(f"LoRA dropout {dropout}: must be from 0 to below 1")
     layers = {}
     for name, rank in ranks.items():
         linear = model.get_submodule(name)

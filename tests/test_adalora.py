@@ -47,13 +47,6 @@ def peft_model(model, s, steps, t_init, t_final):
     return peft.AdaLoraModel(WithLoss(model), {"default": config}, "default")
 
 
-def pefts_scores(ranking, name):
-    """Triplet scores (R,) of matrix `name`, put together by PEFT's own _element_score and _combine_ipt."""
-    keys = (next(key for key in ranking.exp_avg_ipt if f".{name}.lora_{part}." in key) for part in "EAB")
-    of_lambda, of_q, of_p = map(ranking._element_score, keys)
-    return ranking._combine_ipt(of_lambda, torch.stack([of_q.mean(1), of_p.mean(0)], 1))
-
-
 CASES = [  # seed, blocks, targets, steps, flags
     (0, 3, ["query", "value"], 60, dict()),
     (1, 2, ["query", "key", "value", "up", "down"], 50, dict(adalora_delta_t=1, adalora_t_init=5, adalora_t_final=15)),
@@ -77,7 +70,7 @@ def converted(allocator, dtype):
 @pytest.mark.parametrize("seed,blocks,targets,steps,changes", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
-    """Same start, batches and AdamW: same losses, penalties, scores, and the same triplets kept at every allocation."""
+    """Same start, batches and AdamW: same losses, penalties, and the same triplets kept at every allocation."""
     s = flags(targets=targets, **changes)
     allocator = build(s, steps, seed, blocks=blocks)
     theirs = peft_model(Tiny(blocks=blocks, seed=seed).to(dtype), s, steps, allocator.t_init, steps - allocator.end)
@@ -122,10 +115,6 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
             kept = {name: next(v for k, v in pattern.items() if f".{name}." in k) for name in allocator.names}
             assert kept == {name: row.tolist() for name, row in zip(allocator.names, allocator.kept)}, step
             assert allocator.ranks() == {name: sum(row) for name, row in kept.items()}
-        if step < allocator.end:
-            expected = torch.stack([pefts_scores(ranking, name) for name in allocator.names])
-            error = (allocator.scores() - expected).abs() / expected.max()
-            assert error.max() < (1e-9 if dtype == torch.float64 else 3e-5), step
         for name, layer in pairs.items():
             zero = layer.lora_E["default"].view(-1) == 0
             assert torch.equal(allocator.layers[name].g == 0, zero), (step, name)

@@ -118,24 +118,6 @@ def test_training_is_pefts(family, changes, tmp_path):
 # ---------------------------------------------------------------------------------------------- PiSSA, MiLoRA
 
 
-@pytest.mark.parametrize("rank, scaling", [(1, "nominal"), (5, "nominal"), (5, "rslora"), (12, "rslora")])
-def test_milora_starts_at_the_smallest_components(rank, scaling):
-    plain = Tiny()
-    model = copy.deepcopy(plain)
-    allocator = allocators.Allocator(model, settings(init="milora", rank=rank, scaling=scaling, targets=["query", "up"],
-                                                     dropout=0.3), 10)
-    for name, layer in allocator.layers.items():
-        W = plain.get_submodule(name).weight.double().numpy()
-        U, S, Vh = np.linalg.svd(W, full_matrices=False)
-        part = (U[:, -rank:] * S[-rank:]) @ Vh[-rank:]
-        s = {"nominal": 8 / rank, "rslora": 8 / rank ** 0.5}[scaling]
-        np.testing.assert_allclose(s * layer.B.detach().double() @ layer.A.detach().double(), part, atol=1e-6)
-        np.testing.assert_allclose(layer.weight, W - part, atol=1e-6)
-        np.testing.assert_allclose(layer.A.detach().norm(dim=1), np.sqrt(S[-rank:] / s), rtol=1e-3, atol=1e-5)
-    x = torch.randn(9, 12)
-    torch.testing.assert_close(model.train()(x), plain(x), rtol=1e-5, atol=1e-5)  # dropout would drop parts of W
-
-
 @pytest.mark.parametrize("init", ["lora", "pissa", "milora"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, dtype, tolerance):
@@ -147,7 +129,11 @@ def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, dtype
         W = plain.get_submodule(name).weight
         assert torch.equal(layer.weight, W) == (init == "lora") and layer.A.dtype == layer.B.dtype == torch.float32
         torch.testing.assert_close(layer.weight.float() + layer.delta(), W.float(), rtol=0, atol=tolerance)
-        assert init == "lora" or torch.equal(layer.A, layer.A.to(dtype).float())
+        if init != "lora":  # W's four largest or smallest components
+            U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
+            part = {"pissa": slice(4), "milora": slice(-4, None)}[init]
+            np.testing.assert_allclose(layer.delta(), (U[:, part] * S[part]) @ Vh[part], atol=tolerance)
+            assert torch.equal(layer.A, layer.A.to(dtype).float())
         if name.endswith("value"):
             layer.B.data.normal_(std=0.1)
             W, y = (layer.weight.float() + layer.delta()).to(dtype), layer(x)
@@ -245,7 +231,7 @@ def test_every_combination_trains_or_is_refused(method, option, tmp_path):
     lora.load_adapter(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
     if method != "adalora":  # whose capacity is held, not counted
-        counted = sum(p.numel() * (layer.active_rank() / layer.rank if p is not layer.magnitude else 1)
+        counted = sum(p.numel() * (layer.let_through().float().mean().item() if p is not layer.magnitude else 1)
                       for layer in allocator.layers.values() for p in (layer.A, layer.B, layer.magnitude)
                       if p is not None and p.requires_grad)
         assert allocator.budget().item() == pytest.approx(counted)

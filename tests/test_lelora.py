@@ -1,6 +1,5 @@
 """LeLoRA: the decomposition, what may move, the policy's gradient and what the policy finds."""
 
-import copy
 import itertools
 import math
 
@@ -69,17 +68,6 @@ def test_decomposed_model_computes_the_original(dim):
             component = np.outer(layer.B[:, k].detach(), layer.A[k].detach())
             np.testing.assert_allclose(component, S[i] * np.outer(U[:, i], Vh[i]), atol=1e-3)  # near ones mix
             assert layer.A[k].norm().item() == pytest.approx(math.sqrt(S[i]), rel=1e-3, abs=1e-4)
-
-
-def test_bfloat16_is_as_near_to_float32_as_the_plain_bfloat16_model():
-    ratios = []
-    for seed in range(6):
-        original, x = Tiny(dim=64, hidden=96, blocks=4, seed=seed), torch.randn(64, 64)
-        truth, plain = original(x), copy.deepcopy(original).bfloat16()(x.bfloat16()).float()
-        decomposed = original.bfloat16()
-        allocators.LeLora(decomposed, settings(**FLAGS), 10)
-        ratios.append(((decomposed(x.bfloat16()).float() - truth).norm() / (plain - truth).norm()).item())
-    assert np.mean(ratios) < 1.1 and max(ratios) < 1.3  # errors of this size scatter by 5 % or so
 
 
 def test_singular_values_are_computed_once_and_kept(cache, monkeypatch):
