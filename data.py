@@ -2,7 +2,7 @@
 
     task = find_task("cola")                                # a row of TASKS with its label set
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
-    split = encode(task, rows, Tokenizer(model_folder), max_length=128)
+    split = encode(task, rows, Tokenizer.from_folder(model_folder), max_length=128)
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
@@ -38,7 +38,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from model import UserError, cache_folder, digest, note, own_module
+from model import UserError, cache_folder, digest, find_config, note, own_module
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
@@ -84,10 +84,9 @@ def suffix(path):
 
 
 def read_table(path, header=None, skip_short=False, quoted=False):
-    """Yield (where, {column: text}) for the rows of a tab-separated or .csv file; short ones may be left out and noted.
+    """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
-    header: column names of a file without such a line. quoted: a tab-separated file whose quotes are all CSV's is read
-    so; otherwise quotes are text, as GLUE's are.
+    header: column names of a file without such a line. quoted: quotes in a tab-separated file may be CSV's, not text.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
     comma = suffix(path) == ".csv"
@@ -158,10 +157,7 @@ def name_unread(where, row, read):
 # -------------------------------------------------------------------------------------------- where files are, fetching
 
 def find_files(task, data, split):
-    """Return a split's files in data/<task.folder> or data, or data itself if one file can hold all splits.
-
-    data: None for the cache.
-    """
+    """Return a split's files in data (None: the cache) or its task.folder, or data if one file can hold all splits."""
     data, names = Path(data or cache_folder()), task.files.get(split, ())
     shared = set.intersection(*map(set, task.files.values())) if names else ()
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
@@ -252,10 +248,8 @@ def download(url, path, sha256):
 
 
 def unpack(archive, folder):
-    """Unpack a .zip or .tar.gz beside itself, then move all into `folder`, whose own name members may begin with.
-
-    What leads out of the folder is left out of a .zip; in a .tar.gz that and special files raise tarfile.FilterError.
-    """
+    """Unpack a .zip or .tar.gz beside itself, then move all into `folder`, whose own name members may begin with."""
+    # what leads out of the folder is left out of a .zip; in a .tar.gz that and special files raise tarfile.FilterError
     part = archive.with_name("unpacked")
     shutil.unpack_archive(archive, part, **({} if archive.suffix == ".zip" else {"filter": "data"}))
     inner = part / folder.name
@@ -268,12 +262,11 @@ def unpack(archive, folder):
 # -------------------- readers: reader(task, data, split) yields (where, row); labels stay text until read() checks them
 
 # names of a pair's texts, then of a single one; the first that a file's first row has are read
-TEXTS = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"),
-         ("text_1", "text_2"), ("text_a", "text_b"), ("question1", "question2"), ("premise", "hypothesis"),
-         ("text", "pair"), ("text", "text_pair"), ("question", "sentence"), ("question", "passage"),
-         ("question", "context"), ("question", "answer"), ("query", "passage"), ("query", "document"),
-         ("claim", "evidence"), ("sentence", "context"), ("text", "context"),
-         ("sentence", None), ("text", None), ("content", None), ("review", None), ("tweet", None), ("comment", None))
+TEXTS = [names.split("+") for names in """
+    sentence1+sentence2 sentence_1+sentence_2 sentence_a+sentence_b text1+text2 text_1+text_2 text_a+text_b
+    question1+question2 premise+hypothesis text+pair text+text_pair question+sentence question+passage question+context
+    question+answer query+passage query+document claim+evidence sentence+context text+context
+    sentence text content review tweet comment""".split()]
 
 
 def read_texts(task, data, split):
@@ -291,8 +284,9 @@ def read_texts(task, data, split):
         rows = held_out(task, data, split, rows)
     for where, row in rows:
         if not columns:
-            texts = next((names for names in TEXTS if {*names} <= {*row, None}), ("text", None))
-            columns = (*texts, next((name for name in ("label", "gold_label", "score") if name in row), "label"))
+            text, *pair = next((names for names in TEXTS if {*names} <= {*row}), ["text"])
+            label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
+            columns = (text, pair[0] if pair else None, label)
         text, pair, label = columns
         name_unread(where, row, (*columns, "#1 ID", "#2 ID"))
         value = str(get(row, label, where, (str, int, float)))
@@ -433,13 +427,14 @@ NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor
             "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
 
 
-def image_settings(folder, image_size):
+def image_settings(folder, image_size=None):
     """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
 
-    image_size: the model's (channels, height, width); folder: None for ViT's defaults. {size (height, width), channels,
-    resize: (height, width), the shortest edge or None, resample, crop, scale, mean, std}. UserError: not supported.
+    image_size: the model's (channels, height, width), if not config.json's; folder: None for ViT's defaults. {size
+    (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop, scale, mean, std}.
     """
-    path, (channels, *target) = Path(folder or "") / "preprocessor_config.json", image_size
+    path = Path(folder or "") / "preprocessor_config.json"
+    channels, *target = image_size or find_config(folder)[0].image_size
     given = read_settings(path) if folder else {}
     named = "image_processor_type" if "image_processor_type" in given else "feature_extractor_type"
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
@@ -593,17 +588,14 @@ def prompt(text, extra=""):
 
 # what asks and what answers: Alpaca, LLM-Adapters, AlpacaEval; GSM8K; MetaMathQA; CodeFeedback; MATH; UltraFeedback,
 # binarized; HumanEval; MBPP and its sanitized half; Dolly; OpenOrca
-COLUMNS = (("instruction", "output"), ("question", "answer"), ("query", "response"), ("query", "answer"),
-           ("problem", "solution"), ("prompt", "chosen"), ("prompt", "canonical_solution"),
-           ("text", "code"), ("prompt", "code"), ("instruction", "response"),
-           ("question", "response"), ("prompt", "response"), ("prompt", "completion"))
+COLUMNS = [names.split("+") for names in """
+    instruction+output question+answer query+response query+answer problem+solution prompt+chosen
+    prompt+canonical_solution text+code prompt+code instruction+response question+response prompt+response
+    prompt+completion""".split()]
 
 
 def instruction(task, where, row):
-    """Return {prompt, answer} of a row with instructions; a context is the template's input, a system prompt leads.
-
-    Besides {target, answers} where generated answers are scored, {sample} for another program: columns that it wants.
-    """
+    """Return {prompt, answer} of a row, {target, answers} where answers are scored, {sample} for another program."""
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
     extra = next((name for name in ("input", "context") if row.get(name)), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
@@ -799,8 +791,7 @@ def task_row(name):
 def find_task(name, data=None, labels=None):
     """Return task_row(name) with what depends on its files filled in: labels, and eval_splits of `commonsense`.
 
-    labels: an earlier run's; without them a task of the user's own gets its training rows', sorted. UserError: unknown
-    name, unreadable training file.
+    labels: an earlier run's; without them a task of the user's own gets its training file's, sorted.
     """
     task = task_row(name)
     if name == "commonsense":
@@ -855,8 +846,7 @@ def read(task, data=None, split="train", limit=0):
             label = task.labels[rows[0]["label"]]
             raise UserError(f"{place}: all labels are {label!r} in the {len(rows)} rows: {remedy}")
         shown = ", ".join(f"{count} {label[:40]!a}" for label, count in zip(task.labels[:10], counts))
-        more = f", {counts.min()} to {counts.max()} of each of {len(counts)} classes" if len(counts) > 10 else ""
-        note(f"{place}: {len(rows)} {split} rows: {shown}{more}")
+        note(f"{place}: {len(rows)} {split} rows: {shown}{' ...' * (len(counts) > 10)}")
     return rows
 
 
@@ -890,9 +880,10 @@ class Tokenizer:
     pad_id falls back to eos, unk, 0; eos_ids: all that end a generation; types: the model tells a pair's texts apart.
     """
 
-    def __init__(self, folder):
+    @classmethod
+    def from_folder(cls, folder):
         """Read tokenizer.json, vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), as AutoTokenizer."""
-        path = Path(folder) / "tokenizer.json"
+        self, path = cls(), Path(folder) / "tokenizer.json"
         about = path.with_name("tokenizer_config.json")
         names, config, generation = (read_settings(path.with_name(name)) for name in (
             about.name, "config.json", "generation_config.json"))
@@ -931,6 +922,7 @@ class Tokenizer:
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole = self.backend.encode("a")
         self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
+        return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
         """Return (ids, types), int32 arrays of each text or pair, cut longest first; special: with special tokens."""
@@ -1076,7 +1068,7 @@ class Processor:
         if task.kind == "image":
             self.image = image_settings(folder, config.image_size)
             return
-        self.tokenizer = Tokenizer(folder)
+        self.tokenizer = Tokenizer.from_folder(folder)
         size, rows, pad = self.tokenizer.backend.get_vocab_size(), config.vocab_size, self.tokenizer.pad_id
         if size < rows / 2:
             raise UserError(f"{folder}: the tokenizer has {size} tokens, the model {rows}: it is not this model's, or "

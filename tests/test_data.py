@@ -554,7 +554,7 @@ def make_tokenizer(folder, kind="Roberta", model_type=None, texts=TEXTS[:4], **s
 
 
 def compare_with_transformers(folder):
-    fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
+    fast, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer.from_folder(folder)
     for length in (None, 64, 16, 8):
         for second in (None, TEXTS[::-1]):
             ids, types = ours.encode(TEXTS, second, length)
@@ -630,7 +630,7 @@ def test_vocabularies_without_tokenizer_json(tmp_path, kind, model_type):
         write(tmp_path / "merges.txt", "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
     if model_type == "qwen2":
         with refused("fetch the model's tokenizer files, or make it: pip install") as caught:
-            data.Tokenizer(tmp_path)
+            data.Tokenizer.from_folder(tmp_path)
         command = str(caught.value).partition(", then python ")[2]
         subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
     compare_with_transformers(tmp_path)
@@ -642,17 +642,17 @@ def test_fallback_ids(tmp_path, caplog):
     write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
     write(folder / "config.json", {"model_type": "bert", "eos_token_id": 3})
     write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
-    ours = data.Tokenizer(folder)
+    ours = data.Tokenizer.from_folder(folder)
     assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (3, 3, [3, 5], [2])
     assert f"{folder}/tokenizer_config.json: not used: 'normalise_numbers'" in caplog.text
     write(folder / "config.json", "{}")
     (folder / "generation_config.json").unlink()
-    assert data.Tokenizer(folder).pad_id == 1
+    assert data.Tokenizer.from_folder(folder).pad_id == 1
 
 
 def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
     """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
-    tokenizer = data.Tokenizer(make_tokenizer(tmp_path))
+    tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path))
     vocabulary = {"<unk>": 0, "\u2581def": 1, "\u2581return": 2, "\u2581": 3, "x": 4, "</s>": 5}
     tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.backend.decoder = tokenizers.decoders.Metaspace()
@@ -665,7 +665,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     def processor(task="rte", vocab_size=200, types=2):
         return data.Processor(TASKS[task], tmp_path, SimpleNamespace(vocab_size=vocab_size, type_vocab_size=types))
 
-    size = data.Tokenizer(make_tokenizer(tmp_path, "Bert")).backend.get_vocab_size()
+    size = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "Bert")).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
     assert len(processor(vocab_size=size).training(rows, 32)) == 1
     with refused("rte, row 'the dog': token .* has id .*, the model only .* embeddings: fetch"):
@@ -679,7 +679,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     with refused("the tokenizer has no eos token"):
         processor("boolq").training([{"prompt": "a", "answer": "b"}], 32)
     make_tokenizer(tmp_path, **FAST, pad_token="<|pad|>")
-    size = data.Tokenizer(tmp_path).pad_id
+    size = data.Tokenizer.from_folder(tmp_path).pad_id
     assert processor("sst2", size).tokenizer.pad_id == 1
     assert f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
     content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -695,7 +695,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
 def test_bad_tokenizers(tmp_path, file, content, pattern):
     write(make_tokenizer(tmp_path, "Bert") / file, content)
     with refused(pattern):
-        data.Tokenizer(tmp_path)
+        data.Tokenizer.from_folder(tmp_path)
 
 
 JOINED = {"sentencepiece": ("Llama", {}), "byte level": ("Roberta", {}), "no eos": ("GPT2", {}),
@@ -707,7 +707,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
     """The ids are transformers' for the joined text; where a prompt's ids do not begin them, both are encoded apart."""
     kind, settings = JOINED[name]
     folder = make_tokenizer(tmp_path, kind, **settings)
-    ours, fast = data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, fast = data.Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     rows = [{"prompt": data.prompt("fox"), "answer": answer} for answer in ("the dog", "true", " fox", "  \n", "é")]
     split = data.encode(TASKS["instructions"], rows, ours)
     for row, ids, start in zip(rows, split.tokens, split.starts):
@@ -725,7 +725,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
 
 def test_instruction_batches(tmp_path, caplog):
     """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
-    tokenizer, random = data.Tokenizer(make_tokenizer(tmp_path)), np.random.default_rng(0)
+    tokenizer, random = data.Tokenizer.from_folder(make_tokenizer(tmp_path)), np.random.default_rng(0)
     rows = [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
              "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(12)]
     split = data.encode(TASKS["boolq"], rows, tokenizer)

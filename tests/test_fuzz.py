@@ -152,7 +152,7 @@ def test_tokenizer_settings(config, names, generation, model, junk, tmp_path, qu
         (tmp_path / "merges.txt").write_bytes(junk[::-1])
     for file, value in (("config.json", config), ("tokenizer_config.json", names), ("generation_config.json", generation)):
         (tmp_path / file).write_text(json.dumps(value))
-    loads_or_says_why(lambda: data.Tokenizer(tmp_path).encode(["a a"]))
+    loads_or_says_why(lambda: data.Tokenizer.from_folder(tmp_path).encode(["a a"]))
     for file in ("vocab.txt", "vocab.json", "merges.txt"):
         (tmp_path / file).unlink(missing_ok=True)
 

@@ -102,7 +102,7 @@ LOAD = {"model": lambda folder: models.load(folder / "model"),
         "adapter": lambda folder: lora.load_adapter(models.load(folder / "model"), folder / "adapter"),
         "checkpoint": lambda folder: train.main(["--resume", str(folder / "run")]),
         "image": lambda folder: data.image_settings(folder / "model", (1, 8, 8)),
-        "tokenizer": lambda folder: data.Tokenizer(folder / "model")}
+        "tokenizer": lambda folder: data.Tokenizer.from_folder(folder / "model")}
 
 
 def pickled(path, kind):
@@ -247,7 +247,7 @@ def test_text_is_text(text, tmp_path, monkeypatch, capsys):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({chr(i): i for i in range(128)}, []))
     backend.decoder = tokenizers.decoders.Fuse()
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = data.Tokenizer(tmp_path)
+    tokenizer = data.Tokenizer.from_folder(tmp_path)
     assert tokenizer.decode(tokenizer.encode([text])[0][0]) == text
 
     first = text.splitlines()[0]

@@ -60,7 +60,7 @@ def test_windows_and_labels(family, tmp_path):
     """Ids, types, offsets and labels are those of transformers' tokenizer with run_qa.py's settings and rules."""
     fast = prepare(tmp_path, family, True)
     rows = data.read(TASKS["squad2"], tmp_path / "data", "train")
-    split = data.encode(TASKS["squad2"], rows, data.Tokenizer(tmp_path / "model"), 256)
+    split = data.encode(TASKS["squad2"], rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
     asked = [row["text"].lstrip() for row in rows]
     for i, spans in enumerate(fast(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]):
         asked[i] = asked[i][:spans[63][1]] if len(spans) > 64 else asked[i]
