@@ -47,9 +47,6 @@ import train
 from model import UserError
 from train import say, setting
 
-PEFT = ("lora", "adalora", "dora")  # methods that PEFT has, too
-ADAPTIVE = ("lora", "lalora", "adalora", "weightlora", "lelora")
-
 
 @dataclass
 class Bench:
@@ -293,12 +290,14 @@ def peft_contender(b, base, kind, method):
 # ---------------------------------------------------------------------------------------------- speed and memory
 
 
-def contender_names(b, methods):
+def contender_names(b, default):
     """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
+    methods = list(allocators.METHODS) if b.methods == ["all"] else b.methods or default
     names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
     names = [name + "/compiled" * (mode == "compiled") for mode in b.modes for name in names]
-    theirs = [f"peft/{method}" for method in PEFT if method in methods and b.peft and b.weights == "float"]
-    if theirs and not all(importlib.util.find_spec(module) for module in ("peft", "transformers")):
+    theirs = [f"peft/{method}" for method in ("lora", "adalora", "dora") if method in methods]
+    theirs *= b.peft and b.weights == "float"
+    if theirs and not (importlib.util.find_spec("peft") and importlib.util.find_spec("transformers")):
         say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
         theirs = []
     return names + theirs
@@ -306,7 +305,7 @@ def contender_names(b, methods):
 
 def speed(b):
     """Step time of every method, the floor and PEFT, interleaved in one process, and what a GPU waits for."""
-    names = contender_names(b, b.methods or list(allocators.METHODS))
+    names = contender_names(b, list(allocators.METHODS))
     base, kind = base_model(b)
     runners = {name: contender(b, base, kind, name) for name in names}
     batches = batches_for(b, base, kind)
@@ -351,7 +350,7 @@ def synchronisations(runner, batch):
 def memory(b):
     """Peak memory and step time of every method, the floor and PEFT at three shapes, each in a process of its own."""
     shapes = [(b.batch_size, b.length), (max(1, b.batch_size // 2), b.length), (b.batch_size, max(4, b.length // 2))]
-    names, rows = contender_names(b, b.methods or ADAPTIVE), []
+    names, rows = contender_names(b, ["lora", "lalora", "adalora", "weightlora", "lelora"]), []
     for (batch, length), name in tqdm([*itertools.product(dict.fromkeys(shapes), names)], "memory", file=sys.stderr):
         shaped = dataclasses.replace(b, batch_size=batch, length=length)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -365,8 +364,9 @@ def memory(b):
 
 def one(b, name):
     """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
+    compiled_so_far()  # what is imported late is no part of a step's memory
     if name.startswith("peft/"):
-        import peft, transformers  # noqa: F401 - their code is no part of a step's memory
+        import peft, transformers  # noqa: F401
     train.forget_peak_memory(b.device)
     imports = 0 if b.device.startswith("cuda") else train.peak_memory(b.device)
     base, kind = base_model(b)
@@ -386,7 +386,7 @@ def one(b, name):
 
 
 def megabytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+    return sum(t.nbytes for t in tensors) / 2**20
 
 
 # ---------------------------------------------------------------------------------------------- quality: its runs
@@ -416,7 +416,7 @@ class Comparison:
     results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
     runs: str = setting("runs/quality", "runs", "folder of their run folders")
     csv: str = setting(None, "output", "file for a line per run with all of its numbers")
-    picture: str = setting(None, "output", "PNG file for quality over --steps, or over what --budgets trained")
+    picture: str = setting(None, "output", "PNG file for quality over --steps, if several, or trained parameters")
 
 
 class Run:
@@ -568,11 +568,6 @@ def quality(argv):
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
     train.check_bounds(q)
-    axes = {name: values for name, values in (("steps", q.steps), ("rank", q.budgets)) if values}
-    axis = next((name for name, values in axes.items() if len(values) > 1), None)
-    if q.picture and not axis:
-        raise UserError("--picture shows quality over steps or parameters: name some, as in --steps 250,1000,4000 or "
-                        "--budgets 1,2,8")
     grid = grid_of(q.tune)
     if q.match_budget and "--rank" in grid[0]:
         raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
@@ -581,20 +576,21 @@ def quality(argv):
         names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     rows = {method: shlex.split(method) for method in methods}
-    for name, values in axes.items():
-        rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
-                for row, words in rows.items() for n in values}
+    for name, values in (("steps", q.steps), ("rank", q.budgets)):
+        if values:
+            rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
+                    for row, words in rows.items() for n in values}
     q.tasks = q.tasks or [Run("", "", 0, flags, q.runs).filled().task]
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
     for choice in grid:  # complains before the first run
         cells[0].again(0, *choice)
-    failed, chosen, free = {}, {}, set()  # free: settings of which each row has its own
+    failed, chosen = {}, {}
+    free = {flag.removeprefix("--").replace("-", "_") for flag in grid[0][::2]}  # of which each row has its own
     if q.match_budget:
         cells = match_budget(cells, q)
         free |= {"rank", "alpha"}
     if q.tune:
         cells, chosen, failed = tune(cells, q)
-        free |= {flag.removeprefix("--").replace("-", "_") for flag in grid[0][::2]}
     half = ["--eval-half", "report"] * q.split_eval
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.first_seed, q.first_seed + q.seeds)]
     failed |= make(runs, q)
@@ -602,7 +598,7 @@ def quality(argv):
     if q.csv:
         write_csv(q.csv, runs)
     if q.picture:
-        draw(q.picture, axis, runs, about["metrics"])
+        draw(q.picture, "steps" if q.steps and len(q.steps) > 1 else "rank", runs, about["metrics"])
     return markdown(about), about
 
 
@@ -862,7 +858,7 @@ def draw(path, axis, runs, metrics):
     from papers import figures
     groups, label = {}, {"steps": "steps", "rank": "trained parameters, mean over training"}[axis]
     for run in runs:
-        if run.line:
+        if run.line and run.line.get(metrics[run.task]) is not None:
             groups.setdefault((run.task, re.sub(rf" @ {axis} \d+", "", run.row)), []).append(run)
 
     def x(run):
@@ -871,7 +867,8 @@ def draw(path, axis, runs, metrics):
     def quality(run):
         return {metrics[run.task]: run.line[metrics[run.task]]}
 
-    figures.plot_points(figures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
+    if groups:
+        figures.plot_points(figures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -896,7 +893,6 @@ def settle(b):
     cuda = b.device.startswith("cuda")
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
-    b.methods = None if b.methods == ["all"] else b.methods
     if not {*b.modes} <= {"eager", "compiled"}:
         raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")
 

@@ -123,17 +123,15 @@ def draw(folders):
     def of(*methods):
         return [run for run in runs if run.s.method in methods]
 
-    def several_seeds(groups):
-        return {key: group for key, group in groups.items() if len(group) > 1}
-
     figures = {"quality.png": plot_points(
         plt, alike(runs, "rank", "alpha", "weightlora_keep"), lambda run: run.size,
         "trainable parameters, mean over steps", lambda run: run.quality, log=True)}
     selecting = [run for run in of("weightlora", "weightlora+", "random") if run.kept]
+    several_seeds = {key: group for key, group in alike(selecting).items() if len(group) > 1}
     for name, figure, groups in (
             ("ranks.png", plot_final_ranks, alike([run for run in runs if run.final])),
             ("sparsity.png", plot_sparsity, alike([run for run in of("lalora") if (run.folder / "adapter").is_dir()])),
-            ("selection.png", plot_selection, several_seeds(alike(selecting))),
+            ("selection.png", plot_selection, several_seeds),
             ("omega.png", plot_omega, alike([run for run in runs if "omega" in run.ranks[-1]])),
             ("choices.png", plot_choices, alike(of("lelora")))):
         if groups:
@@ -142,7 +140,6 @@ def draw(folders):
         figures["memory.png"] = plot_points(
             plt, alike(selecting + of("lora"), "weightlora_keep"), lambda run: sum(map(bool, run.final.values())),
             "adapters kept", lambda run: run.costs)
-    figures = {name: figure for name, figure in figures.items() if figure}
     return save_figures(plt, runs, figures)
 
 
@@ -245,8 +242,6 @@ def plot_points(plt, groups, x, xlabel, values, log=False):
                 if value is not None:
                     curve = curves.setdefault((task, name), {}).setdefault(label, {})
                     curve.setdefault(run.point, []).append((x(run), value))
-    if not curves:
-        return None
     figure, axes = panels(plt, list(curves), 4.4, 3.8)
     labels, shown = list(dict.fromkeys(label for panel in curves.values() for label in panel)), {}
     for axis, ((_, name), panel) in zip(axes, curves.items()):
