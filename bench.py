@@ -634,20 +634,18 @@ def match_budget(cells, q):
             run.times = times
             tried[cell].append(run)
         make([tried[cell][-1] for cell in ranks], q)
-        ranks = {}
-        for cell, runs in tried.items():
-            off, best = closest(cell)
-            rank = max(1, round(best.s.rank / (1 + off)))
-            failed = [run.s.rank for run in runs if not run.line and run.s.rank > best.s.rank]
+        best, ranks = {cell: closest(cell) for cell in tried}, {}
+        for cell, (off, run) in best.items():
+            rank = max(1, round(run.s.rank / (1 + off)))
+            failed = [other.s.rank for other in tried[cell] if not other.line and other.s.rank > run.s.rank]
             if failed and rank >= min(failed):
-                rank = (best.s.rank + min(failed)) // 2
-            if abs(off) > 0.05 and rank not in [run.s.rank for run in runs]:
+                rank = (run.s.rank + min(failed)) // 2
+            if abs(off) > 0.05 and rank not in [other.s.rank for other in tried[cell]]:
                 ranks[cell] = rank
-    for cell in tried:
-        off, best = closest(cell)
-        say(f"{cell.row}, {cell.task}: rank {best.s.rank}, mean budget {100 * off:+.1f} % from uniform LoRA's"
+    for cell, (off, run) in best.items():
+        say(f"{cell.row}, {cell.task}: rank {run.s.rank}, mean budget {100 * off:+.1f} % from uniform LoRA's"
             + ": no rank tried comes closer" * (abs(off) > 0.05))
-    return [closest(cell)[1] if cell in tried else cell for cell in cells]
+    return [best[cell][1] if cell in best else cell for cell in cells]
 
 
 def grid_of(text, times=1):
