@@ -37,19 +37,33 @@ server = multiprocessing.get_context("forkserver")  # real processes, that need 
 server.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def child(argv, stderr, patch):
-    """Run train.py's main in this process, a fresh one; `patch()` may change it first."""
+def act_at(name, number, act, *args):
+    """Call `number` (from 1) of a function of train.py's, such as "models.sync", does `act(*args)` first."""
+    *path, name = name.split(".")
+    owner = functools.reduce(getattr, path, train)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*given, **options):
+        if next(calls) == number:
+            act(*args)
+        return function(*given, **options)
+
+    setattr(owner, name, call)
+
+
+def child(argv, stderr, acts):
+    """Run train.py's main in this process, a fresh one, in which `act_at(*acts)` changes a function."""
     log = open(stderr, "a")
     for number in (1, 2):
         os.dup2(log.fileno(), number)
     torch.set_num_threads(1)
-    if patch:
-        patch()
+    if acts:
+        act_at(*acts)
     evaluation.command(lambda: train.main([str(a) for a in argv]))
 
 
-def start(*argv, stderr, patch=None):
-    process = server.Process(target=child, args=(argv, stderr, patch))
+def start(*argv, stderr, acts=()):
+    process = server.Process(target=child, args=(argv, stderr, acts))
     process.start()
     return process
 
@@ -67,25 +81,6 @@ def wait_for(condition, process):
     while not condition() and process.is_alive():
         assert time.time() - began < LONG
         time.sleep(0.01)
-
-
-class At:
-    """A patch: call `number` (from 1) of a function, such as "models.sync", does `act()` first."""
-
-    def __init__(self, name, number, act):
-        self.name, self.number, self.act = name, number, act
-
-    def __call__(self):
-        *path, name = self.name.split(".")
-        owner = functools.reduce(getattr, path, train)
-        function, calls = getattr(owner, name), itertools.count(1)
-
-        def call(*args, **options):
-            if next(calls) == self.number:
-                self.act()
-            return function(*args, **options)
-
-        setattr(owner, name, call)
 
 
 def hang(mark):
@@ -243,8 +238,8 @@ def test_kills_change_nothing(method, kills, whole, tmp_path):
             shutil.rmtree(out, ignore_errors=True)
         mark = tmp_path / "mark"
         mark.unlink(missing_ok=True)
-        patch = At(kind, value, functools.partial(hang, str(mark))) if kind in MOMENTS else None
-        process = start(*(["--resume", out] if out.exists() else first), stderr=f"{out}.err", patch=patch)
+        acts = (kind, value, hang, mark) if kind in MOMENTS else ()
+        process = start(*(["--resume", out] if out.exists() else first), stderr=f"{out}.err", acts=acts)
         if kind == "time":
             process.join(value)
         else:
@@ -263,9 +258,8 @@ def test_kills_change_nothing(method, kills, whole, tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(number, status, whole, tmp_path):
     out, err = tmp_path / "a run", tmp_path / "err"
-    patch = At("Training.count", 17, functools.partial(signal.raise_signal, number))
     flags = ["--method", "lalora", *SHORT, "--save-every", "100", "--out", out]
-    assert end(start(*flags, stderr=err, patch=patch)) == status
+    assert end(start(*flags, stderr=err, acts=("Training.count", 17, signal.raise_signal, number))) == status
     assert [path.name for path in train.checkpoints(out)] == ["step-17"]  # of the step that was under way
     said, command = last_line(err.read_text()).split("; go on with: ")
     assert said == f"stopped by {number.name}; last checkpoint: {out / 'checkpoints' / 'step-17'}"
@@ -280,8 +274,7 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(number, status, whole, tmp
 @pytest.mark.parametrize("where", ["criterion", "evaluation.load"])
 def test_a_second_signal_stops_at_once_as_does_the_first_while_loading(where, tmp_path):
     mark, err = tmp_path / "mark", tmp_path / "err"
-    process = start(*SHORT, "--no-eval-before", "--out", tmp_path / "run", stderr=err,
-                    patch=At(where, 1, functools.partial(hang, str(mark))))
+    process = start(*SHORT, "--no-eval-before", "--out", tmp_path / "run", stderr=err, acts=(where, 1, hang, mark))
     wait_for(mark.exists, process)
     os.kill(process.pid, signal.SIGINT)
     if where == "criterion":
@@ -323,25 +316,27 @@ def test_of_two_runs_that_start_together_one_gives_way(tmp_path):
 # ---------------------------------------------------------------------------------------------- disk, files
 
 
-def run_out_of_memory(error):
+def fail(error):
     raise error
 
 
-GIVEN_UP = [  # what happens in step 14, and parts of the line that says so
-    ("Training.count", resource.setrlimit, (resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)),
-     ["File too large"]),
-    ("Training.count", resource.setrlimit, (resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY)), ["File too large"])]
-GIVEN_UP += [("Training.forward_backward", run_out_of_memory, [error], [
-    "error: out of memory (", str(error)[:40], "--forward-rows 4", "--checkpointing"]) for error in (
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))]
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("where, act, args, expected", GIVEN_UP, ids=["disk", "log", "GPU", "CPU"])
-def test_a_full_disk_or_memory_is_one_line_and_the_run_resumes(where, act, args, expected, whole, tmp_path):
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
+REMEDIES = ["error: out of memory (", "--forward-rows 4", "--checkpointing"]
+GIVEN_UP = {"disk": ("Training.count", 14, limit_files, 50_000), "log": ("Training.count", 14, limit_files, 2500),
+            "GPU": ("Training.forward_backward", 14, fail, GPU), "CPU": ("Training.forward_backward", 14, fail, CPU)}
+
+
+@pytest.mark.parametrize("what", GIVEN_UP)
+def test_a_full_disk_or_memory_is_one_line_and_the_run_resumes(what, whole, tmp_path):
+    """It happens in step 14."""
     out, err = tmp_path / "run", tmp_path / "err"
-    patch = At(where, 14, functools.partial(act, *args))
-    assert end(start("--method", "lora", *SHORT, "--out", out, stderr=err, patch=patch)) == 1
+    assert end(start("--method", "lora", *SHORT, "--out", out, stderr=err, acts=GIVEN_UP[what])) == 1
+    expected = ["File too large"] if what in ("disk", "log") else [str(GIVEN_UP[what][-1])[:40], *REMEDIES]
     line = last_line(err.read_text())
     assert line.startswith("error: ") and all(part in line for part in [*expected, "step-12", "--resume"]), line
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-8", "step-12"}
