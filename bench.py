@@ -886,8 +886,7 @@ def table(rows):
 def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
     train.check_bounds(b)
-    b.device = evaluation.auto_device() if b.device == "auto" else b.device
-    evaluation.check_device(b.device)
+    b.device = evaluation.find_device(b.device)
     cuda = b.device.startswith("cuda")
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or ["eager", "compiled"][:1 + cuda]

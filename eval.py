@@ -289,7 +289,7 @@ def load(s, task, adapted=False):
     A trained head is used where its labels are the data's (`match_labels`); else the head is drawn from s.seed and
     model.fresh names it. `adapted`: an adapter brings the head. s.max_length is cut to the model's positions.
     """
-    check_device(s.device)
+    s.device = find_device(s.device)
     scoring(s, task)  # complain before the model is loaded
     config, folder = models.find_config(s.model, s.init_weights)
     if task.kind != "image":
@@ -347,19 +347,17 @@ def listed(names, most=5):
     return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
-def auto_device():
-    """The GPU if there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device):
-    """Raises UserError unless `device` is a CPU or a GPU that is there."""
+def find_device(device):
+    """The device, where auto is a GPU if there is one, else the CPU; raises UserError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def scoring(s, task):
@@ -455,7 +453,7 @@ def load_untrained(name, adapter, random_head, changes):
         raise UserError(f"{name}: not a run folder, so name a --task to evaluate the model on")
     task = data.find_task(changes["task"], changes.get("data"))
     settings = {"data": None, "limit_eval": 0, "batch_size": 32, "seed": 0, "max_length": task.max_length,
-                "device": auto_device(), "dtype": "float32", "init_weights": "checkpoint"}
+                "device": "auto", "dtype": "float32", "init_weights": "checkpoint"}
     s = SimpleNamespace(model=name, **settings | changes)
     model, processor = load(s, task, adapted=adapter is not None)
     if adapter is not None:

@@ -208,7 +208,8 @@ def settle(s, config):
     taken = [f"{name} {unset[name]:g} ({reason})" for name, reason in reasons.items() if name in unset]
     if taken:
         say(f"{s.method}: " + ", ".join(taken))
-    s.device = evaluation.auto_device() if s.device == "auto" else s.device
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
         there, started = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
