@@ -798,7 +798,7 @@ def find_task(name, data=None, labels=None):
         there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
         return replace(task, eval_splits=there or COMMONSENSE)
     if task.kind in ("classify", "image") and not (labels or task.labels):
-        whole = replace(task, files={"train": task.files["train"]})     # nothing held out: rare classes may be there
+        whole = replace(task, files={"train": task.files.get("train", ())})     # nothing held out: a rare class may be
         found = {row["label"] for _, row in labelled(whole, data, "train")}
         labels = sorted(found, key=int if all(re.fullmatch(r"-?\d{1,18}", label) for label in found) else str)
     return replace(task, labels=tuple(labels)) if labels else task

@@ -815,6 +815,8 @@ from dataclasses import replace
 from data import TASKS, Task, own, read_texts
 LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"))
 NEAR = replace(TASKS["digits-rot90"], name="digits-near", base=(1e-3, 16, 3))
+ROWS = [("row 1", {"text": "a", "label": "no"}), ("row 2", {"text": "b", "label": "yes"})]
+BARE = Task("bare", "classify", ("accuracy",), lambda task, data, split: ROWS)
 """
 
 
@@ -826,8 +828,9 @@ def test_a_task_in_a_file(tmp_path):
         task = data.find_task(name, tmp_path)
         assert (task.name, task.labels) == ("liked", ("no", "yes"))
         assert data.read(task, tmp_path, "dev") == [{"text": "bad", "label": 0}]
+    assert data.find_task(f"{file}:BARE").labels == ("no", "yes")
     for name, message in (("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"),
-                          (f"{file}:Task", r"no data.Task Task: define it, or name one of \['LIKED', 'NEAR'\]"),
+                          (f"{file}:Task", r"no data.Task Task: define it, or name one of \['LIKED', 'NEAR', 'BARE'\]"),
                           ("mine", "no task 'mine': choose from .*, my_tasks.py:")):
         with refused(message):
             data.find_task(name)
