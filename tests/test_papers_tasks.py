@@ -32,13 +32,13 @@ HOSTILE = "{x} %s \u2028 \\n \x00 </s> <|im_end|> $(ls) \U0001f600 ### Instructi
 SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
 
 
-def completion(response, score):
+def rated(response, score):
     return {"model": "m", "principle": "helpfulness", "custom_system_prompt": "", "response": response,
             "overall_score": score, "fine-grained_score": 4.0, "annotations": {"honesty": {"Rating": "4"}}}
 
 
-def messages(*contents):
-    return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+def chat(answer):
+    return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
 
 
 def mbpp(i):
@@ -46,79 +46,73 @@ def mbpp(i):
             "challenge_test_list": [], "test_list": ["assert f() == 1", "assert f() != 2"]}
 
 
-# task: (file, rows as they are published, prompt of each without its frame, answer of each); sources in the comments
+# task: (file, rows as they are published, prompt and answer of each that is read); where they are in the comments
+ask = data.prompt
 PUBLISHED = {
     # huggingface.co/datasets/meta-math/MetaMathQA
     "metamathqa": ("MetaMathQA-395K.json", [
-        {"type": "MATH_AnsAug", "query": f"Q{i} {HOSTILE}", "original_question": "o",
-         "response": f"{HOSTILE}\nThe answer is: {i}"} for i in range(20)],
-        [data.prompt(f"Q{i} {HOSTILE}") for i in range(20)], [f"{HOSTILE}\nThe answer is: {i}" for i in range(20)]),
+        {"type": "MATH_AnsAug", "query": f"Q{i}", "original_question": "o", "response": HOSTILE} for i in range(20)],
+        [(ask(f"Q{i}"), HOSTILE) for i in range(20)]),
     # huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction
     "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
-        {"query": f"Q{i} {HOSTILE}", "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}
-        for i in range(11)], [data.prompt(f"Q{i} {HOSTILE}") for i in range(11)], ["```python\nx\n```"] * 11),
+        {"query": HOSTILE, "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}] * 11,
+        [(ask(HOSTILE), "```python\nx\n```")] * 11),
     # huggingface.co/datasets/openbmb/UltraFeedback, and HuggingFaceH4/ultrafeedback_binarized as JSON lines
     "ultrafeedback": ("flan.jsonl", [
         {"source": "flan", "instruction": "Q0", "models": ["a", "b", "c"], "correct_answers": ["None"],
-         "incorrect_answers": ["None"],
-         "completions": [completion("bad", 2.0), completion(HOSTILE, 8.5), completion("worse", 8)]},
+         "incorrect_answers": ["None"], "completions": [rated("bad", 2.0), rated(HOSTILE, 8.5), rated("worse", 8)]},
         {"source": "flan", "instruction": "none", "models": [], "completions": []},
-        {"prompt": "Q1", "prompt_id": "0", "chosen": messages("Q1", "good"), "rejected": messages("Q1", "bad"),
-         "messages": [], "score_chosen": 8.0},
-        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [completion("half \ud83d pair", 1)]}],
-        [data.prompt("Q0"), data.prompt("Q1"), data.prompt("Q2")], [HOSTILE, "good", "half ? pair"]),
+        {"prompt": "Q1", "prompt_id": "0", "chosen": chat("good"), "rejected": chat("bad"), "messages": [],
+         "score_chosen": 8.0},
+        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [rated("half \ud83d pair", 1)]}],
+        [(ask("Q0"), HOSTILE), (ask("Q1"), "good"), (ask("Q2"), "half ? pair")]),
     # github.com/tatsu-lab/stanford_alpaca
     "alpaca": ("alpaca_data.json", [
         {"instruction": "I0", "input": "", "output": "O0"}, {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
         {"instruction": "some are empty", "input": "", "output": ""}],
-        [data.prompt("I0"), data.prompt("I1", HOSTILE)], ["O0", HOSTILE]),
+        [(ask("I0"), "O0"), (ask("I1", HOSTILE), HOSTILE)]),
     # github.com/meta-math/MetaMath, and the rows of github.com/hendrycks/math and github.com/openai/prm800k
     "math": ("MATH_test.jsonl", [
         {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
         {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
         {"problem": "P", "solution": SOLUTION, "answer": "\\frac{3}{2}", "subject": "Algebra", "level": 5,
-         "unique_id": "t"}], [data.prompt(HOSTILE), data.prompt("P"), data.prompt("P")], [SOLUTION] * 3),
+         "unique_id": "t"}], [(ask(HOSTILE), SOLUTION), (ask("P"), SOLUTION), (ask("P"), SOLUTION)]),
     # github.com/openai/grade-school-math
     "gsm8k": ("test.jsonl", [{"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
                              {"question": HOSTILE, "answer": "#### -3"}],
-              [data.prompt("How many?"), data.prompt(HOSTILE)],
-              ["3*400=<<3*400=1200>>1,200\n#### 1,200", "#### -3"]),
+              [(ask("How many?"), "3*400=<<3*400=1200>>1,200\n#### 1,200"), (ask(HOSTILE), "#### -3")]),
     # github.com/openai/human-eval
     "humaneval": ("HumanEval.jsonl", [
         {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
          "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n"} for i in range(2)],
-        [f"def f():\n    {HOSTILE}".rstrip()] * 2, ["    return 1\n"] * 2),
+        [(f"def f():\n    {HOSTILE}".rstrip(), "    return 1\n")] * 2),
     # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
     "mbpp": ("mbpp.jsonl", [*map(mbpp, (1, 10, 11, 510, 511, 974)),
         {"source_file": "x", "task_id": 12, "prompt": "T", "code": "def f():\r\n  return 1", "test_imports": [],
-         "test_list": ["assert f() == 1"]}],
-        ['"""\nT\nassert f() == 1\n"""\n'] * 3, ["def f():\r\n  return 1"] * 3),
+         "test_list": ["assert f() == 1"]}], [('"""\nT\nassert f() == 1\n"""\n', "def f():\r\n  return 1")] * 3),
     # huggingface.co/datasets/tatsu-lab/alpaca_eval
     "alpacaeval": ("alpaca_eval.json", [
         {"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
-        [data.prompt(HOSTILE)], ["O"]),
+        [(ask(HOSTILE), "O")]),
 }
-
-
 TARGETS = {"math": ["\\frac{3}{2}"] * 3, "gsm8k": ["1200", "-3"]}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sets(tmp_path, caplog, name):
     """The official files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
-    (file, rows, prompts, answers), task = PUBLISHED[name], TASKS[name]
+    (file, rows, expected), task = PUBLISHED[name], TASKS[name]
     text = json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows)
     path = write(tmp_path / file, text)
     zipped = write(tmp_path / "gz" / f"{file}.gz", gzip.compress(text.encode()))
     tuning = task.files.get("train") == task.files["dev"]
     for where in (tmp_path, zipped.parent, path, zipped)[:2 if name in TARGETS else 4]:  # others have one file
         read = [row for split in ["train"] * tuning + ["dev"] for row in data.read(task, where, split)]
-        assert [row["prompt"] for row in read] == prompts
-        assert [row["answer"] for row in read] == answers
+        assert [(row["prompt"], row["answer"]) for row in read] == expected
     assert "not read" not in caplog.text
     assert ("skipped 1 row without an answer" in caplog.text) == (name in ("alpaca", "ultrafeedback"))
     if tuning:
-        assert len(data.read(task, tmp_path, "dev")) == -(-len(prompts) // 10)
+        assert len(data.read(task, tmp_path, "dev")) == -(-len(expected) // 10)
     elif name in TARGETS:
         assert [row["target"] for row in read] == TARGETS[name]
     else:
