@@ -152,10 +152,10 @@ CONFIGS = {name: {**series, **dict(zip(SIZES, numbers))} for name, _, series, *n
 
 
 def resolve(name, weights=True):
-    """Return the checkpoint folder of a local path, `vit-digits`, a short name of `HUB` or a Hub id `org/name`.
+    """The checkpoint folder of a local path (which wins), `vit-digits`, a short name of `HUB` or a Hub id `org/name`.
 
-    An existing folder wins. Hub files go to huggingface_hub's cache (its HF_* variables apply). Pickled weights are
-    never fetched, with `weights=False` none at all. Raises UserError when the files cannot be had.
+    Hub files go to huggingface_hub's cache; pickled weights are never fetched, with `weights=False` none at all.
+    Raises UserError when the files cannot be had.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -188,9 +188,8 @@ RELATIVE = dict(TEXT, layer_norm_eps=1e-7, type_vocab_size=0, pos_att_type=None,
                 max_relative_positions=-1, position_buckets=-1, norm_rel_ebd="none", position_biased_input=True,
                 pooler_dropout=0.0, cls_dropout=None)
 ROTARY = dict(SHAPE, vocab_size=..., hidden_act="silu", rms_norm_eps=1e-6, attention_dropout=0.0, pad_token_id=-1,
-              num_key_value_heads=0, head_dim=0, tie_word_embeddings=False, rope_theta=None, rope_scaling=None,
-              rope_parameters=None)
-BIASED = dict(ROTARY, attention_bias=False)
+              num_key_value_heads=0, head_dim=0, attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+              rope_theta=None, rope_scaling=None, rope_parameters=None)
 WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 LEARNED = dict(COMMON, vocab_size=..., n_embd=..., n_layer=..., n_head=..., n_inner=0, n_positions=1024,
                activation_function="gelu_new", layer_norm_epsilon=1e-5, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1,
@@ -201,12 +200,12 @@ FAMILIES = {
     "roberta": ("Roberta", "encoder", dict(TEXT, pad_token_id=1)),
     "xlm-roberta": ("XLMRoberta", "encoder", dict(TEXT, pad_token_id=1)),
     "deberta-v2": ("DebertaV2", "encoder", RELATIVE),
-    "llama": ("Llama", "decoder", dict(BIASED, mlp_bias=False)),
+    "llama": ("Llama", "decoder", ROTARY),
     "mistral": ("Mistral", "decoder", dict(ROTARY, sliding_window=4096)),
-    "qwen2": ("Qwen2", "decoder", dict(ROTARY, **WINDOWS)),
-    "qwen3": ("Qwen3", "decoder", dict(BIASED, **WINDOWS, head_dim=128)),
-    "gemma": ("Gemma", "decoder", dict(BIASED, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)),
-    "olmo2": ("Olmo2", "decoder", dict(BIASED, rms_norm_eps=1e-5)),
+    "qwen2": ("Qwen2", "decoder", dict(ROTARY, **WINDOWS, qkv_bias=True)),
+    "qwen3": ("Qwen3", "decoder", dict(ROTARY | WINDOWS, head_dim=128)),
+    "gemma": ("Gemma", "decoder", dict(ROTARY, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)),
+    "olmo2": ("Olmo2", "decoder", dict(ROTARY, rms_norm_eps=1e-5)),
     "gpt2": ("GPT2", "decoder", LEARNED),
     "vit": ("ViT", "vit", IMAGES)}
 # settings that are called otherwise in some families
@@ -245,9 +244,9 @@ class Config(SimpleNamespace):
 
     # of families that have no such setting
     vocab_size = max_position_embeddings = type_vocab_size = hidden_dropout_prob = max_window_layers = 0
-    num_key_value_heads = head_dim = layer_types = rope = sliding_window = classifier_dropout = None
+    num_key_value_heads = head_dim = layer_types = rope = sliding_window = qkv_bias = None
     relative = c2p = p2c = tie_word_embeddings = False
-    use_sliding_window = True
+    use_sliding_window = attention_bias = mlp_bias = True
 
 
 def find_config(name, weights="checkpoint", changes=None):
@@ -319,13 +318,8 @@ def normalise(raw, path):
         c.hidden_act = "gelu_pytorch_tanh"
     if not isinstance(c.hidden_act, str) or c.hidden_act not in ACTIVATIONS:
         refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-    if c.classifier_dropout is None:
-        c.classifier_dropout = c.hidden_dropout_prob
-    rotary = "rope_theta" in settings
-    c.out_bias = getattr(c, "attention_bias", not rotary)
-    c.qkv_bias = family == "qwen2" or getattr(c, "qkv_bias", c.out_bias)
-    c.mlp_bias = getattr(c, "mlp_bias", not rotary)
-    if rotary:  # classic configs have rope_theta and rope_scaling, those of transformers 5 have both in rope_parameters
+    c.qkv_bias = c.attention_bias if c.qkv_bias is None else c.qkv_bias
+    if "rope_theta" in settings:  # transformers 5 writes rope_scaling and rope_theta into rope_parameters
         rope = c.rope_scaling or c.rope_parameters or {}
         rope = {"rope_theta": c.rope_theta or 1e4, **(rope if isinstance(rope, dict) else {"type": rope})}
         rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
@@ -353,12 +347,12 @@ def normalise(raw, path):
 
 
 def relative_attention(c, refuse):
-    """Settings of DeBERTa's attention that do not show in the shapes of tensors are checked.
+    """What DeBERTa's attention adds to a Config; c2p, p2c: compare content with the key's position, the query's.
 
-    c2p, p2c: compare content with the key's position, the query's; buckets: of distances, 0 = each its own; furthest:
-    where the last one ends; span: buckets on either side.
+    buckets: of distances, 0 = each its own; furthest: where the last one ends; span: buckets on either side.
     """
-    types = c.pos_att_type.lower().split("|") if isinstance(c.pos_att_type, str) else c.pos_att_type
+    types = c.pos_att_type
+    types = re.split(r"\s*\|\s*", types.lower()) if isinstance(types, str) else types
     if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
         refuse("pos_att_type", "c2p, p2c or both")
     reach = c.max_relative_positions if c.max_relative_positions > 0 else c.max_position_embeddings
@@ -490,10 +484,9 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, mask, causal, p, scale):
     """Softmax attention of q (B, H, T, D) over k and v (B, G, S, D), mask None or bool (B, 1, T, S) -> (B, T, H * D).
 
-    A mask of floats (B, H, T, S) is added to q k^T times `scale`. Each key/value head serves H / G query heads:
-    `enable_gqa` reads them in place (CUDA: the flash kernel), but CUDA's masked kernels know no groups: there k and v
-    are repeated. The heads of a single query token become the rows of one query. In training the CPU's kernel is slower
-    than the plain formula: 3 times in bfloat16, a little with dropout `p`.
+    A mask of floats (B, H, T, S) is added to q k^T times `scale`. CUDA's masked kernels know no groups of query heads:
+    there k and v are repeated. The heads of a single query token become the rows of one query. In training the CPU's
+    kernel is slower than the plain formula: 3 times in bfloat16, a little with dropout `p`.
     """
     (B, H, T, D), G = q.shape, k.shape[1]
     plain = q.device.type == "cpu" and torch.is_grad_enabled() and (p > 0 or q.dtype == torch.bfloat16)
@@ -584,7 +577,7 @@ class Block(nn.Module):
         q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
         self.query = Linear(D, q, bias=config.qkv_bias)
         self.key, self.value = (Linear(D, kv, bias=config.qkv_bias) for _ in range(2))
-        self.out = Linear(q, D, bias=config.out_bias)
+        self.out = Linear(q, D, bias=config.attention_bias)
         if config.rope:
             self.gate = Linear(D, inner, bias=config.mlp_bias)
         self.up, self.down = Linear(D, inner, bias=config.mlp_bias), Linear(inner, D, bias=config.mlp_bias)
@@ -604,27 +597,16 @@ class Block(nn.Module):
         self.norm_sum, self.norm_last = config.kind == "encoder", config.family == "olmo2"
         self.norm_first = not (self.norm_sum or self.norm_last)
 
-    def forward(self, x, masks, first_token_only=False, **inputs):
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) of the first token; for masks and inputs see `attend`."""
-        y = self.attend(self.norm1(x) if self.norm_first else x, masks, first_token_only, **inputs)
+    def forward(self, x, masks, first_token_only=False, angles=None, cache=None, bucket=None, table=None):
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) of the first token.
+
+        masks: {window: (mask (B or 1, 1, 1 or T, S), is_causal)}; angles: (cos, sin) for `rotate`; bucket, table: see
+        `position_scores`.
+        """
+        y = self.norm1(x) if self.norm_first else x
         if first_token_only:  # nobody reads the others' outputs
             x = x[:, :1]
-        x = self.add(x, self.dropout(self.out(y)), self.norm1)
-        y = self.norm2(x) if self.norm_first else x
-        y = self.activation(self.gate(y)) * self.up(y) if self.gated else self.activation(self.up(y))
-        return self.add(x, self.dropout(self.down(y)), self.norm2)
-
-    def add(self, x, y, norm):
-        if self.norm_sum:
-            return norm(x + y)
-        return x + (norm(y) if self.norm_last else y)
-
-    def attend(self, x, masks, first_token_only, angles=None, cache=None, bucket=None, table=None):
-        """x (B, T, D) -> (B, T or 1, heads * head_dim); masks: {window: (mask (B or 1, 1, 1 or T, S), is_causal)}.
-
-        angles: (cos, sin) for `rotate`; bucket, table: see `position_scores`.
-        """
-        q, k, v = self.query(x[:, :1] if first_token_only else x), self.key(x), self.value(x)
+        q, k, v = self.query(y[:, :1] if first_token_only else y), self.key(y), self.value(y)
         if self.family == "olmo2":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (split_heads(t, self.head_dim) for t in (q, k, v))
@@ -637,7 +619,16 @@ class Block(nn.Module):
         mask, causal = masks[self.window]
         if bucket is not None:
             mask = self.position_scores(q, k, mask, bucket, table)
-        return attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
+        y = attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
+        x = self.add(x, self.dropout(self.out(y)), self.norm1)
+        y = self.norm2(x) if self.norm_first else x
+        y = self.activation(self.gate(y)) * self.up(y) if self.gated else self.activation(self.up(y))
+        return self.add(x, self.dropout(self.down(y)), self.norm2)
+
+    def add(self, x, y, norm):
+        if self.norm_sum:
+            return norm(x + y)
+        return x + (norm(y) if self.norm_last else y)
 
     def position_scores(self, q, k, mask, bucket, table):
         """Scores (B, H, Q, T) of contents q (B, H, Q, D) and k (B, H, T, D) with the other token's relative position.
@@ -739,7 +730,8 @@ class Encoder(Transformer):
         self.positions = nn.Embedding(config.max_position_embeddings, D) if config.max_position_embeddings else None
         self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
         self.embed_norm = make_norm(config)
-        self.dropout, head_dropout = Dropout(config.hidden_dropout_prob), Dropout(config.classifier_dropout)
+        self.dropout, p = Dropout(config.hidden_dropout_prob), config.classifier_dropout
+        head_dropout = Dropout(config.hidden_dropout_prob if p is None else p)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         if head == "span":
             self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
@@ -789,7 +781,7 @@ class Encoder(Transformer):
         return self.run_blocks(self.dropout(x), {None: (visible, False)}, first_token_only, **inputs)
 
     def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for `Block.attend`: the part of the table for T tokens, and each pair's row."""
+        """(bucket (T, T), table (R, D)) for `Block`: the part of the table for T tokens, and each pair's row in it."""
         at, span = torch.arange(T, device=self.embed.weight.device), self.config.span
         bucket, middle = at[:, None] - at, self.config.buckets // 2  # query - key
         if middle:  # the nearest half of the buckets holds a distance each, the others grow logarithmically
@@ -1162,7 +1154,7 @@ def generate(model, tokens, mask, max_new_tokens, eos_ids, pad_id, stop=None):
 
 
 def require_finite(values, model):
-    """Raises UserError if there is a nan or an infinity in `values`, which were computed from the model's outputs."""
+    """Raises UserError if there is a nan or an infinity in `values`, computed from the model's outputs."""
     if not torch.isfinite(values).all():
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         raise UserError(f"the model's outputs in --dtype {dtype} are not finite: "

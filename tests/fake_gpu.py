@@ -118,7 +118,10 @@ FREE = set("""empty empty_strided empty_like new_empty new_empty_strided device 
     split_with_sizes chunk _assert_async""".split())
 MANY = {"sort": 5, "argsort": 5, "topk": 3, "index_put": 6, "index_put_": 6, "_index_put_impl_": 6, "_unsafe_index_put": 6,
         "embedding_dense_backward": 2}
-CAPACITY = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors that one multi-tensor kernel takes, by number of lists
+
+
+def tensor_lists(args, kwargs):
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
 
 
 def launches(func, args, kwargs):
@@ -128,15 +131,11 @@ def launches(func, args, kwargs):
         return 0
     if not name.startswith(("_foreach_", "_fused_adam")):
         return MANY.get(name, 1)
-    lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
-    n, fused = len(lists[0]), name.startswith("_fused")
+    lists = tensor_lists(args, kwargs)
     same = all(t.shape == row[0].shape and t.stride() == row[0].stride() for row in zip(*lists) for t in row)
     alike = len({t.dtype for some in lists for t in some}) == 1 or name == "_foreach_copy_"
-    if not fused and not (same and alike):
-        return n
-    blocks = sum(-(-t.numel() // 65536) for t in lists[0])
-    depth = min(5, len(lists) + (not name.endswith("_")))
-    return max(-(-n // CAPACITY[depth]), -(-blocks // 320)) * (2 if name == "_foreach_norm" else 1)
+    together = same and alike or name.startswith("_fused")  # then one multi-tensor kernel takes 30 to 110 tensors
+    return -(-len(lists[0]) // (30 if together else 1))
 
 
 class Watch(TorchDispatchMode):
@@ -175,8 +174,7 @@ class Watch(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self.scalar(func, args[0])
         if name.startswith(("_foreach_", "_fused_adam")):  # FakeTensorMode does not compare the devices of lists
-            lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
-            for alike in zip(*lists):
+            for alike in zip(*tensor_lists(args, kwargs)):
                 assert len({t.device for t in alike}) == 1, f"{name}: Expected all tensors to be on the same device"
         if name in WAITING and on_gpu:
             self.wait(name)
@@ -424,8 +422,7 @@ def one_kernel(backward):
         def backward(ctx, grad):
             for _ in range(backward - 1):
                 grad = torch.sin(grad)
-            saved = [t for t in ctx.saved_tensors]
-            inputs = saved[:-1] if len(saved) > 1 else saved
+            inputs = ctx.saved_tensors[:-1] or ctx.saved_tensors
             return tuple(torch.sin(grad) if t.shape == grad.shape else torch.sin(t) for t in inputs)
     return Fused.apply
 
@@ -436,8 +433,7 @@ def full_size(watch, method, model, rows, length, weights="float", rank=32):
     fused, norm = one_kernel(1), one_kernel(2)
     models.ACTIVATIONS.update(silu=fused, gelu=fused)
     F.rms_norm = lambda x, shape, weight=None, eps=None: norm(x) if weight is None else norm(x) * weight
-    attention = one_kernel(1)
-    F.scaled_dot_product_attention = lambda q, k, v, **_: attention(q, k, v)
+    F.scaled_dot_product_attention = lambda q, k, v, **_: fused(q, k, v)
     s = train.Settings(method=method, model=model, rank=rank, alpha=2.0 * rank, dropout=0.05, lr=1e-4, weight_decay=0.0,
                        device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
                        weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, lalora_gamma=1.1, compile="off",
