@@ -317,7 +317,7 @@ def normalise(raw, path):
     if family == "gemma" and c.hidden_act == "gelu":  # so its first releases say and mean the tanh form
         c.hidden_act = "gelu_pytorch_tanh"
     if not isinstance(c.hidden_act, str) or c.hidden_act not in ACTIVATIONS:
-        refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+        refuse("activation_function" if family == "gpt2" else "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
     c.qkv_bias = c.attention_bias if c.qkv_bias is None else c.qkv_bias
     if "rope_theta" in settings:  # transformers 5 writes rope_scaling and rope_theta into rope_parameters
         rope = c.rope_scaling or c.rope_parameters or {}
@@ -351,8 +351,7 @@ def relative_attention(c, refuse):
 
     buckets: of distances, 0 = each its own; furthest: where the last one ends; span: buckets on either side.
     """
-    types = c.pos_att_type
-    types = re.split(r"\s*\|\s*", types.lower()) if isinstance(types, str) else types
+    types = c.pos_att_type.split("|") if isinstance(c.pos_att_type, str) else c.pos_att_type
     if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
         refuse("pos_att_type", "c2p, p2c or both")
     reach = c.max_relative_positions if c.max_relative_positions > 0 else c.max_position_embeddings
@@ -682,9 +681,8 @@ class Transformer(nn.Module):
         for ours, theirs in self.head_names.items():
             if name.startswith(ours):
                 return name.replace(ours, theirs, 1)
-        first, *rest = name.split(".")
         names = {**self.names, **(self.module_names if module else {})}
-        return ".".join([self.prefix, names[first], *rest[:1], *(names[part] for part in rest[1:2]), *rest[2:]])
+        return ".".join([self.prefix, *(names.get(part, part) for part in name.split("."))])
 
     def classify(self, x):
         """Logits of the head, which is float32 whatever the model's dtype: x (..., D) -> (..., num_labels)."""
@@ -870,11 +868,9 @@ class ViT(Transformer):
 
     heads = {"classify": "ImageClassification"}
     prefix, head_names = "vit", {"head": "classifier"}
-    names = {"cls_token": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
-             "patch": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer", "norm": "layernorm",
-             "query": "attention.attention.query", "key": "attention.attention.key",
-             "value": "attention.attention.value", "out": "attention.output.dense", "norm1": "layernorm_before",
-             "up": "intermediate.dense", "down": "output.dense", "norm2": "layernorm_after"}
+    names = {**Encoder.names, "cls_token": "embeddings.cls_token", "patch": "embeddings.patch_embeddings.projection",
+             "norm": "layernorm", "query": "attention.attention.query", "key": "attention.attention.key",
+             "value": "attention.attention.value", "norm1": "layernorm_before", "norm2": "layernorm_after"}
     module_names = {"blocks": "layers", "query": "attention.q_proj", "key": "attention.k_proj",
                     "value": "attention.v_proj", "out": "attention.o_proj", "up": "mlp.fc1", "down": "mlp.fc2"}
 
@@ -904,11 +900,10 @@ class ViT(Transformer):
 
 
 # settings of generation_config.json that change what transformers decodes, with the values that do not
-DECODING = dict.fromkeys(["bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-                          "forced_eos_token_id", "min_new_tokens", "sequence_bias", "penalty_alpha", "stop_strings",
-                          "exponential_decay_length_penalty"])
-DECODING |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
-             "guidance_scale": 1}
+DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
+            "guidance_scale": 1, **dict.fromkeys("""bad_words_ids suppress_tokens begin_suppress_tokens penalty_alpha
+            forced_bos_token_id forced_eos_token_id min_new_tokens sequence_bias stop_strings
+            exponential_decay_length_penalty""".split())}
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,

@@ -85,6 +85,7 @@ def shim():
 
 shim()
 sys.path.insert(0, str(ROOT))
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.attention  # noqa: E402
 import torch.nn.utils.clip_grad as clip_grad  # noqa: E402
@@ -103,6 +104,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
+import tiny  # noqa: E402
 import train  # noqa: E402
 
 foreach_utils._foreach_supported_types.append(FakeTensor)  # take the branches that a GPU's tensors take
@@ -317,7 +319,8 @@ def fake_gpu(capacity=math.inf):
             return (phase("rebuild", own) if self.own and step >= self.warmup else own)(self, step)
         return (policy, "after_step", after_step)
 
-    patches = [(FakeTensor, "tolist", tolist), (lora, "singular_windows", plain_windows), (allocators.Policy, "to", move),
+    patches = [(FakeTensor, "tolist", tolist), (FakeTensor, "numpy", lambda t, **_: values(t).numpy()),
+               (lora, "singular_windows", plain_windows), (allocators.Policy, "to", move),
                (lora, "state_of", state), (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
                (torch.Tensor, "pin_memory", lambda t: t), rebuilding(allocators.WeightLora), rebuilding(allocators.Credit),
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
@@ -330,17 +333,11 @@ def fake_gpu(capacity=math.inf):
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,
         "get_device_properties": SimpleNamespace(total_memory=80 * 2**30)}.items()]
-    FakeTensor.numpy = lambda self, **_: values(self).numpy()
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the others ask the driver
-    before = [(place, name, getattr(place, name)) for place, name, _ in patches]
-    try:
+    with pytest.MonkeyPatch.context() as patch, math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
         for place, name, new in patches:
-            setattr(place, name, new)
-        with math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
-            yield watch
-    finally:
-        for place, name, old in before:
-            setattr(place, name, old)
+            patch.setattr(place, name, new)
+        yield watch
 
 
 # ---------------------------------------------------------------------------------------------- small runs
@@ -354,17 +351,12 @@ MODELS = {"llama": dict(model_type="llama", vocab_size=99, num_key_value_heads=2
 
 def prepare(folder, family):
     """A model folder with a tokenizer of words, and data; returns train.py's flags for them."""
-    import tokenizers
     place = folder / family
     place.mkdir()
     (place / "config.json").write_text(json.dumps(SIZES | MODELS[family]))
-    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"a rather good film Add and to".split(),
-                                               *map(str, range(80))])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(place / "tokenizer.json"))
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (place / "tokenizer_config.json").write_text(json.dumps(names))
+    words = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *"a rather good film add and to".split(), *map(str, range(80))]
+    (place / "vocab.txt").write_text("\n".join(words))
+    (place / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
     flags = ["--model", str(place), "--init-weights", "random", "--device", "cuda", "--rank", "4", "--batch-size", "4",
              "--limit-train", "80", "--limit-eval", "8", "--max-length", "96", "--compile", "off", "--steps", "9",
              "--save-every", "6", "--log-every", "50", "--eval-every", "50"]
@@ -380,30 +372,19 @@ def prepare(folder, family):
 
 
 def small_run(family, *extra):
-    """train.main on the fake GPU, broken off after its checkpoint and resumed: {"error", "waits", "steps"}."""
-    with tempfile.TemporaryDirectory() as made:
-        os.environ["RANKS_CACHE"], out = f"{made}/cache", f"{made}/run"
-        words, error = [*prepare(Path(made), family), "--out", out, *extra], None
-        with fake_gpu() as watch:
-            save, steps = train.Survival.save, []
-
-            def stop(self, training, batches, step, seconds):
-                save(self, training, batches, step, seconds)
-                steps.append(step)
-                if step == 6 and len(steps) == 1:
-                    raise KeyboardInterrupt
-            train.Survival.save = stop
-            try:
-                with contextlib.redirect_stdout(sys.stderr):
-                    with contextlib.suppress(KeyboardInterrupt):
-                        train.main(words)
-                    train.main(["--resume", out])
-            except (Exception, SystemExit) as found:  # whatever it is, it is the finding
-                traceback.print_exc()
-                error = f"{type(found).__name__}: {found}"
-            train.Survival.save = save
+    """train.main on the fake GPU, broken off after its checkpoint and resumed: {"error", "waits"}."""
+    with tempfile.TemporaryDirectory() as made, fake_gpu() as watch:
+        os.environ["RANKS_CACHE"], out, error = f"{made}/cache", f"{made}/run", None
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                with tiny.interrupted_after(7):
+                    train.main([*prepare(Path(made), family), "--out", out, *extra])
+                train.main(["--resume", out])
+        except (Exception, SystemExit) as found:  # whatever it is, it is the finding
+            traceback.print_exc()
+            error = f"{type(found).__name__}: {found}"
         waits = {f"{what} at {where}": n for (phase, what, where), n in watch.waits.items() if phase == "step"}
-        return {"error": error, "waits": waits, "steps": steps}
+        return {"error": error, "waits": waits}
 
 
 # ---------------------------------------------------------------------------------------------- counting at full size

@@ -512,7 +512,6 @@ def test_named_architectures(monkeypatch, tmp_path):
         monkeypatch.setitem(models.CONFIGS, name, {**raw, **{k: v for k, v in small.items() if k in raw}})
         ours, again = (load(name, num_labels=3, weights="random", seed=4) for _ in range(2))
         assert set(ours.fresh) == set(ours.plain_names)
-        assert len({id(raw) for raw in (ours.config.raw, again.config.raw, models.CONFIGS[name])}) == 3
         with torch.device("meta"):
             whole = type(ours)(models.normalise(raw, name), ours.head_kind)
         total = sum(p.numel() for n, p in whole.named_parameters() if not (ours.tied and n == "head.weight"))
