@@ -523,7 +523,7 @@ AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),
         "regress": ("AutoModelForSequenceClassification", "text-classification")}
 
 
-def write_cards(folder, train_rows=None):
+def write_cards(folder, train_rows):
     """Write the model card of a finished run into its folder, and into adapter/ or model/, which people upload.
 
     Names that a user chose appear as code spans or as JSON strings (which Python and YAML read), so they break nothing.
@@ -536,19 +536,17 @@ def write_cards(folder, train_rows=None):
     front = {"base_model": base} if on_hub else {}  # the Hub refuses names that are not its own
     front |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": AUTO[task.kind][1],
               "tags": list(dict.fromkeys(["lora"] * adapter + [s.method, task.name]))}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
-    lines += [f"# {s.method} on {task.name}, from {fence} {name} {fence}", ""]
-
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "",
+             f"# {s.method} on {task.name}, from {fence} {name} {fence}", ""]
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))]
             for key in after if key != "eval_rows"]
     lines += markdown([f"after {log[-1]['step']:,} steps", "before", "after"], rows)
-    trained = "Evaluated" if train_rows is None else f"Trained on {train_rows:,} rows; evaluated"
-    size = {key: f"{n:,}" for key, n in log[-1]["trainable_params"].items()}
-    lines += [f"{trained} on {after['eval_rows']:,} rows.", "",
-              f"Trainable parameters besides the head: {size['now']} (mean {size['mean']}, peak {size['peak']}).", ""]
+    now, mean, peak = log[-1]["trainable_params"].values()
+    lines += [f"Trained on {train_rows:,} rows; evaluated on {after['eval_rows']:,} rows.", "",
+              f"Trainable parameters besides the head: {now:,} (mean {mean:,}, peak {peak:,}).", ""]
     shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
              "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
              "limit_train", "limit_eval", "dtype")

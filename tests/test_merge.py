@@ -206,7 +206,7 @@ def card_of(short, tmp_path, name, labels=None):
     run["settings"]["model"], run["labels"] = name, labels or run["labels"]
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "adapter").mkdir(exist_ok=True)
-    evaluation.write_cards(tmp_path)
+    evaluation.write_cards(tmp_path, 64)
     return front_matter((tmp_path / "README.md").read_text(encoding="utf-8"))
 
 
