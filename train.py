@@ -56,7 +56,7 @@ def setting(default, group, help, choices=None, low=0, high=2**63):
 
 @dataclasses.dataclass
 class Settings:
-    """Everything that defines a run; a field is a flag (`--batch-size`), None takes the task's or the paper's value."""
+    """Everything that defines a run; a field is a flag (`--batch-size`), None the task's or the paper's value."""
 
     method: str = setting("lora", "what", f"{', '.join(allocators.METHODS)}, or my_policy.py:MyPolicy")
     model: str = setting("vit-digits", "what", "short name, Hub id or folder with config.json and *.safetensors")
@@ -66,7 +66,7 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; default the papers', adalora: 16 x first triplets", low=1e-12)
+    alpha: float = setting(None, "adapter", "LoRA alpha; the papers', adalora: 16 x triplets at first", low=1e-9)
     dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, / r_i or / sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
@@ -75,15 +75,15 @@ class Settings:
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
     init: str = setting("lora", "adapter", "start at W's r largest or smallest components", ("lora", "pissa", "milora"))
     dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
-    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over A's; its paper: 16", low=1e-12)
+    lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over A's; its paper: 16", low=1e-9)
     freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
 
-    epochs: float = setting(None, "optimization", "passes over the training set", low=1e-12)
+    epochs: float = setting(None, "optimization", "passes over the training set", low=1e-9)
     steps: int = setting(None, "optimization", "optimizer steps; overrides --epochs", low=1)
     batch_size: int = setting(None, "optimization", "examples per batch, of all processes together", low=1)
     accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
     optimizer: str = setting("adamw", "optimization", "muon: for A and B, AdamW for the rest", ("adamw", "sgd", "muon"))
-    lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", low=1e-12)
+    lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", low=1e-9)
     weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on W's own components")
     warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora: none")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
@@ -122,7 +122,7 @@ class Settings:
     adalora_delta_t: int = setting(10, "adalora", "Delta_T, steps between allocations", low=1)
     adalora_beta1: float = setting(0.85, "adalora", "beta_1, smoothing of the sensitivity", high=1)
     adalora_beta2: float = setting(0.85, "adalora", "beta_2, smoothing of its uncertainty", high=1)
-    adalora_orth: float = setting(0.1, "adalora", "gamma, of the penalty; its scripts: 0.1, RTE, STS-B 0.3; PEFT: 0.5")
+    adalora_orth: float = setting(0.1, "adalora", "gamma, of the penalty; RTE, STS-B: 0.3; PEFT: 0.5")
     lalora_gamma: float = setting(None, "lalora", "gamma, how fast the budget grows (Eq. 5); default by --rank")
     lalora_budget: str = setting("grow", "lalora", "Eq. 5, or full = r L from the start (w/o CAR)", ("grow", "full"))
     lalora_fidelity: str = setting("step", "lalora", "f: Eq. 10, section 3.3's, 5.2's, or 1",
@@ -132,7 +132,7 @@ class Settings:
     weightlora_keep: int = setting(0, "weightlora", "K, matrices that keep an adapter; 0 = half")
     weightlora_steps: int = setting(0, "weightlora", "T, warm-up steps; 0 = 0.5 %% of the run, at least 5")
     weightlora_examples: int = setting(192, "weightlora", "rows that a warm-up step sees at least, in several batches")
-    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega, times the schedule's rate", low=1e-12)
+    weightlora_lr: float = setting(5.0, "weightlora", "eta, step size of omega, times the schedule's rate", low=1e-9)
     weightlora_threshold: str = setting("every", "weightlora", "threshold at every step, or the end", ("every", "end"))
     weightlora_rank_by: str = setting("value", "weightlora", "keep the largest omega (its code), |omega| (its text) or "
                                                              "|omega - 1|", ("value", "magnitude", "moved"))
@@ -141,7 +141,7 @@ class Settings:
     credit_power: float = setting(0.5, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
     credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
     credit_budget: str = setting("parameters", "credit", "deal out parameters, or rank units", ("parameters", "ranks"))
-    credit_share: float = setting(1.0, "credit", "how much of that is dealt out, to go below rank 1", low=1e-12)
+    credit_share: float = setting(1.0, "credit", "how much of that is dealt out, to go below rank 1", low=1e-9)
     lelora_dims: list = setting(None, "lelora", "candidate dimensions; default 0, powers of 2 up to --rank")
     lelora_locations: list = setting(None, "lelora", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "lelora", "alpha of the reward, the weight of the loss's change (Eq. 4)")
@@ -214,7 +214,7 @@ def settle(s, config):
     if dist.is_initialized() and cuda:
         there, started = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
         if there < started:
-            raise UserError(f"torchrun --nproc-per-node {started}: there are {there} GPUs here: start no more than that")
+            raise UserError(f"torchrun --nproc-per-node {started}: there are {there} GPUs here: start no more")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
@@ -248,7 +248,7 @@ def check(s, policy):
         (s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"),
          "--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out"),
         (s.ranks and s.method != "lora" or s.ranks_shuffled and not s.ranks,
-         "--ranks goes with --method lora, --ranks-shuffled with --ranks: leave it out"),
+         "--ranks goes with --method lora, --ranks-shuffled with --ranks"),
         (s.optimizer == "muon" and itself, f"--optimizer muon: is for adapters' A and B, which {method} has not"),
         (s.weights == "int8" and (s.shard or itself or s.method == "lelora" or s.init != "lora"),
          "--weights int8: is for adapters beside W, on one device: not for --shard, --init, full, bitfit or lelora"),
@@ -305,7 +305,7 @@ def add_up(tensors):
 
 
 def largest(tensor):
-    """Replace a tensor by the largest of the processes' values, and return it; one on the CPU waits for no device."""
+    """A tensor, replaced by the largest of the processes' values; on the CPU no device is waited for."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
@@ -370,7 +370,7 @@ class Training:
 
     @property
     def moving(self):
-        """What differs from the base model: the trained, what a policy moves itself, and LoRA-FA's frozen A."""
+        """What differs from the base model: the trained, a policy's own, and LoRA-FA's frozen A."""
         stacks = [p for stack in self.allocator.stacks for p in stack.parameters]
         return [p.data for p in dict.fromkeys([*self.params, *self.allocator.own, *stacks])]
 
@@ -452,7 +452,7 @@ class Training:
         return loss, norm
 
     def count(self, ok, loss):
-        """Count a step, with the allocation in force, on the device, for which only those wait who read the numbers."""
+        """Count a step, with the allocation in force, on the device: only who reads the numbers waits."""
         now, bad = self.allocator.budget(), ~ok
         self.total += now
         torch.maximum(self.peak, now, out=self.peak)
@@ -478,7 +478,7 @@ def fit_memory(training, batches):
     rows = math.ceil(min(s.batch_size, len(batches.split)) / process_and_count()[1])
     halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
     longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
-    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # later gradients and moments  # noqa: F841
+    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
     model.train()
     for recompute, n in itertools.product(sorted({s.checkpointing, True}), halved):
         s.checkpointing = model.checkpointing = recompute
@@ -734,7 +734,7 @@ def run(s):
     """Do what the settings say, from reading the model to the final evaluation; returns the result as a dict.
 
     Leaves the run folder: run.json, metrics.jsonl, ranks.jsonl, result.json and adapter/ (model/ for full and bitfit).
-    The final numbers are what eval.py gives for it. Of several processes, all call this and process 0 gets the result.
+    The final numbers are what eval.py gives for it. All processes call this; process 0 gets the result.
     """
     with Survival(s) as alive, processes():
         training, batches, task, splits, processor = set_up(s, alive)
@@ -763,7 +763,7 @@ def run(s):
         warning, train_rows = allocator.warning(), len(batches.split)
         if s.compile == "on":
             torch._dynamo.reset()  # it holds on to the model
-        del model, allocator, training, batches  # the saved adapter is loaded onto a fresh base: make room for it
+        del model, allocator, training, batches  # room for a fresh base with the saved adapter
         if s.shard:
             largest(torch.tensor(0))  # wait until the adapter is there
         after = evaluation.evaluate_run(out, splits=splits, shard=shard if s.shard else None, device=s.device)
@@ -800,17 +800,17 @@ def set_up(s, alive):
     policy = allocators.policy(s.method)
     rows = data.read(task, s.data, "train", 0 if s.sample_train else s.limit_train)
     if s.sample_train:
-        rows, _ = data.drawn(rows, s.limit_train or len(rows), s.seed)
+        rows = data.drawn(rows, s.limit_train or len(rows), s.seed)[0]
     if len(rows) <= policy.validation_rows:
-        raise UserError(f"--method {s.method} keeps {policy.validation_rows} of {len(rows)} rows aside: use more rows")
+        raise UserError(f"--method {s.method} keeps {policy.validation_rows} of {len(rows)} rows aside: use more")
     aside, rows = data.drawn(rows, policy.validation_rows, s.seed)
     model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
     split = processor.training(rows, s.max_length)
     splits, batches = processor.evaluation(s), data.Batches(s, split, process, count)
-    if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is meant for runs longer than this may be
+    if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is for longer runs
         s.warmup = min(s.warmup, math.ceil(0.1 * batches.total_steps))
     # a regression head starts at the mean label: from 0, adapters push the features along it until the pooler's tanh
-    # saturates, and STS-B (mean 2.7) is not learned at rate 2e-3, nor is it by transformers + PEFT
+    # saturates, and STS-B (mean 2.7) is not learned at rate 2e-3
     for name in model.fresh if task.kind == "regress" else ():
         if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
             model.get_parameter(name).data.fill_(split.labels.mean())
@@ -908,8 +908,8 @@ def main(argv=None):
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            reason = (f"error: out of memory ({str(error).splitlines()[0]}); try --checkpointing, a lower --max-length or "
-                      f"--forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}")
+            reason = (f"error: out of memory ({str(error).splitlines()[0]}); try --checkpointing, a lower "
+                      f"--max-length or --forward-rows {max(1, (s.forward_rows or s.batch_size) // 2)}")
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = "error: another process of this run has ended"
         elif isinstance(error, RuntimeError) or isinstance(error, OSError) and not began:
