@@ -478,10 +478,10 @@ class WeightLora(Allocator):
         s = self.settings
         self.keep = matrices_to_keep(s, len(self.names))
         self.final_rank = 2 * s.rank if s.method == "weightlora+" else s.rank
-        small = [name for name, size in zip(self.names, self.sizes) if min(size) < self.final_rank]
-        if small:
-            raise UserError(f"--rank {s.rank}: {s.method} may give {small[0]} rank {self.final_rank}, more than "
-                            "it has; choose a lower rank")
+        most = min(min(size) for size in self.sizes)
+        if self.final_rank > most:
+            raise UserError(f"--rank {s.rank}: {s.method} may give a matrix of rank {most} rank {self.final_rank}: "
+                            "choose a lower one")
         self.start(s.weightlora_steps or min(max(5, round(0.005 * self.steps)), self.steps - 1))
 
     def start(self, warmup):
@@ -620,14 +620,13 @@ class LeLora(Allocator):
              "optimizer", "generator")
 
     def setup(self):
-        s, n, widest = self.settings, len(self.names), max(min(size) for size in self.sizes)
+        s, n, ranks = self.settings, len(self.names), [min(size) for size in self.sizes]
+        m, widest = min(ranks), max(ranks)
         self.dims, self.locations = candidates(s)
         R = self.dims[-1]
-        for name, size in zip(self.names, self.sizes):
-            m = min(size)
-            if m // 2 + R > m - R:
-                raise UserError(f"--lelora-dims (or --rank) {R}: the three windows of {name} overlap, as it has "
-                                f"{m} singular components; use at most {(m - m // 2) // 2}")
+        if m // 2 + R > m - R:
+            raise UserError(f"--lelora-dims (or --rank) {R}: the three windows overlap where a matrix has {m} singular "
+                            f"components; use at most {(m - m // 2) // 2}")
         self.add(dict.fromkeys(self.names, 3 * R))
         self.spectra = torch.zeros(n, widest, device=self.device)
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`

@@ -250,7 +250,7 @@ REFUSED = {  # what is said about which settings, where matrices are 32 x 32 and
     "--weightlora-steps 1": dict(method="weightlora", weightlora_steps=1),
     "--weightlora-steps 0": dict(method="weightlora", steps=1),
     "--rank 17: weightlora+": dict(method="weightlora+", rank=17),
-    "query overlap, as it has 32 singular components; use at most 8": dict(method="lelora", rank=9),
+    "overlap where a matrix has 32 singular components; use at most 8": dict(method="lelora", rank=9),
     "--lelora-dims ['0']": dict(method="lelora", lelora_dims=["0"]),
     "--lelora-dims ['2', 'x']": dict(method="lelora", lelora_dims=["2", "x"]),
     "--lelora-dims ['-2']": dict(method="lelora", lelora_dims=["-2"]),
