@@ -15,7 +15,6 @@ What is foreign is used, is listed in IRRELEVANT, or is named in one line on std
 """
 
 import csv
-import functools
 import gzip
 import io
 import itertools
@@ -241,7 +240,7 @@ def download(url, path, sha256):
         with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
             shutil.copyfileobj(source, file, 1 << 20)
     got = path.stat().st_size
-    if size not in (0, got):
+    if got == 0 or size not in (0, got):
         raise OSError(f"the connection ended at {got} of {size} bytes")
     if sha256 not in (None, digest(path)):
         raise OSError(f"it is damaged: its SHA-256 is {digest(path)}, not {sha256}")
@@ -492,12 +491,6 @@ def fit(pixels, image, where):
         raise UserError(f"{where}: {pixels.shape[1]} x {pixels.shape[2]} pixels, the model takes {image['size']} and "
                         "preprocessor_config.json does not enlarge it: resize the image")
     return np.broadcast_to(pixels, (image["channels"], height, width))
-
-
-@functools.cache
-def per_channel(values, device):
-    """Return a tuple of numbers as a tensor (C, 1, 1) on the device, where it stays."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 # -------------------------------------------------------------------- SQuAD: questions whose answer is part of a text
@@ -1201,7 +1194,7 @@ def collate(split, indices, pad_to=None, device="cpu"):
         return tensor.to(device, non_blocking=True)
 
     if split.kind == "image":
-        mean, std = (per_channel(split.image[key], device) for key in ("mean", "std"))
+        mean, std = (send(torch.tensor(split.image[key]).view(-1, 1, 1)) for key in ("mean", "std"))
         pixels = send(split.pixels[indices]) * split.image["scale"]
         return {"pixels": (pixels - mean) / std}, send(split.labels[indices])
     tokens, mask = pad([split.tokens[i] for i in indices], split.pad_id, pad_to=pad_to)
