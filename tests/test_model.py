@@ -553,7 +553,6 @@ def test_save_loads_in_transformers(name, kind, shard_bytes, tmp_path):
     assert run(load(tmp_path / "saved"), inputs).equal(run(ours, inputs))
 
 
-INDEX = "model.safetensors.index.json"
 BAD_SETTINGS = {
     "llama-gqa-tied": [
         dict(model_type="gpt_neox"), dict(model_type=...), dict(hidden_size=...), dict(hidden_size=-4),
@@ -580,6 +579,9 @@ def test_bad_settings(name, changes, tmp_path):
     refused("config.json", *parts, args=(tmp_path,))
 
 
+INDEX, QUERY = "model.safetensors.index.json", "model.layers.1.self_attn.q_proj.weight"
+
+
 @pytest.mark.parametrize("file, content, parts", [
     ("config.json", None, ["No such file"]),
     ("model.safetensors", None, ["download", "save_pretrained", "LlamaForCausalLM"]),
@@ -589,9 +591,16 @@ def test_bad_settings(name, changes, tmp_path):
     *(("model.safetensors", keep, ["damaged"]) for keep in (0, 5, 300, -100)),
     *((INDEX, content, ["download"]) for content in (b"{", b"[]", b"{}", b'{"weight_map": 3}')),
     *((INDEX, b'{"weight_map": {"a": %s}}' % name, ["inside", "download"])
-      for name in (b'"../secret.safetensors"', b'"/etc/passwd"', b"7", b'"absent.safetensors"'))])
+      for name in (b'"../secret.safetensors"', b'"/etc/passwd"', b"7", b'"absent.safetensors"')),
+    *(("model.safetensors", change, parts) for change, parts in [
+        (lambda t: {k: v for k, v in t.items() if k != QUERY}, [QUERY, "missing"]),
+        (lambda t: {**t, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, ["layers.9", "unexpected"]),
+        (lambda t: {**t, QUERY.replace("weight", "bias"): torch.zeros(32)}, ["q_proj.bias", "unexpected"]),
+        (lambda t: {**t, QUERY: torch.zeros(32, 31)}, [QUERY, "[32, 31]", "[32, 32]"]),
+        (lambda t: {**t, QUERY: torch.zeros(32, 32, dtype=torch.int8)}, [QUERY, "I8", "floats"]),
+        (lambda t: {**t, QUERY.removeprefix("model."): torch.zeros(32, 32)}, ["q_proj", "twice"])])])
 def test_missing_and_damaged_files(file, content, parts, tmp_path):
-    """`content` is what is in the file, or how many bytes of it are left."""
+    """`content` is what is in the file, how many bytes of it are left, or a change of its tensors."""
     folder, weights = tmp_path / "llama", tmp_path / "llama" / "model.safetensors"
     saved("llama", folder)
     whole = weights.read_bytes()
@@ -599,26 +608,11 @@ def test_missing_and_damaged_files(file, content, parts, tmp_path):
         weights.rename(tmp_path / "secret.safetensors")
     if content is None:
         (folder / file).unlink()
+    elif callable(content):
+        copy_tensors(folder, content)
     else:
         (folder / file).write_bytes(whole[:content] if isinstance(content, int) else content)
     refused(file, *parts, args=(folder,))
-
-
-QUERY = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.mark.parametrize("change, parts", [
-    (lambda t: {k: v for k, v in t.items() if k != QUERY}, [QUERY, "missing"]),
-    (lambda t: {**t, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, ["layers.9", "unexpected"]),
-    (lambda t: {**t, QUERY.replace("weight", "bias"): torch.zeros(32)}, ["q_proj.bias", "unexpected"]),
-    (lambda t: {**t, QUERY: torch.zeros(32, 31)}, [QUERY, "[32, 31]", "[32, 32]"]),
-    (lambda t: {**t, QUERY: torch.zeros(32, 32, dtype=torch.int8)}, [QUERY, "I8", "floats"]),
-    (lambda t: {**t, QUERY.removeprefix("model."): torch.zeros(32, 32)}, ["q_proj", "twice"]),
-])
-def test_wrong_tensors(change, parts, tmp_path):
-    saved("llama", tmp_path)
-    copy_tensors(tmp_path, change)
-    refused("model.safetensors", *parts, args=(tmp_path,))
 
 
 def test_names_and_heads(tmp_path, monkeypatch):
