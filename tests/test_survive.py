@@ -181,6 +181,7 @@ def test_what_a_run_starts_from_is_found_from_another_folder(tmp_path, monkeypat
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     Path("../mine.npz").rename("mine.npz")
+    capsys.readouterr()
     assert "mine.npz" in refused(train, ["--resume", "../dealt"], capsys)
     Path("mine.npz").rename("../mine.npz")
     for name in runs:
