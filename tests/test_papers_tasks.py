@@ -4,21 +4,16 @@ import gzip
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from test_data import (jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad, serve,  # noqa: F401
-                       some_images, write)
+from test_data import jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad, serve, write  # noqa: F401
 from tiny import refused
 
 import data
 from papers import tasks
 
-FILE = str(ROOT / "papers" / "tasks.py")
+FILE = tasks.__file__
 TASKS = data.TASKS | {row.name: row for row in vars(tasks).values() if isinstance(row, data.Task)}
 
 
