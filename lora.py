@@ -602,15 +602,15 @@ def stack_factors(layers):
     diagonal. A plain layer has none.
     """
     first = next(layer for layer in layers if isinstance(layer, LoraLinear))
-    As, Bs, lengths = [], [], []
+    dora, As, Bs, lengths = first.magnitude is not None, [], [], []
     for layer in layers:
-        A, B = layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0)
-        length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32)
         if isinstance(layer, LoraLinear):
             A, B = layer.factors()
             B, length = B * (layer.scale / first.scale), layer.magnitude
-        As, Bs, lengths = [*As, A.float()], [*Bs, B.float()], [*lengths, length]
-    dora = first.magnitude is not None
+        else:
+            A, B = first.A.new_zeros(0, layer.in_features), first.B.new_zeros(layer.out_features, 0)
+            length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32) if dora else None
+        As, Bs, lengths = [*As, A], [*Bs, B], [*lengths, length]
     return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, first.scale
 
 
