@@ -658,6 +658,7 @@ class Task:
     sources: tuple = ()              # (split it is for or "", address, SHA-256 or None where it is not known)
     columns: tuple = ()              # text, pair or None, label
     header: tuple | None = None      # column names of files without a header line
+    span: tuple = (-math.inf, math.inf)         # what a regression's scores lie in
     template: object = prompt        # lm: template(question, more) returns the prompt
     answers: object = None           # lm: what a generated text is searched for: words, or by a function of the text
     sample: tuple = ()               # lm: columns that belong to a completion which another program scores,
@@ -726,7 +727,7 @@ TASKS = {task.name: task for task in (
                 "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),)),
     glue("stsb", "STS-B", ("pearson", "spearman"), ("sentence1", "sentence2", "score"), (), "STS-B.zip",
          "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85", (4e-4, 128, 40), (3e-4, 16, 30), 256,
-         kind="regress"),
+         kind="regress", span=(0, 5)),
     glue("qqp", "QQP", ("accuracy", "f1"), ("question1", "question2", "is_duplicate"), BINARY, "QQP-clean.zip",
          "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0", (4e-4, 128, 25), (3e-4, 32, 20), 1024),
     glue("mnli", "MNLI", ("accuracy",), ("sentence1", "sentence2", "gold_label"),
@@ -826,8 +827,9 @@ def read(task, data=None, split="train", limit=0):
                 score = float(row["label"])
             except ValueError:
                 score = math.nan
-            if not math.isfinite(score):
-                raise UserError(f"{where}: score {row['label'][:40]!r} is no finite number: mend the row")
+            low, high = task.span
+            if not (low <= score <= high and math.isfinite(score)):
+                raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
             row["label"] = score
         rows.append(row)
     if not rows:
@@ -915,6 +917,11 @@ class Tokenizer:
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole = self.backend.encode("a")
         self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
+        places = {"add_bos_token": ("bos", whole.tokens[:1]), "add_eos_token": ("eos", whole.tokens[-1:])}
+        for key, (name, there) in places.items():
+            if bool(names.get(key, there == [tokens.get(name)])) != (there == [tokens.get(name)]):
+                note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
+        self.longest = names.get("model_max_length")
         return self
 
     def encode(self, texts, pairs=None, max_length=None, special=True):
@@ -980,9 +987,12 @@ def special_tokens(backend, names, kind):
     def content(token):
         return token.get("content") if isinstance(token, dict) else token
 
-    for _, token in sorted(names["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
+    for number, token in sorted(names["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
         flags = {flag: bool(token[flag]) for flag in token if flag not in ("content", "__type", "id")}
         backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
+        if backend.token_to_id(content(token)) != int(number):
+            note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
+                 f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
     tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
     tokens = {key: token for key, token in tokens.items() if token}
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
@@ -1025,6 +1035,8 @@ def configure(backend, names, kind, tokens):
         scheme = "never" if space is False else "always" if names.get("legacy") else "first"
         backend.normalizer = None
         backend.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
+    elif kind in CLASSES and model != "Unigram" and not byte_level:
+        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
     backend.encode_special_tokens = bool(names.get("split_special_tokens"))
 
 
@@ -1081,6 +1093,9 @@ class Processor:
     def training(self, rows, max_length):
         """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
         split = encode(self.task, rows, self.tokenizer, max_length, self.image)
+        longest = self.tokenizer and self.tokenizer.longest
+        if isinstance(longest, int) and max_length and max_length > longest:
+            note(f"{self.folder}: --max-length {max_length} is above its model_max_length, {longest}")
         for row, ids in zip(split.rows, split.tokens or ()):
             where = f"{self.task.name}, row {row.get('text', row.get('prompt'))[:60]!a}"
             if len(ids) == 0:

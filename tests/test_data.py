@@ -650,6 +650,17 @@ def test_fallback_ids(tmp_path, caplog):
     assert data.Tokenizer.from_folder(folder).pad_id == 1
 
 
+def test_settings_that_tokenizer_json_overrules_are_named(tmp_path, caplog):
+    """transformers, too, goes by tokenizer.json there (`test_encoding_equals_transformers`)."""
+    folder = make_tokenizer(tmp_path, "Llama", tokenizer_class="BertTokenizer", add_eos_token=True, model_max_length=8,
+                            added_tokens_decoder={"77": {"content": "<new>"}})
+    size = data.Tokenizer.from_folder(folder).backend.get_vocab_size()
+    processor = data.Processor(TASKS["sst2"], folder, SimpleNamespace(vocab_size=size, type_vocab_size=2))
+    processor.training([{"text": "the dog", "label": 0}], 32)
+    for named in ("add_eos_token is True", "<new>' has id 77", "BertTokenizer does not fit", "model_max_length, 8"):
+        assert named in caplog.text
+
+
 def test_decoded_text_keeps_the_space_that_it_begins_with(tmp_path):
     """SentencePiece's decoder drops the first space of a text: Python would lose an indent."""
     tokenizer = data.Tokenizer.from_folder(make_tokenizer(tmp_path))
@@ -907,7 +918,8 @@ BAD = [
     ("sst2", {"train.tsv": "text\tlabel\na\t1\n"}, "line 2: no column 'sentence' .there are .*rename"),
     ("sst2", {"train.tsv": "sentence\tlabel\na\t\n"}, "line 2: label '' stands for a missing one"),
     ("cola", {"train.tsv": "a\t1\t\tx\nb\t1\t\ty\n"}, "all labels are '1' in the 2 rows: add another class"),
-    ("text-regression", {"train.csv": "text,score\na,inf\nb,1\n"}, "line 2: score 'inf' is no finite"),
+    ("text-regression", {"train.csv": "text,score\na,inf\nb,1\n"}, "line 2: score 'inf'"),
+    ("stsb", {"train.tsv": STSB + "0" + "\t-" * 6 + "\ta\tb\t5.5\n"}, "line 2: score '5.5' is no number in .0, 5."),
     ("text-classification", {"train.csv": "text,label\na,x\nb,y\n", "dev.csv": "text,label\nc,z\n"},
      "dev.csv line 2: label 'z' is none of .'x', 'y'", "dev"),
     ("text-classification", {"train.csv": "words,label\na,1\n"}, "no column 'text' .there are .'words', 'label'"),
