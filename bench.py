@@ -79,10 +79,10 @@ class Bench:
 def base_model(b):
     """The frozen model that all contenders share, and its task's kind; settles --targets."""
     config, _ = models.find_config(b.model, b.init_weights)
-    changes = dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-                             "classifier_dropout", "attn_pdrop", "resid_pdrop"), b.dropout)
+    _, _, known = models.FAMILIES[config.raw["model_type"]]
+    changes = {key: b.dropout for key in known if re.search("dropout|_pdrop", key)}
     if b.layers:
-        changes |= {"num_hidden_layers": b.layers, "layer_types": None}
+        changes |= {"n_layer" if "n_layer" in known else "num_hidden_layers": b.layers, "layer_types": None}
     decoder = config.kind == "decoder"
     b.targets = b.targets or train.default_targets(decoder)
     base = models.load(b.model, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
@@ -250,6 +250,8 @@ def peft_contender(b, base, kind, method):
     """transformers' model on the same weights with PEFT's adapters, as their users run them."""
     import peft
     import transformers
+    if base.family == "gpt2":
+        raise UserError("PEFT adapts GPT-2's query, key and value as one matrix, so there is nothing like it to compare")
     s, dtype = settings_for(b), getattr(torch, b.dtype)
     raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
     config = transformers.AutoConfig.for_model(base.family, **raw)
@@ -305,9 +307,15 @@ def contender_names(b, default):
 
 def speed(b):
     """Step time of every method, the floor and PEFT, interleaved in one process, and what a GPU waits for."""
-    names = contender_names(b, list(allocators.METHODS))
+    names, runners = contender_names(b, list(allocators.METHODS)), {}
     base, kind = base_model(b)
-    runners = {name: contender(b, base, kind, name) for name in names}
+    for name in names:
+        try:
+            runners[name] = contender(b, base, kind, name)
+        except UserError as error:  # bitfit has nothing to train in a model without biases
+            if name in (b.methods or ()):
+                raise
+            say(f"note: {name} is left out: {error}")
     batches = batches_for(b, base, kind)
     for i in tqdm(range(b.warmup + b.rounds), "rounds", file=sys.stderr):
         for runner in runners.values():  # interleaved: what else the machine does hits all alike
@@ -853,7 +861,7 @@ def write_csv(path, runs):
 
 def draw(path, axis, runs, metrics):
     """A picture of quality over steps, or with `axis` "rank" over trained parameters: a panel per task."""
-    from papers import figures
+    from extras import pictures
     groups, label = {}, {"steps": "steps", "rank": "trained parameters, mean over training"}[axis]
     for run in runs:
         if run.line and run.line.get(metrics[run.task]) is not None:
@@ -866,7 +874,7 @@ def draw(path, axis, runs, metrics):
         return {metrics[run.task]: run.line[metrics[run.task]]}
 
     if groups:
-        figures.plot_points(figures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
+        pictures.plot_points(pictures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -692,8 +692,8 @@ def main(argv=None):
     if ":" in changes.get("task", ""):
         changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:
-        from papers import figures  # which imports this module
-        print(to_json({"plots": [str(path) for path in figures.plot(args.what)]}))
+        from extras import pictures  # which imports this module
+        print(to_json({"plots": [str(path) for path in pictures.plot(args.what)]}))
         return
     if what == "merge":
         if len(places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:

@@ -17,6 +17,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from extras import pictures
 from papers import figures
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -212,10 +213,10 @@ def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_tas
             for seed in (0, 1) for method, task, other in (
                 ("lora", "b", {"rank": 16, "out": "y"}), ("lora", "b", {}), ("lora", "a", {"lr": 2.0}),
                 ("lalora", "a", {"lalora_fidelity": "off", "model": "c"}), ("lalora", "a", {}))]
-    assert [(*key, len(group)) for key, group in figures.alike(runs).items()] == [
+    assert [(*key, len(group)) for key, group in pictures.alike(runs).items()] == [
         ("a", "lalora, fidelity off, model c", 2), ("a", r"lalora, fidelity step, model \$b", 2),
         ("a", "lora, rank 4", 2), ("b", "lora, rank 4", 2), ("b", "lora, rank 16", 2)]
-    assert len(figures.alike(runs, "rank")["b", "lora"]) == 4
+    assert len(pictures.alike(runs, "rank")["b", "lora"]) == 4
 
 
 @pytest.fixture(scope="session")
@@ -250,21 +251,21 @@ def test_a_set_of_runs_gets_the_figures_it_has_the_data_for(runs, chosen, expect
 
 def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
+    monkeypatch.setattr(pictures, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
 
     def curves():  # {title of a panel: the steps of each of its curves}
         return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()]
                 for axis in drawn["curves.png"].axes}
 
-    figures.plot(sorted(runs.glob("l*-*")))
+    pictures.plot(sorted(runs.glob("l*-*")))
     assert curves()["training loss"] == [[2, 4, 6]] * 6
     assert [steps[-1] for steps in curves()["accuracy"]] == [6] * 6
     assert [text.get_text() for text in drawn["curves.png"].legends[0].get_texts()] == ["lalora", "lelora", "lora"]
     budget = drawn["curves.png"].axes[2]
     assert budget.get_ylim()[0] == 0 and budget.get_ylim()[1] > max(line.get_ydata().max() for line in budget.lines)
-    figures.plot([runs / "lora-0"])  # which has no numbers of its own
+    pictures.plot([runs / "lora-0"])  # which has no numbers of its own
     assert len(curves()) == 3 and "ranks.png" in drawn
-    figures.plot([runs / "lelora-0"])
+    pictures.plot([runs / "lelora-0"])
     assert curves()["the policy's own numbers"][0] == [2, 4, 6]
     with tiny.refused("no run among 1"):
-        figures.plot([runs / "notes"])
+        pictures.plot([runs / "notes"])

@@ -51,7 +51,7 @@ class WithoutTexts(ast.NodeTransformer):
 
 def test_no_source_runs_code_from_data():
     assert all(FORBIDDEN.search(line) for line in BAD) and not any(FORBIDDEN.search(line) for line in GOOD)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("papers/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("papers/*.py"), *ROOT.glob("extras/*.py")]:
         source = WithoutTexts().visit(ast.parse(path.read_text(encoding="utf-8")))
         for line in ast.unparse(source).splitlines():
             assert not FORBIDDEN.search(line), f"{path.name}: {line}"
@@ -271,8 +271,8 @@ def test_a_model_named_like_a_command_or_a_format(tmp_path, monkeypatch, capsys)
 
 def test_names_with_dollar_signs_can_be_plotted(folder):
     pytest.importorskip("matplotlib")
-    from papers import figures
+    from extras import pictures
     settings = json.loads((folder / "run" / "run.json").read_text())
     settings["settings"]["model"] = "/x/a$\\frac{$b"
     (folder / "run" / "run.json").write_text(json.dumps(settings))
-    assert all(path.exists() for path in figures.plot([folder / "run"]))
+    assert all(path.exists() for path in pictures.plot([folder / "run"]))
