@@ -251,7 +251,7 @@ def peft_contender(b, base, kind, method):
     import peft
     import transformers
     if base.family == "gpt2":
-        raise UserError("PEFT adapts GPT-2's query, key and value as one matrix, so there is nothing like it to compare")
+        raise UserError("PEFT adapts GPT-2's query, key and value as one matrix: nothing here compares with it")
     s, dtype = settings_for(b), getattr(torch, b.dtype)
     raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
     config = transformers.AutoConfig.for_model(base.family, **raw)
