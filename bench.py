@@ -305,6 +305,13 @@ def contender_names(b, default):
     return names + theirs
 
 
+def leave_out(b, name, error):
+    """Name a contender that has nothing to train in this model, as bitfit without biases; its error if asked for."""
+    if name.partition("/")[0] in (b.methods or ()):
+        raise error
+    say(f"note: {name} is left out: {error}")
+
+
 def speed(b):
     """Step time of every method, the floor and PEFT, interleaved in one process, and what a GPU waits for."""
     names, runners = contender_names(b, list(allocators.METHODS)), {}
@@ -312,10 +319,8 @@ def speed(b):
     for name in names:
         try:
             runners[name] = contender(b, base, kind, name)
-        except UserError as error:  # bitfit has nothing to train in a model without biases
-            if name in (b.methods or ()):
-                raise
-            say(f"note: {name} is left out: {error}")
+        except UserError as error:
+            leave_out(b, name, error)
     batches = batches_for(b, base, kind)
     for i in tqdm(range(b.warmup + b.rounds), "rounds", file=sys.stderr):
         for runner in runners.values():  # interleaved: what else the machine does hits all alike
@@ -364,9 +369,11 @@ def memory(b):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             try:
                 measured = process.submit(one, shaped, name).result()
+                rows.append({"batch": batch, "length": length, "contender": name} | measured)
+            except UserError as error:
+                leave_out(b, name, error)
             except RuntimeError as error:  # no memory, or the system has killed it for that
                 raise UserError(f"{name}: its own process failed: {error}") from None
-        rows.append({"batch": batch, "length": length, "contender": name} | measured)
     return rows
 
 

@@ -917,9 +917,9 @@ class Tokenizer:
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole = self.backend.encode("a")
         self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
-        places = {"add_bos_token": ("bos", whole.tokens[:1]), "add_eos_token": ("eos", whole.tokens[-1:])}
-        for key, (name, there) in places.items():
-            if bool(names.get(key, there == [tokens.get(name)])) != (there == [tokens.get(name)]):
+        begins, ends = whole.tokens[:1] == [tokens.get("bos")], whole.tokens[-1:] == [tokens.get("eos")]
+        for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
+            if bool(names.get(key, there)) != there:
                 note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
         self.longest = names.get("model_max_length")
         return self

@@ -209,7 +209,7 @@ def settle(s, config):
     if taken:
         say(f"{s.method}: " + ", ".join(taken))
     if s.device == "auto":
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+        s.device = evaluation.find_device("auto")  # another is tried when the model is loaded
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
         there, started = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -249,6 +249,7 @@ def check(s, policy):
          "--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out"),
         (s.ranks and s.method != "lora" or s.ranks_shuffled and not s.ranks,
          "--ranks goes with --method lora, --ranks-shuffled with --ranks"),
+        (s.sample_train and not s.limit_train, "--sample-train: how many rows? say --limit-train, too"),
         (s.optimizer == "muon" and itself, f"--optimizer muon: is for adapters' A and B, which {method} has not"),
         (s.weights == "int8" and (s.shard or itself or s.method == "lelora" or s.init != "lora"),
          "--weights int8: is for adapters beside W, on one device: not for --shard, --init, full, bitfit or lelora"),
@@ -800,7 +801,7 @@ def set_up(s, alive):
     policy = allocators.policy(s.method)
     rows = data.read(task, s.data, "train", 0 if s.sample_train else s.limit_train)
     if s.sample_train:
-        rows = data.drawn(rows, s.limit_train or len(rows), s.seed)[0]
+        rows = data.drawn(rows, s.limit_train, s.seed)[0]
     if len(rows) <= policy.validation_rows:
         raise UserError(f"--method {s.method} keeps {policy.validation_rows} of {len(rows)} rows aside: use more")
     aside, rows = data.drawn(rows, policy.validation_rows, s.seed)

@@ -397,6 +397,7 @@ BAD = """
 --method lelora --weights int8              | --weights int8
 --init pissa --weights int8                 | --weights int8
 --ranks-shuffled                            | --ranks
+--sample-train                              | how many rows
 --ranks full                                | ranks.jsonl
 --ranks file                                | no ranks in it
 --ranks up.json                             | blocks.0.up is no target
