@@ -90,9 +90,10 @@ def base_model(b):
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
 
 
-def settings_for(b):
-    """train.Settings of uniform LoRA; warm-up phases are as short as they can be."""
+def settings_for(b, method):
+    """train.Settings of a method, uniform LoRA's if it has none; warm-up phases are as short as they can be."""
     return train.Settings(
+        method="lora" if method in ("floor", "uniform+validation", "dora") else method, dora=method == "dora",
         model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4,
         weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
         batch_size=b.batch_size, max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2,
@@ -204,13 +205,12 @@ def contender(b, base, kind, name):
     """Build `name`: METHOD, dora, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
     method, _, end = name.partition("/")
     if method == "peft":
-        return peft_contender(b, base, kind, end)
-    s, moves_w = settings_for(b), method in ("full", "bitfit", "lelora")
-    if method not in ("floor", "uniform+validation", "dora"):
-        s.method = method
+        from extras import peft_contender
+        s = settings_for(b, end)
+        return Contender(s, *peft_contender.build(s, base, kind))
+    s, moves_w = settings_for(b, method), method in ("full", "bitfit", "lelora")
     if moves_w and b.weights == "int8":
         raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
-    s.dora = method == "dora"
     model = own_copy(base, shared=not moves_w)
     if method == "floor":
         made = floor(s, model, kind)
@@ -244,49 +244,6 @@ def floor(s, model, kind):
         linear.register_forward_hook(shifted)
         params.append(linear.shift)
     return Contender(s, model, params, loss)
-
-
-def peft_contender(b, base, kind, method):
-    """transformers' model on the same weights with PEFT's adapters, as their users run them."""
-    import peft
-    import transformers
-    if base.family == "gpt2":
-        raise UserError("PEFT adapts GPT-2's query, key and value as one matrix: nothing here compares with it")
-    s, dtype = settings_for(b), getattr(torch, b.dtype)
-    raw = {k: v for k, v in base.config.raw.items() if k not in ("model_type", "num_labels", "id2label", "label2id")}
-    config = transformers.AutoConfig.for_model(base.family, **raw)
-    if kind != "lm":
-        config.num_labels = base.config.num_labels
-    with torch.device(b.device):
-        kernel = "eager" if base.family == "deberta-v2" else "sdpa"  # transformers has no other for the former
-        auto = getattr(transformers, evaluation.AUTO[kind][0])
-        theirs = auto.from_config(config, attn_implementation=kernel, dtype=dtype)
-    weights = {base.hf_name(name, module=True): base.get_parameter(name).data.to(dtype) for name in base.plain_names}
-    unknown = theirs.load_state_dict(weights, strict=False, assign=True).unexpected_keys
-    assert not unknown, f"transformers' model has no {unknown[0]}"
-    theirs.tie_weights()
-    options = dict(lora_alpha=s.alpha, lora_dropout=b.dropout,
-                   task_type={"lm": "CAUSAL_LM", "classify": "SEQ_CLS"}.get(kind),
-                   modules_to_save=list(base.head_names.values()) if kind != "lm" else None,
-                   target_modules=[base.hf_name(name, module=True) for name, _, _ in lora.sites(base, s.targets)])
-    if method == "adalora":
-        chosen = peft.AdaLoraConfig(init_r=round(s.adalora_init_ratio * b.rank), target_r=b.rank, tinit=1, tfinal=500,
-                                    deltaT=s.adalora_delta_t, total_step=1000, **options)
-    else:
-        chosen = peft.LoraConfig(r=b.rank, use_dora=method == "dora", **options)
-    theirs = peft.get_peft_model(theirs, chosen)
-
-    def loss(inputs, labels):
-        if kind == "image":
-            return theirs(pixel_values=inputs["pixels"].to(dtype), labels=labels).loss
-        if kind == "lm":
-            labels_at = torch.full_like(inputs["tokens"], -100)
-            labels_at.view(-1)[inputs["positions"] + 1] = labels
-            labels = labels_at
-        return theirs(input_ids=inputs["tokens"], attention_mask=inputs["mask"].long(), labels=labels).loss
-
-    allocate = theirs.base_model.update_and_allocate if method == "adalora" else None
-    return Contender(s, theirs, [p for p in theirs.parameters() if p.requires_grad], loss, allocate)
 
 
 # ---------------------------------------------------------------------------------------------- speed and memory
@@ -381,7 +338,7 @@ def one(b, name):
     """Measure one contender in this process: peak memory and time of the steps after the warm-up."""
     compiled_so_far()  # what is imported late is no part of a step's memory
     if name.startswith("peft/"):
-        import peft, transformers  # noqa: F401
+        from extras import peft_contender  # noqa: F401
     train.forget_peak_memory(b.device)
     imports = 0 if b.device.startswith("cuda") else train.peak_memory(b.device)
     base, kind = base_model(b)
@@ -588,7 +545,7 @@ def quality(argv):
         raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
     methods = list(allocators.METHODS)
     if q.methods != "all":  # a comma may be part of a flag
-        names = "|".join(sorted(map(re.escape, allocators.METHODS), key=len, reverse=True))
+        names = "|".join(map(re.escape, allocators.METHODS))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     rows = {method: shlex.split(method) for method in methods}
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
@@ -610,10 +567,12 @@ def quality(argv):
     runs = [cell.again(seed, *half) for cell in cells for seed in range(q.first_seed, q.first_seed + q.seeds)]
     failed |= make(runs, q)
     about = summarise(runs, q.metric, free) | {"chosen": chosen, "failed": failed}
+    done = [run for run in runs if run.line]
     if q.csv:
-        write_csv(q.csv, runs)
+        write_csv(q.csv, done)
     if q.picture:
-        draw(q.picture, "steps" if q.steps and len(q.steps) > 1 else "rank", runs, about["metrics"])
+        from extras import pictures
+        pictures.plot_quality(q.picture, q.steps and len(q.steps) > 1, done, about["metrics"])
     return markdown(about), about
 
 
@@ -856,32 +815,13 @@ def write_csv(path, runs):
     """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
     rows = []
     for run in runs:
-        if run.line:
-            plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
-            sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
-            rows.append(plain | sizes | run.line["settled"] | plain | {"row": run.row})
+        plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
+        sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
+        rows.append(run.line["settled"] | plain | sizes | {"row": run.row})
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def draw(path, axis, runs, metrics):
-    """A picture of quality over steps, or with `axis` "rank" over trained parameters: a panel per task."""
-    from extras import pictures
-    groups, label = {}, {"steps": "steps", "rank": "trained parameters, mean over training"}[axis]
-    for run in runs:
-        if run.line and run.line.get(metrics[run.task]) is not None:
-            groups.setdefault((run.task, re.sub(rf" @ {axis} \d+", "", run.row)), []).append(run)
-
-    def x(run):
-        return run.s.steps if axis == "steps" else run.line["trainable_params"]["mean"]
-
-    def quality(run):
-        return {metrics[run.task]: run.line[metrics[run.task]]}
-
-    if groups:
-        pictures.plot_points(pictures.pyplot(), groups, x, label, quality, log=True).savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -174,6 +174,24 @@ def plot_points(plt, groups, x, xlabel, values, log=False):
     return figure
 
 
+def plot_quality(file, over_steps, runs, metrics):
+    """Draw bench.py's finished runs: {task: metric} over steps, or else over trained parameters, a panel per task."""
+    axis, xlabel = ("steps", "steps") if over_steps else ("rank", "trained parameters, mean over training")
+    groups = {}
+    for run in runs:
+        if run.line.get(metrics[run.task]) is not None:
+            groups.setdefault((run.task, re.sub(rf" @ {axis} \d+", "", run.row)), []).append(run)
+
+    def x(run):
+        return run.s.steps if over_steps else run.line["trainable_params"]["mean"]
+
+    def quality(run):
+        return {metrics[run.task]: run.line[metrics[run.task]]}
+
+    if groups:
+        plot_points(pyplot(), groups, x, xlabel, quality, log=True).savefig(file, dpi=120)
+
+
 def alike(runs, *ignored):
     """{(task, label): runs}; a label is a method and the settings, but `ignored`, in which its runs on a task vary."""
     ignored = {"seed", "out", "resume", "log_every", "eval_every", "save_every", "keep", "eval_before", "max_bad_steps",
