@@ -6,7 +6,8 @@
     for indices in batches(split, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
-A new task is a new row of TASKS, or a Task in a file of your own for --task my_tasks.py:MY_TASK, as papers/tasks.py:
+A new task is a new row of TASKS, or a Task in a file of your own for --task my_tasks.py:MY_TASK, as papers/tasks.py
+and, with its own encoding and metrics, papers/squad.py:
 
     from data import Task, own, read_texts
     MY_TASK = Task("mine", "classify", ("accuracy",), read_texts, files=own(".csv"), columns=("said", None, "mood"))
@@ -493,82 +494,6 @@ def fit(pixels, image, where):
     return np.broadcast_to(pixels, (image["channels"], height, width))
 
 
-# -------------------------------------------------------------------- SQuAD: questions whose answer is part of a text
-
-def read_squad(task, data, split):
-    """SQuAD's own layout, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
-    path, ids = locate(task, data, split)[0], set()
-    where = path
-    try:
-        for article in read_settings(path)["data"]:
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    where, span = f"{path} question {asked['id']}", None
-                    row = {"id": get(asked, "id", where), "text": get(asked, "question", where),
-                           "pair": get(paragraph, "context", where),
-                           "answers": [get(answer, "text", where) for answer in asked["answers"]]}
-                    if row["id"] in ids or not row["answers"] and task.name == "squad":
-                        raise UserError(f"{where} is there twice, or has no answer as in --task squad2: remove it")
-                    if row["answers"]:
-                        start = get(asked["answers"][0], "answer_start", where, int)
-                        span = (start, start + len(row["answers"][0]))
-                        if row["pair"][start:span[1]] != row["answers"][0]:
-                            note(f"{path}: some answers do not stand at their answer_start, which is what is learned")
-                    ids.add(row["id"])
-                    yield where, row | {"span": span}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: not SQuAD's layout ({type(error).__name__} {error}): fetch the file again") from None
-
-
-def encode_spans(rows, tokenizer, max_length, overlap=128, longest=64):
-    """Return the Split of windows over the rows' contexts, each after its question's first `longest` tokens.
-
-    Windows of a context overlap by `overlap` tokens. labels (N, 2): first and last token of the answer; 0, 0 ([CLS])
-    if there is none, or not all of it is in the window. Source: transformers' run_qa.py.
-    """
-    backend = tokenizer.backend
-    least = longest + backend.num_special_tokens_to_add(True) + overlap + 1
-    if max_length < least:
-        raise UserError(f"max length {max_length} leaves no room for a question and a text: use at least {least}")
-    split, labels = Split("span", [], [], tokens=[], types=[], offsets=[], pad_id=tokenizer.pad_id), []
-    for row in tqdm(rows, "tokenizing", leave=False, disable=len(rows) < 10_000):
-        question = row["text"].lstrip()
-        cut = backend.encode(question, add_special_tokens=False).offsets[:longest]
-        backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
-        encoding = backend.encode(question[:cut[-1][1] if cut else 0], row["pair"])
-        backend.no_truncation()
-        for window in (encoding, *encoding.overflowing):
-            context = np.flatnonzero(np.array(window.sequence_ids) == 1)
-            offsets = np.full((len(window), 2), -1, np.int32)
-            offsets[context] = np.array(window.offsets)[context]
-            (starts, ends), span, label = offsets[context].T, row["span"], (0, 0)
-            if span and len(context) and starts[0] <= span[0] and span[1] <= ends[-1]:
-                first, last = np.searchsorted(starts, span[0], side="right") - 1, np.searchsorted(ends, span[1])
-                label = (context[first], context[last])
-            labels.append(label)
-            split.rows.append(row)
-            split.tokens.append(np.array(window.ids, np.int32))
-            split.types.append(np.array(window.type_ids, np.int32))
-            split.offsets.append(offsets)
-    return replace(split, lengths=[len(ids) for ids in split.tokens], labels=torch.tensor(np.array(labels)),
-                   types=split.types if tokenizer.types else None)
-
-
-def best_span(logits, offsets, candidates=20, longest=30):
-    """Return (score, start, end) of a window's best answer, characters of the context; score -inf where there is none.
-
-    Score: the sum of the logits (T, 2) of first and last token, each among the likeliest `candidates`, of `longest`
-    tokens at most. Source: postprocess_qa_predictions in transformers' utils_qa.py.
-    """
-    first, last = np.argsort(-logits, axis=0, kind="stable")[:candidates].T
-    first = first[:, None]
-    start, end = offsets[first, 0], offsets[last, 1]
-    fits = (start >= 0) & (end > start) & (first <= last) & (last < first + longest)  # (candidates, candidates)
-    scores = np.where(fits, logits[first, 0] + logits[last, 1], -np.inf)
-    i, j = np.unravel_index(scores.argmax(), scores.shape)
-    return (scores[i, j], start[i, 0], end[j]) if fits.any() else (-math.inf, 0, 0)
-
-
 # -------------------------------------------------------------------------------------------------- prompts and answers
 
 def prompt(text, extra=""):
@@ -669,12 +594,14 @@ class Task:
     base: tuple = (4e-4, 32, 10)     # learning rate, batch size, epochs for hidden size < 1024 (lelora Table 5)
     large: tuple = (3e-4, 16, 10)    # ... from 1024 on (lelora Table 6)
     steps: int = 512                 # of decoders that classify (weightlora Table 10)
+    settings: dict = field(default_factory=dict)    # what its paper sets besides, see hyperparameters
     max_length: int = 512
+    encode: object = None            # its own encode(task, rows, tokenizer, max_length) that returns a Split
+    evaluate: object = None          # its own evaluate(model, task, split, batches) that returns {metric: number}
 
 
 FACEBOOK, GITHUB = "https://dl.fbaipublicfiles.com/", "https://raw.githubusercontent.com/"
 ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/main/"
-SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 GSM8K = GITHUB + "openai/grade-school-math/master/grade_school_math/data/"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
@@ -706,14 +633,6 @@ def choose(name, folder, *answers):
                 new_tokens=32, max_length=256)
 
 
-def squad(name, version, epochs):
-    """Return the row of a version of SQuAD, with the settings of weightlora Table 12."""
-    files = {split: (f"{split}-{version}.json", f"{split}.json") for split in ("train", "dev")}
-    sources = tuple((split, SQUAD + names[0], None) for split, names in files.items())
-    return Task(name, "span", ("exact_match", "f1"), read_squad, (), files, name, sources, base=(3e-4, 32, epochs),
-                large=(3e-4, 32, epochs), max_length=384)
-
-
 TASKS = {task.name: task for task in (
     glue("cola", "CoLA", ("matthews",), ("sentence", None, "label"), BINARY, "CoLA.zip",
          "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff", (4e-4, 64, 80), (4e-4, 16, 20), 1024,
@@ -739,8 +658,6 @@ TASKS = {task.name: task for task in (
          "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5", (4e-4, 128, 25), (1e-4, 6, 10), 256),
     glue("rte", "RTE", ("accuracy",), ("sentence1", "sentence2", "label"), ENTAIL, "RTE.zip",
          "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee", (4e-4, 128, 80), (3e-4, 16, 20), 256),
-    squad("squad", "v1.1", 10),
-    squad("squad2", "v2.0", 15),
     choose("boolq", "boolq", "true", "false"),
     choose("piqa", "piqa", "solution1", "solution2"),
     choose("siqa", "social_i_qa", *ANSWERS),
@@ -773,7 +690,8 @@ def task_row(name):
     if name in TASKS:
         return TASKS[name]
     if ":" not in name:
-        raise UserError(f"no task {name!r}: choose from {', '.join(TASKS)}, my_tasks.py:MY_TASK")
+        raise UserError(f"no task {name!r}: choose from {', '.join(TASKS)}, papers/squad.py:squad or :squad2, "
+                        "papers/tasks.py:math or another there, my_tasks.py:MY_TASK")
     module, wanted = own_module("--task", name)
     there = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
     for key, task in there.items():
@@ -1049,7 +967,6 @@ class Split:
     labels: torch.Tensor | None = None          # long or float (N,), span: long (N, 2), None for lm
     tokens: list | None = None                  # N int32 arrays
     types: list | None = None
-    offsets: list | None = None                 # span: characters of the row's context (T, 2), -1 outside it
     starts: list | None = None                  # lm: where the answers begin
     pixels: torch.Tensor | None = None          # uint8 (N, C, H, W), of the model's size
     image: dict | None = None                   # image_settings
@@ -1059,7 +976,7 @@ class Split:
         return len(self.lengths)
 
     def count_rows(self):
-        return len(set(map(id, self.rows)) or self)  # of SQuAD's windows, several may be of one row
+        return len(set(map(id, self.rows)) or self)  # of one row there may be several examples, as SQuAD's windows
 
 
 class Processor:
@@ -1133,6 +1050,8 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
     lm: prompt and answer (see encode_answers), then eos. What is over max_length is cut off, as in LLM-Adapters; rows
     that lose the whole answer are dropped and noted.
     """
+    if task.encode:
+        return task.encode(task, rows, tokenizer, max_length)
     if task.kind == "image":
         pixels = np.empty((len(rows), image["channels"], *image["size"]), np.uint8)
         for i, row in enumerate(tqdm(rows, "reading images", unit="image", leave=False, delay=1)):
@@ -1142,8 +1061,6 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
                 pixels[i] = fit(row["pixels"], image, f"{task.name} image {i}")
         labels = torch.tensor([row["label"] for row in rows])
         return Split(task.kind, [], [pixels[0].size] * len(rows), labels, pixels=torch.from_numpy(pixels), image=image)
-    if task.kind == "span":
-        return encode_spans(rows, tokenizer, max_length)
     if task.kind != "lm":
         pairs = [row["pair"] for row in rows] if "pair" in rows[0] else None
         tokens, types = tokenizer.encode([row["text"] for row in rows], pairs, max_length)
@@ -1283,7 +1200,7 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
 
     Encoders on GLUE: lelora Tables 5 and 6, with what they leave open of weightlora Table 9. Decoders on GLUE: its
     Table 10, lr and warmup from the middle of the grids. Instructions: lelora Table 7 with DoRA's rank 32 and alpha 64;
-    weightlora Table 11 for qwen3. SQuAD: its Table 12. Ours: the rest. warmup: a share of the steps, or a number >= 1.
+    weightlora Table 11 for qwen3. Others: the task's `settings`. Ours: the rest. warmup: a share of the steps, or >= 1.
     """
     lr, batch_size, epochs = task.base if size < 1024 else task.large
     chosen = dict(lr=lr, batch_size=batch_size, epochs=epochs, steps=None, warmup=0.06, weight_decay=0.1, rank=8,
@@ -1295,12 +1212,11 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
         chosen.update(llama_glue, steps=5000, warmup=500)
     elif task.kind == "lm":
         chosen.update(lr=3e-4, batch_size=64, epochs=3, warmup=100, weight_decay=0.0, rank=32, alpha=64, dropout=0.05)
-    elif task.kind == "span":
-        chosen.update(warmup=100, weight_decay=1e-4, alpha=32, dropout=0.05)
     elif family not in ("bert", "roberta", "deberta-v2"):
         chosen.update(llama_glue, steps=task.steps, warmup=30)
     elif size >= 1024:
         chosen.update(warmup=0.03, weight_decay=0.0)
+    chosen.update(task.settings)
     reasons, rank = {}, rank or chosen["rank"]
     if method in ("full", "bitfit"):
         chosen["lr"] = (1e-3 if task.kind == "image" else 2e-5) if method == "full" else 1e-3

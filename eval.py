@@ -18,9 +18,7 @@ import math
 import os
 import re
 import shutil
-import string
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,27 +74,6 @@ def spearman(predictions, labels):
     return pearson(*ranks)
 
 
-def plain(text):
-    """Lower case without punctuation, articles and further spaces, as SQuAD's evaluation scripts compare answers."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def answer_scores(found, answers, version2=False):
-    """(exact match, F1 of words) of an answer, with the best of the right `answers`; the numbers of SQuAD's scripts.
-
-    In version 2 right answers without words do not count; where none is left, no answer "" is the right one.
-    """
-    found, rights, f1s = plain(found), [plain(text) for text in answers], []
-    if version2:
-        rights = [right for right in rights if right] or [""]
-    for right in rights:
-        common = sum((Counter(found.split()) & Counter(right.split())).values())
-        both = len(found.split()) + len(right.split())
-        f1s.append(2 * common / both if common else float(version2 and both == 0))
-    return float(found in rights), max(f1s)
-
-
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
@@ -105,7 +82,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 
 @torch.no_grad()
 def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, score="generation", samples=None):
-    """Measure the model on one split: {metric name: number}, the task's own metrics.
+    """Measure the model on one split: {metric name: number}, the task's metrics, by its own `evaluate` if it has one.
 
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
     answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
@@ -117,7 +94,9 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     model.eval()
     order = data.batches(split, batch_size, seed=0, epoch=0, shuffle=False)
     bar = tqdm(order, "evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=None)  # None: no terminal
-    if task.kind == "lm":
+    if task.evaluate:
+        result = task.evaluate(model, task, split, bar)
+    elif task.kind == "lm":
         result = _perplexity(model, split, bar)
         if generate and score == "likelihood":
             likeliest = [words[scores.argmax()] == row["target"]
@@ -125,8 +104,6 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
             result["accuracy"] = float(np.mean(likeliest))
         elif generate and task.new_tokens:
             result |= _generated(model, task, split, batch_size, tokenizer, samples)
-    elif task.kind == "span":
-        result = _spans(model, task, split, bar)
     else:
         outputs, labels = [], []
         for indices in bar:
@@ -153,28 +130,6 @@ def logits(model, inputs):
 def token_loss(model, inputs, labels):
     """Sum of the cross-entropies of a batch's answer tokens, 0-d float32; never holds the logits of all of them."""
     return logits(model, {**inputs, "labels": labels})
-
-
-def _spans(model, task, split, batches):
-    """Exact match and F1 of the best answer in all windows of a question; squad2: or of none, if that scores more.
-
-    No answer scores what it does in the window that finds it least likely (transformers' utils_qa.py, threshold 0).
-    """
-    best, none = {}, {}
-    for indices in batches:
-        inputs, _ = data.collate(split, indices)
-        outputs = logits(model, inputs).float()  # (B, T, 2)
-        models.require_finite(outputs, model)
-        for i, output in zip(indices, outputs.cpu().numpy()):
-            row, output = split.rows[i], output[:split.lengths[i]]
-            score, start, end = data.best_span(output, split.offsets[i])
-            best[row["id"]] = max(best.get(row["id"], (-math.inf,)), (score, row["pair"][start:end], row["answers"]))
-            none[row["id"]] = min(none.get(row["id"], math.inf), output[0].sum())
-    scores, version2 = [], task.name == "squad2"
-    for name, (score, text, answers) in best.items():
-        text = "" if version2 and none[name] > score else text
-        scores.append(answer_scores(text, answers, version2))
-    return dict(zip(task.metrics, np.mean(scores, axis=0).tolist()))
 
 
 def _perplexity(model, split, batches):

@@ -88,8 +88,13 @@ def find(tables, name, small):
     if small and "small" not in table:
         raise UserError(f"table {name} has no small version; leave out --small")
     table = table | ({"task_flags": {}} | table["small"] if small else {})
-    for key in ("tasks", "evaluate"):  # papers/tasks.py is found from here, too
-        table[key] = [os.path.relpath(ROOT / task) if ":" in task else task for task in table.get(key, ())]
+
+    def place(task):  # from here, too
+        return os.path.relpath(ROOT / task) if ":" in task else task
+
+    table["task_flags"] = {place(task): flags for task, flags in table.get("task_flags", {}).items()}
+    for key in ("tasks", "evaluate"):
+        table[key] = [place(task) for task in table.get(key, ())]
     return table
 
 

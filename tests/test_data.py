@@ -823,9 +823,15 @@ def test_a_method_decides_what_its_authors_say_and_why():
 
 OWN_TASK = """
 from dataclasses import replace
-from data import TASKS, Task, own, read_texts
-LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"))
-NEAR = replace(TASKS["digits-rot90"], name="digits-near", base=(1e-3, 16, 3))
+from data import TASKS, Task, collate, encode, own, read_texts
+from eval import logits
+LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"),
+             encode=lambda task, rows, *more: encode(replace(task, encode=None), rows + rows, *more))
+def near(model, task, split, batches):
+    pairs = [(logits(model, inputs).argmax(-1), labels) for inputs, labels in (collate(split, b) for b in batches)]
+    return {"near": sum((abs(a - b) <= 1).sum().item() for a, b in pairs) / len(split)}
+NEAR = replace(TASKS["digits-rot90"], name="digits-near", metrics=("near",), base=(1e-3, 16, 3),
+               settings={"alpha": 7}, evaluate=near)
 ROWS = [("row 1", {"text": "a", "label": "no"}), ("row 2", {"text": "b", "label": "yes"})]
 BARE = Task("bare", "classify", ("accuracy",), lambda task, data, split: ROWS)
 """
@@ -838,11 +844,14 @@ def test_a_task_in_a_file(tmp_path):
     for name in (f"{file}:LIKED", f"{file}:liked"):     # the variable's name or the task's
         task = data.find_task(name, tmp_path)
         assert (task.name, task.labels) == ("liked", ("no", "yes"))
-        assert data.read(task, tmp_path, "dev") == [{"text": "bad", "label": 0}]
+        rows = data.read(task, tmp_path, "dev")
+        assert rows == [{"text": "bad", "label": 0}]
+    split = data.encode(task, rows, data.Tokenizer.from_folder(make_tokenizer(tmp_path / "tokenizer")), 8)
+    assert len(split) == 2 and split.count_rows() == 1     # by its own encode
     assert data.find_task(f"{file}:BARE").labels == ("no", "yes")
     for name, message in (("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"),
                           (f"{file}:Task", r"no data.Task Task: define it, or name one of \['LIKED', 'NEAR', 'BARE'\]"),
-                          ("mine", "no task 'mine': choose from .*, my_tasks.py:")):
+                          ("squad", "no task 'squad': choose from .*, papers/squad.py:squad .*, my_tasks.py:")):
         with refused(message):
             data.find_task(name)
 
@@ -862,12 +871,15 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     train.main(["--resume", "../run"])
     evaluation.main(["../run"])
     trained, again = map(json.loads, capsys.readouterr().out.splitlines())
-    assert again["task"] == trained["task"] == "digits-near" and again["accuracy"] == trained["accuracy"]
+    assert again["task"] == trained["task"] == "digits-near" and again["near"] == trained["near"] > 0
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["settings"]["task"] == f"{file}:NEAR" and about["settings"]["lr"] == 1e-3
+    assert about["settings"]["task"] == f"{file}:NEAR"
+    assert (about["settings"]["lr"], about["settings"]["alpha"]) == (1e-3, 7)
     monkeypatch.chdir(tmp_path)
     bench.main(["quality", "--tasks", "mine.py:NEAR,digits", "--methods", "lora", "--seeds", "1", *flags])
-    assert {"mine.py:NEAR", "digits"} < json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["lora"].keys()
+    compared = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert compared["metrics"] == {"mine.py:NEAR": "near", "digits": "accuracy"}
+    assert {"mine.py:NEAR", "digits"} < compared["rows"]["lora"].keys()
     before = evaluation.source_hash("lora", "mine.py:NEAR")
     assert before == about["source"] != evaluation.source_hash("lora", "digits")
     write(file, OWN_TASK + "# changed")

@@ -14,7 +14,7 @@ from test_data import make_tokenizer, read_bad, write
 import data
 import eval as evaluation
 import train
-from data import TASKS
+from papers import squad
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -59,8 +59,8 @@ def prepare(folder, family, version2):
 def test_windows_and_labels(family, tmp_path):
     """Ids, types, offsets and labels are those of transformers' tokenizer with run_qa.py's settings and rules."""
     fast = prepare(tmp_path, family, True)
-    rows = data.read(TASKS["squad2"], tmp_path / "data", "train")
-    split = data.encode(TASKS["squad2"], rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
+    rows = data.read(squad.squad2, tmp_path / "data", "train")
+    split = data.encode(squad.squad2, rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
     asked = [row["text"].lstrip() for row in rows]
     for i, spans in enumerate(fast(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]):
         asked[i] = asked[i][:spans[63][1]] if len(spans) > 64 else asked[i]
@@ -119,7 +119,7 @@ def test_scores_are_those_of_the_official_scripts(version2):
     made = [[" ".join(rng.choices(words, k=rng.randrange(5))) for _ in range(rng.randrange(2, 5))] for _ in range(500)]
     for found, golds in HARD + [(texts[0], texts[1:]) for texts in made]:
         if golds or version2:
-            ours = evaluation.answer_scores(found, golds, version2)
+            ours = squad.answer_scores(found, golds, version2)
             assert ours == pytest.approx(official(found, golds, version2), abs=1e-12)
 
 
@@ -127,13 +127,13 @@ def test_scores_are_those_of_the_official_scripts(version2):
 def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
     """A run loaded in PEFT as its card says: the logits, and from them by the rules above the run's scores."""
     prepare(tmp_path, family, name == "squad2")
-    train.main(["--model", str(tmp_path / "model"), "--task", name, "--data", str(tmp_path / "data"), "--steps", "12",
+    train.main(["--model", str(tmp_path / "model"), "--task", f"{squad.__file__}:{name}", "--data", str(tmp_path / "data"), "--steps", "12",
                 "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02", "--max-length", "256"])
     result, (_, _, processor, ours) = json.loads(capsys.readouterr().out), evaluation.load_run(tmp_path / "run", {})
     monkeypatch.chdir(tmp_path / "run")
     exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], loaded := {})
     theirs = loaded["model"].base_model  # without PEFT's class for question answering, which drops token types
-    rows, scores = data.read(TASKS[name], tmp_path / "data", "dev"), []
+    rows, scores = data.read(getattr(squad, name), tmp_path / "data", "dev"), []
     for row in rows:
         split, windows = processor.training([row], 256), []
         for i in range(len(split)):
@@ -155,8 +155,8 @@ def test_best_span():
     offsets = np.array([[-1, -1]] * 3 + [[n, n + 1] for n in range(40)])
     logits = np.full((43, 2), -9.0)
     logits[[2, 9, 5, 41], [0, 0, 0, 0]], logits[[7, 42], [1, 1]] = (9, 5, 4, 3), (6, 5)
-    assert data.best_span(logits, offsets) == (4 + 6, 2, 5)
-    assert data.best_span(logits[:3], offsets[:3]) == (-np.inf, 0, 0)
+    assert squad.best_span(logits, offsets) == (4 + 6, 2, 5)
+    assert squad.best_span(logits[:3], offsets[:3]) == (-np.inf, 0, 0)
 
 
 @pytest.mark.parametrize("change, part", [
@@ -166,4 +166,4 @@ def test_best_span():
 def test_bad_files_are_one_line(change, part, tmp_path):
     file = questions("dev", False)
     file["data"][0]["paragraphs"][0]["qas"][3].update(change)
-    read_bad(tmp_path, "squad", {"dev.json": file}, f"dev.json.*{part}", "dev")
+    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file}, f"dev.json.*{part}", "dev")
