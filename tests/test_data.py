@@ -878,7 +878,7 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     bench.main(["quality", "--tasks", "mine.py:NEAR,digits", "--methods", "lora", "--seeds", "1", *flags])
     compared = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert compared["metrics"] == {"mine.py:NEAR": "near", "digits": "accuracy"}
+    assert compared["metrics"] == {"mine.py:NEAR": "near", "digits": "accuracy", "average": ""}
     assert {"mine.py:NEAR", "digits"} < compared["rows"]["lora"].keys()
     before = evaluation.source_hash("lora", "mine.py:NEAR")
     assert before == about["source"] != evaluation.source_hash("lora", "digits")
