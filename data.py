@@ -318,10 +318,9 @@ def read_instructions(task, data, split, change=lambda where, row: row):
 
 
 def read_commonsense(task, data, split):
-    """Train: commonsense_170k.json, or else every train.json there is; dev: all tasks' tests, or one by its name."""
+    """Train: commonsense_170k.json, or else every train.json there is; the other splits are tasks, their tests."""
     if split != "train":
-        for name in task.eval_splits if split == "dev" else [split]:
-            yield from read_instructions(TASKS[name], data, "dev")
+        yield from read_instructions(TASKS[split], data, "dev")
         return
     parts = [task]
     if data is not None and not find_files(task, data, split):
@@ -1147,11 +1146,6 @@ def count_labels(split, indices):
     if split.kind != "lm":
         return split.labels[indices].numel()
     return sum(split.lengths[i] - max(split.starts[i], 1) for i in indices)
-
-
-def prompts(split, indices):
-    """Return (tokens, mask) (B, T) of the prompts alone, padded on the left, for generate."""
-    return pad([split.tokens[i][:split.starts[i]] for i in indices], split.pad_id, left=True)
 
 
 class Batches:

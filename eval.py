@@ -156,11 +156,12 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
     bar = tqdm(order, "generating", unit="batch", leave=False, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)
     for indices in bar:
-        tokens, mask = (t.to(device) for t in data.prompts(split, indices))
+        begun = [split.tokens[i][:split.starts[i]] for i in indices]
+        tokens, mask = (t.to(device) for t in data.pad(begun, split.pad_id, left=True))
         output = models.generate(model, tokens, mask, task.new_tokens, tokenizer.eos_ids, tokenizer.pad_id,
                                  stopped if task.stop else None)
-        for i, ids in zip(indices, output.tolist()):
-            row, prompt = split.rows[i], split.tokens[i][:split.starts[i]]
+        for i, prompt, ids in zip(indices, begun, output.tolist()):
+            row = split.rows[i]
             ids = ids[:next((n for n, token in enumerate(ids) if token in ends), len(ids))]
             new_tokens += len(ids)
             text = tokenizer.decode(ids, prompt)

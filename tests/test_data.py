@@ -159,7 +159,7 @@ def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
         assert read[1]["prompt"] == data.prompt("Q1") and read[1]["answer"] == rows[1]["output"]
     task = data.find_task("commonsense", tmp_path)
     assert task.eval_splits == ("boolq", "piqa") and data.find_task("commonsense").eval_splits == data.COMMONSENSE
-    assert [len(data.read(task, tmp_path, split)) for split in ("boolq", "piqa", "dev", "train")] == [2, 2, 4, 4]
+    assert [len(data.read(task, tmp_path, split)) for split in ("boolq", "piqa", "train")] == [2, 2, 4]
     assert "training on train.json of boolq, piqa" in caplog.text and "not read" not in caplog.text
     write(tmp_path / "commonsense_170k.json", rows * 5)
     assert len(data.read(task, tmp_path, "train")) == 10
@@ -260,14 +260,6 @@ def test_own_classification(tmp_path, caplog, form, columns):
     named = {record.message for record in caplog.records if "not read" in record.message}
     assert named == {f"{path}: not read: column 'remark'" for path in paths}
     assert data.find_task("text-classification", None, ["b", "a"]).labels == ("b", "a")  # an earlier run's
-
-
-def test_own_regression(tmp_path):
-    write(tmp_path / "train.csv", "sentence1,sentence2,score\na,b,-1.5\nc,d,1e3\n")
-    write(tmp_path / "test.csv", "sentence1,sentence2,score\na,b,7\n")
-    task = data.find_task("text-regression", tmp_path)
-    assert [row["label"] for row in data.read(task, tmp_path)] == [-1.5, 1000.0]
-    assert data.read(task, tmp_path, "dev") == [{"text": "a", "pair": "b", "label": 7.0}]
 
 
 @pytest.mark.parametrize("label", ["-1", -1, "-1.0", "-", "", " ", "nan", "NaN", "None", "<NA>", float("nan"), None])
@@ -433,16 +425,12 @@ def test_photos_of_every_mode_and_size(tmp_path):
         known = expected[path.name if row["label"] == 0 else "RGB.png"].transpose(2, 0, 1)
         assert np.abs(pixels - known).max() <= (12 if path.suffix == ".jpg" else 1), path  # grey is broadcast
         assert pixels.shape[1:] == known.shape[1:]
-    for channels, mode in ((3, "RGB"), (1, "L")):
-        split = data.encode(task, rows, image=vit(tmp_path / "vit", 20, channels))
-        assert split.pixels.shape == (len(rows), channels, 20, 20) and split.pixels.dtype == torch.uint8
-        for row, pixels in zip(rows, split.pixels):
-            if row["pixels"].name in ("RGB.png", "L.png"):
-                picture = Image.open(row["pixels"]).convert(mode).resize((20, 20), Image.Resampling.BILINEAR)
-                assert np.array_equal(pixels, np.asarray(picture).reshape(20, 20, -1).transpose(2, 0, 1))
-    inputs, labels = data.collate(split, [1, 0])
-    torch.testing.assert_close(inputs["pixels"], (split.pixels[[1, 0]] / 255 - 0.5) / 0.5)
-    assert labels.tolist() == [0, 0]
+    colour, grey = (data.encode(task, rows, image=vit(tmp_path / "vit", 20, channels)).pixels for channels in (3, 1))
+    assert colour.shape == (len(rows), 3, 20, 20) and grey.shape == (len(rows), 1, 20, 20)
+    for row, pixels in zip(rows, grey):
+        if row["pixels"].name in ("RGB.png", "L.png"):
+            picture = Image.open(row["pixels"]).convert("L").resize((20, 20), Image.Resampling.BILINEAR)
+            assert np.array_equal(pixels[0], picture)
 
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -697,16 +685,9 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     write(tmp_path / "tokenizer.json", content | {"post_processor": None})
     with refused("sst2, row '': no token: remove the row"):
         processor("sst2", size).training([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
-
-
-@pytest.mark.parametrize("file, content, pattern", [
-    ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
-    ("tokenizer_config.json", "[3]", "_config.json row 1: int, expected"),
-    ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": []}, "not a tokenizer")])
-def test_bad_tokenizers(tmp_path, file, content, pattern):
-    write(make_tokenizer(tmp_path, "Bert") / file, content)
-    with refused(pattern):
-        data.Tokenizer.from_folder(tmp_path)
+    write(tmp_path / "tokenizer.json", "{}")
+    with refused("tokenizer.json: not a tokenizer"):
+        processor()
 
 
 JOINED = {"sentencepiece": ("Llama", {}), "byte level": ("Roberta", {}), "no eos": ("GPT2", {}),
@@ -735,7 +716,7 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, name):
 
 
 def test_instruction_batches(tmp_path, caplog):
-    """Loss positions are the answer and eos exactly; prompts are what generation needs; truncation cuts the tail."""
+    """Loss positions are the answer and eos exactly; truncation cuts the tail."""
     tokenizer, random = data.Tokenizer.from_folder(make_tokenizer(tmp_path)), np.random.default_rng(0)
     rows = [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
              "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(12)]
@@ -754,11 +735,6 @@ def test_instruction_batches(tmp_path, caplog):
         assert inputs["tokens"][i][inputs["mask"][i]].tolist() == split.tokens[i].tolist()
         start += len(answer)
     assert start == len(labels) == data.count_labels(split, list(range(12)))
-    tokens, mask = data.prompts(split, [2, 7])
-    for row, prompt, real in zip((2, 7), tokens, mask):
-        expected = tokenizer.prefix + tokenizer.encode([rows[row]["prompt"]], special=False)[0][0].tolist()
-        assert prompt[real].tolist() == expected and real[-1] and real.sum() == len(expected)
-        assert (prompt[~real] == tokenizer.pad_id).all()
     cut = sorted(split.starts)[6]
     short = data.encode(TASKS["boolq"], rows, tokenizer, max_length=cut)
     kept = [i for i in range(12) if split.starts[i] < cut]
@@ -916,8 +892,6 @@ COLA = "gj04\t1\t\tGood.\ngj04\t0\t*\tBad are.\n"
 GOOD = {"instruction": "q", "input": "", "output": "the correct answer is true", "answer": "true"}
 # task, its files, what the line says, and the split or file that is read
 BAD = [
-    ("colla", {}, "no task 'colla': choose from cola, "),
-    ("mnli", {}, "mnli has no test rows, only", "test"),
     ("cola", {}, "CoLA/train.tsv: no such file, in .* there are no files"),
     ("cola", {"x.tsv": COLA}, "x.tsv/CoLA/.*: no such file", "train", "x.tsv"),
     ("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"},
@@ -927,8 +901,6 @@ BAD = [
     ("sst2", {"train.tsv": "sentence\tlabel\n"}, "no train rows"),
     ("cola", {"train.tsv": COLA.encode() + b"x\t1\t\tna\xefve\n"}, r"train.tsv line 3: byte \d+ is not UTF-8"),
     ("cola", {"train.tsv": COLA + "gj04\t1\tx\n"}, "train.tsv line 3: 3 columns, expected 4"),
-    ("sst2", {"train.tsv": "text\tlabel\na\t1\n"}, "line 2: no column 'sentence' .there are .*rename"),
-    ("sst2", {"train.tsv": "sentence\tlabel\na\t\n"}, "line 2: label '' stands for a missing one"),
     ("cola", {"train.tsv": "a\t1\t\tx\nb\t1\t\ty\n"}, "all labels are '1' in the 2 rows: add another class"),
     ("text-regression", {"train.csv": "text,score\na,inf\nb,1\n"}, "line 2: score 'inf'"),
     ("stsb", {"train.tsv": STSB + "0" + "\t-" * 6 + "\ta\tb\t5.5\n"}, "line 2: score '5.5' is no number in .0, 5."),
@@ -941,9 +913,6 @@ BAD = [
     ("instructions", {"train.json": '[{"question": "a",\n "answer": }]'}, "train.json line 2: not JSON"),
     ("instructions", {"train.json": '["a"]'}, "train.json row 1: str, expected an object"),
     ("instructions", {"train.jsonl": jsonl([GOOD, {"instruction": "a"}])}, "line 2: no column 'output'"),
-    ("instructions", {"train.jsonl": jsonl([{"question": "a", "answer": " "}])}, "no train rows"),
-    ("gsm8k", {"train.jsonl": jsonl([{"question": "a", "answer": "4"}])},
-     "train.jsonl line 1: answer '', expected one marked as gsm8k's are"),
     ("gsm8k", {"test.jsonl.gz": b"no gzip"}, "a broken archive .*: fetch it again", "dev"),
     ("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "a broken archive", "dev"),
     ("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "row 2: answer 'maybe', expected true or", "dev"),
@@ -956,9 +925,6 @@ BAD = [
     ("npz", npz(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5, expected uint8"),
     ("npz", npz(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\), expected"),
     ("npz", npz(split=np.zeros(4)), r"and split \(4,\): expected"),
-    ("image-folder", {"a/1.png": "x"}, "train: no such file, in .* there are 'a': correct"),
-    ("image-folder", {"train/a.txt": "x"}, "no train rows"),
-    ("image-folder", photo("1.png", "junk"), "1.png: not an image"),
     ("image-folder", photo("1.jpg", jpg(60)[:-300]), "1.jpg: not an image .*truncated"),
     ("image-folder", photo("1.png", bomb()), "1.png: not an image .*2147483648 pixels"),
 ]

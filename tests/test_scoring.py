@@ -91,7 +91,8 @@ def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch
 
 def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
     """The text is cut before the first stop string; the model works no longer than the slowest row needs."""
-    rows = [{"instruction": " ".join(WORDS[i:i + 4]), "output": "a", "dataset": "", "generator": ""} for i in range(11)]
+    rows = [{"instruction": " ".join(WORDS[i:i + 2 + i % 5]), "output": "a", "dataset": "", "generator": ""}
+            for i in range(11)]
     instructions(tmp_path, PAPERS + "alpacaeval", rows)
     task, model, tokenizer, splits = loaded(checkpoints, PAPERS + "alpacaeval", tmp_path, samples=[])
     calls, forward = [], type(model).forward
@@ -112,7 +113,7 @@ def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, cap
     for batch_size in (1, 4, 11):
         assert written(batch_size, stop=stop)[0] == cut
     longest = max(len(text.split()) for text in cut)
-    assert written(11, stop=stop)[1] <= longest + 3 < 40
+    assert written(11, stop=stop)[1] <= longest + 8 < 40
     assert "tokens/s" in capsys.readouterr().err
 
 
@@ -179,7 +180,6 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, shell)
 
 @pytest.mark.parametrize("task, folder, changes, message", [
     ("gsm8k", "", {"score": "likelihood"}, "gsm8k has no allowed answers listed: use --score generation"),
-    ("instructions", "", {"score": "likelihood"}, "no allowed answers listed"),
     (PAPERS + "humaneval", "", {}, "humaneval is scored by another program; name the file for its input by --samples"),
     ("instructions", "", {"samples": []}, "--samples: --task instructions --score generation generates no text"),
     ("boolq", "", {"samples": [], "score": "likelihood"}, "--score likelihood generates no text"),
