@@ -190,22 +190,6 @@ def test_allowed_answers_are_those_that_the_prompt_lists():
     assert data.allowed({**row, "answer": "B", "answers": ("answer1", "answer2")})[1] == ["answer1", "answer2"]
 
 
-@pytest.mark.parametrize("lines", [False, True])
-def test_own_instructions(tmp_path, caplog, lines):
-    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
-    rows += [{"instruction": f"i{i}", "input": "with" if i % 2 else None, "output": f"o{i}"} for i in range(25)]
-    path = write(tmp_path / ("all.jsonl" if lines else "all.json"), jsonl(rows) + "\n\n" if lines else rows)
-    train, dev = (data.read(TASKS["instructions"], path, split) for split in ("train", "dev"))
-    answers = [row.get("output", row.get("answer")) for row in rows]
-    assert len(train) == 40 and [row["answer"] for row in train + dev] == answers
-    assert train[21]["prompt"] == data.prompt("i1", "with") and "target" not in train[0]
-    assert "5 of 45 rows are dev (the last)" in caplog.text
-    write(tmp_path / "two" / "train.jsonl.gz", gzip.compress(jsonl(rows[:7] + [{**rows[0], "answer": " "}]).encode()))
-    write(tmp_path / "two" / "dev.json", rows[:3])
-    assert [len(data.read(TASKS["instructions"], tmp_path / "two", split)) for split in ("train", "dev")] == [7, 3]
-    assert "two: skipped 1 row without an answer" in caplog.text
-
-
 def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, caplog):
     rows = [{"instruction": "Q", "context": "C", "response": "R", "category": "qa", "hint": "think of it"},
             {"question": "Q", "response": "R", "system_prompt": "Be kind.", "id": "flan.1"},
@@ -912,13 +896,10 @@ BAD = [
     ("instructions", {"train.jsonl": jsonl([{"question": "\ud800", "answer": "b"}])}, "line 1: 'question' is"),
     ("instructions", {"train.json": '[{"question": "a",\n "answer": }]'}, "train.json line 2: not JSON"),
     ("instructions", {"train.json": '["a"]'}, "train.json row 1: str, expected an object"),
-    ("instructions", {"train.jsonl": jsonl([GOOD, {"instruction": "a"}])}, "line 2: no column 'output'"),
     ("gsm8k", {"test.jsonl.gz": b"no gzip"}, "a broken archive .*: fetch it again", "dev"),
     ("gsm8k", {"test.jsonl.gz": gzip.compress(b"{}" * 99)[:-9]}, "a broken archive", "dev"),
     ("boolq", {"test.json": [GOOD, {**GOOD, "answer": "maybe"}]}, "row 2: answer 'maybe', expected true or", "dev"),
-    ("npz", npz(images=np.array([{}, {}, {}], object)), "train.npz: no .npz of plain arrays"),
     ("npz", {"train.npz": b"nonsense"}, "train.npz: no .npz of plain arrays"),
-    ("npz", npz(x_train=some_images((2, 4, 4))), "train.npz: no column 'y_train'"),
     ("npz", npz(images=some_images((4, 4, 4))), r"images \(4, 4, 4\), labels \(3,\)"),
     ("npz", npz(labels=(0.5, 1.0, 2.0)), "float64 and split .*: expected"),
     ("npz", npz(images=some_images((3, 16))), r"images \(3, 16\), labels"),
@@ -1039,13 +1020,9 @@ def test_every_published_archive_has_a_checksum():
         "(which of its rows are dev) ", "") for _, address, sha256 in sources)
 
 
-def test_no_network_is_one_line(tmp_path, monkeypatch, mirror):
-    """A closed port, then a server that does not have the file."""
+def test_no_network_is_one_line(tmp_path):
     with refused("--task text-classification needs --data"):
         data.read(TASKS["text-classification"])
-    with refused("cannot fetch https://raw.*HTTP Error 404"):
-        data.read(TASKS["piqa"])
-    monkeypatch.setenv("RANKS_MIRROR", "http://127.0.0.1:9")
     for name, verb in (("sst2", "unpack"), ("commonsense", "put")):
         with refused(f"cannot fetch https://.*: run this again, or download it elsewhere and {verb} it into "
                      f"{tmp_path}/cache/.*, or name a folder with its files by --data"):
