@@ -3,7 +3,7 @@
     task = find_task("cola")                                # a row of TASKS with its label set
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
     split = encode(task, rows, Tokenizer.from_folder(model_folder), max_length=128)
-    for indices in batches(split, 32, seed=0, epoch=0):
+    for indices in batches(split.lengths, 32, seed=0, epoch=0):
         inputs, labels = collate(split, indices)            # model(**inputs)
 
 A new task is a new row of TASKS, or a Task in a file of your own for --task my_tasks.py:MY_TASK, as papers/tasks.py
@@ -288,7 +288,7 @@ def read_texts(task, data, split):
             label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
             columns = (text, pair[0] if pair else None, label)
         text, pair, label = columns
-        name_unread(where, row, (*columns, "#1 ID", "#2 ID"))
+        name_unread(where, row, columns)
         value = str(get(row, label, where, (str, int, float)))
         if label == "gold_label" and value.strip() == "-":  # SNLI's and MNLI's pairs without a majority
             unlabelled += 1
@@ -1087,12 +1087,12 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
     return split
 
 
-def batches(split, batch_size, seed=0, epoch=0, shuffle=True):
+def batches(lengths, batch_size, seed=0, epoch=0, shuffle=True):
     """Return lists of indices, each index once; lengths within a batch are close. Depends on (seed, epoch) only.
 
     Sorted by length within random groups of 50 batches, then shuffled but for the smaller last one; else longest first.
     """
-    lengths, random = np.asarray(split.lengths), np.random.default_rng((seed, epoch))
+    lengths, random = np.asarray(lengths), np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     group = 50 * batch_size if shuffle else len(lengths)
     order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")]
@@ -1168,7 +1168,8 @@ class Batches:
         while not taken or len(taken) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
             epoch, i = divmod(self.drawn, self.per_epoch)
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, batches(self.split, self.s.batch_size, self.s.seed, epoch)
+                self.epoch = epoch
+                self.order = batches(self.split.lengths, self.s.batch_size, self.s.seed, epoch)
             taken.append(self.order[i])
             rows += len(taken[-1])
             self.drawn += 1

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,7 +91,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     """
     was_training = model.training
     model.eval()
-    order = data.batches(split, batch_size, seed=0, epoch=0, shuffle=False)
+    order = data.batches(split.lengths, batch_size, shuffle=False)
     bar = tqdm(order, "evaluating", unit="batch", leave=False, dynamic_ncols=True, disable=None)  # None: no terminal
     if task.evaluate:
         result = task.evaluate(model, task, split, bar)
@@ -152,7 +151,7 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
         return torch.tensor([any(stop in text for stop in task.stop) for text in texts], device=device)
 
     hits, new_tokens, written, ends = 0, 0, {}, {*tokenizer.eos_ids, tokenizer.pad_id}
-    order = data.batches(replace(split, lengths=split.starts), batch_size, shuffle=False)  # longest prompts first
+    order = data.batches(split.starts, batch_size, shuffle=False)  # longest prompts first
     bar = tqdm(order, "generating", unit="batch", leave=False, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)
     for indices in bar:
@@ -185,7 +184,7 @@ def log_likelihoods(model, split, batch_size, tokenizer):
     That is after the prompt and what the row's answers begin with in common: this part is computed once and cached.
     """
     device = next(model.parameters()).device
-    order = data.batches(replace(split, lengths=split.starts), batch_size, shuffle=False)
+    order = data.batches(split.starts, batch_size, shuffle=False)
     for chosen in tqdm(order, "likelihoods", unit="batch", leave=False, disable=None):
         words, begun, rest = [], [], []  # of each row: its answers; the ids that all begin with; those of each answer
         for i in chosen:

@@ -733,13 +733,12 @@ def test_instruction_batches(tmp_path, caplog):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_properties(count, size, shuffle):
     lengths = np.random.default_rng(0).integers(1, 200, count).tolist()
-    split = data.Split("classify", [], lengths)
-    order = data.batches(split, size, 0, epoch=3, shuffle=shuffle)
+    order = data.batches(lengths, size, 0, epoch=3, shuffle=shuffle)
     assert sorted(i for batch in order for i in batch) == list(range(count))
     assert [len(batch) for batch in order[:-1]] == [size] * (len(order) - 1) and 1 <= len(order[-1]) <= size
-    assert order == data.batches(split, size, 0, epoch=3, shuffle=shuffle)
+    assert order == data.batches(lengths, size, 0, epoch=3, shuffle=shuffle)
     if shuffle and count > 100:
-        assert order != data.batches(split, size, 0, epoch=4) and order != data.batches(split, size, 1, epoch=3)
+        assert order != data.batches(lengths, size, 0, epoch=4) and order != data.batches(lengths, size, 1, epoch=3)
         padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in order)
         assert padded < 1.15 * sum(lengths)
         longest = [max(lengths[i] for i in batch) for batch in order[:-1]]

@@ -275,7 +275,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
     params += model.head.requires_grad_().parameters()
     optimizer = torch.optim.AdamW(params, lr=3e-3, weight_decay=0.2)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 3, 9)
-    order = data.batches(split, 16, s.seed, 0) + data.batches(split, 16, s.seed, 1)
+    order = data.batches(split.lengths, 16, s.seed, 0) + data.batches(split.lengths, 16, s.seed, 1)
     for step in range(1, 10):
         inputs, labels = data.collate(split, order[step - 1])
         loss = torch.nn.functional.mse_loss(model(**inputs)[:, 0], labels)
