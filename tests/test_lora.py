@@ -5,48 +5,31 @@ from collections import namedtuple
 
 import pytest
 import torch
+from test_model import NO_DROPOUT, both
 from tiny import Tiny, refused
 
 import lora
-import model as models
 
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
-TEXT = dict(SMALL, vocab_size=60, max_position_embeddings=40, num_labels=3)
-STILL = dict(TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1)
-Family = namedtuple("Family", "built config targets peft_targets task_type")
+Family = namedtuple("Family", "changes targets task_type")  # of test_model's settings; what is adapted; PEFT's word
 FAMILIES = {
-    "roberta": Family("RobertaForSequenceClassification", transformers.RobertaConfig(**STILL),
-                      ["query", "value", "out", "down"], ["query", "value", "output.dense"], "SEQ_CLS"),
-    "bert": Family("BertForSequenceClassification", transformers.BertConfig(**STILL),
-                   ["query", "out", "down"], ["query", "output.dense"], "SEQ_CLS"),
-    "deberta": Family("DebertaV2ForSequenceClassification", transformers.DebertaV2Config(
-        **STILL, relative_attention=True, pos_att_type="p2c|c2p", share_att_key=True, position_buckets=8,
-        norm_rel_ebd="layer_norm", position_biased_input=False), ["query", "key", "value", "out", "up", "down"],
-        ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"], "SEQ_CLS"),
-    "llama": Family("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2),
-                    ["query", "value", "up", "down"], ["q_proj", "v_proj", "up_proj", "down_proj"], "CAUSAL_LM"),
-    "vit": Family("ViTForImageClassification", transformers.ViTConfig(
-        **SMALL, image_size=8, patch_size=4, num_channels=1, num_labels=3),
-        ["query", "value", "up"], ["q_proj", "v_proj", "fc1"], None)}
-ROLES = {"q_proj": "query", "v_proj": "value", "fc1": "up", "up_proj": "up", "down_proj": "down",
-         "query_proj": "query", "key_proj": "key", "value_proj": "value"}
+    "roberta": Family(NO_DROPOUT, ["query", "value", "out", "down"], "SEQ_CLS"),
+    "bert": Family(NO_DROPOUT, ["query", "out", "down"], "SEQ_CLS"),
+    "deberta": Family(NO_DROPOUT, ["query", "key", "value", "out", "up", "down"], "SEQ_CLS"),
+    "llama": Family(dict(num_key_value_heads=2), ["query", "value", "up", "down"], "CAUSAL_LM"),
+    "vit": Family({}, ["query", "value", "up"], None)}
 
 
 def pair(family, folder):
     """The same random weights in transformers, saved in `folder`, and here."""
-    torch.manual_seed(7)
-    theirs = getattr(transformers, FAMILIES[family].built)(FAMILIES[family].config)
-    theirs.save_pretrained(folder)
-    return theirs.eval(), models.load(folder, "lm" if family == "llama" else "classify", 3)
+    return both(family, folder, num_labels=3, **FAMILIES[family].changes)
 
 
 def batch(family, generator):
     """A random batch as (their inputs, our inputs, labels); texts are padded on the right."""
     if family == "vit":
-        pixels = torch.randn(6, 1, 8, 8, generator=generator)
+        pixels = torch.randn(6, 3, 16, 16, generator=generator)
         return {"pixel_values": pixels}, {"pixels": pixels}, torch.randint(3, (6,), generator=generator)
     tokens = torch.randint(5, 60, (6, 11), generator=generator)
     lengths = torch.randint(4, 12, (6,), generator=generator)
@@ -56,6 +39,14 @@ def batch(family, generator):
     return {"input_ids": tokens, "attention_mask": mask.long()}, {"tokens": tokens, "mask": mask}, labels
 
 
+def pass_of(family, inputs, labels):
+    """A forward pass for train.py's Training.step; of a language model's tokens each real one is to be predicted."""
+    if family == "llama":
+        positions = (inputs["mask"].roll(-1, 1) & (torch.arange(11) < 10)).flatten().nonzero()[:, 0]
+        inputs, labels = inputs | {"positions": positions}, inputs["tokens"].flatten()[positions + 1]
+    return inputs, labels, 1 / len(labels)
+
+
 def losses(family, logits, inputs, labels):
     if family != "llama":
         return torch.nn.functional.cross_entropy(logits, labels)
@@ -63,17 +54,11 @@ def losses(family, logits, inputs, labels):
     return torch.nn.functional.cross_entropy(logits[:, :-1][real], inputs["tokens"][:, 1:][real])
 
 
-def peft_layers(theirs):
-    """PEFT's LoRA layers by our names, told apart by block index and by the order of projections in a block."""
-    found = {}
-    for name, module in theirs.named_modules():
-        index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if hasattr(module, "lora_A") and index is not None:
-            leaf = name.split(".")[-1]
-            if leaf == "dense":
-                leaf = "out" if "attention" in name else "up" if "intermediate" in name else "down"
-            found[f"blocks.{index}.{ROLES.get(leaf, leaf)}"] = module
-    return found
+def peft_layers(theirs, model):
+    """PEFT's LoRA layers of the blocks, by our names."""
+    every = lora.sites(model, [kind for kind in lora.TARGETS if hasattr(model.blocks[0], kind)])
+    found = {name: theirs.base_model.model.get_submodule(model.hf_name(name, module=True)) for name, _, _ in every}
+    return {name: layer for name, layer in found.items() if hasattr(layer, "lora_A")}
 
 
 def same_parameters(layer, theirs, **tolerance):
@@ -106,7 +91,7 @@ def same_in_peft(model, base, folder, family, tolerance=1e-4):
     their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
     real = inputs["mask"] if family == "llama" else slice(None)
     loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
-    ranks = {name: len(layer.lora_A.default.weight) for name, layer in peft_layers(loaded).items()}
+    ranks = {name: len(layer.lora_A.default.weight) for name, layer in peft_layers(loaded, model).items()}
     layers, dropout = lora.load_adapter(again, folder), max(layer.dropout for layer in lora.adapters(model).values())
     assert {name: layer.rank for name, layer in layers.items()} == ranks
     assert all(layer.dropout == dropout for layer in layers.values())

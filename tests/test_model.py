@@ -641,39 +641,35 @@ def test_inputs_that_do_not_fit(name, fits, longer, tmp_path):
     refused(*parts, call=ours, args=(torch.full(longer, 5),))
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The Hub's routes: `files[repo]` maps file names to bytes."""
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """The Hub's routes, as files of the folder `root`, and its headers."""
 
     protocol_version = "HTTP/1.1"
-    files, requests = {}, []
+    root, commit, requests = None, "0123456789abcdef0123456789abcdef01234567", []
 
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        self.requests.append(path)
-        repo, kind, file = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/[^/]+)?/?(.*)",
-                                        path).groups()
-        files, sha = self.files.get(repo, {}), "0123456789abcdef0123456789abcdef01234567"
-        status, headers = 200, {"Content-Type": "application/json"}
-        if kind == "resolve" and file in files:
-            body = files[file]
-            headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": sha}
-        elif files:
-            listed = [{"type": "file", "path": n, "rfilename": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                      for n, b in files.items()]
-            body = json.dumps(listed if kind == "tree" else {"id": repo, "sha": sha, "siblings": listed}).encode()
-        else:
-            status, body, headers = 404, b"{}", {"X-Error-Code": "RepoNotFound"}
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+    def translate_path(self, path):
+        self.requests.append(path.split("?")[0])
+        return f"{self.root}{self.requests[-1]}"
+
+    def end_headers(self):
+        tag = hashlib.sha1(self.path.encode()).hexdigest()
+        for key, value in {"ETag": f'"{tag}"', "X-Repo-Commit": self.commit, "X-Error-Code": "RepoNotFound"}.items():
             self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
+        super().end_headers()
 
     def log_message(self, *_):
         pass
+
+
+def publish(repo, files):
+    """Put a repository, {file name: bytes}, on the Hub."""
+    routes = {f"{repo}/resolve/{Hub.commit}/{name}": content for name, content in files.items()}
+    tree = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
+    routes[f"api/models/{repo}/tree/{Hub.commit}"] = json.dumps(tree).encode()
+    routes[f"api/models/{repo}/revision/main"] = json.dumps({"id": repo, "sha": Hub.commit}).encode()
+    for route, content in routes.items():
+        (Hub.root / route).parent.mkdir(parents=True, exist_ok=True)
+        (Hub.root / route).write_bytes(content)
 
 
 def run_resolve(calls, **environment):
@@ -696,8 +692,9 @@ def test_hub(tmp_path):
     unwanted = {"pytorch_model.bin": b"pickle", "model.onnx": b"x", "consolidated.safetensors": b"x", "README.md": b"x",
                 "onnx/model.safetensors": b"x"}
     small = {"config.json": b"{}", "tokenizer.json": b"{}", "vocab.txt": b"a", "vocab.json": b"{}", "merges.txt": b"a"}
-    Hub.files = {"FacebookAI/roberta-base": {**files, **unwanted, "tokenizer.json": b"{}"},  # a short name's Hub id
-                 "org/half": {**small, **unwanted, "model.safetensors": b"x"}}
+    Hub.root = tmp_path / "served"
+    publish("FacebookAI/roberta-base", {**files, **unwanted, "tokenizer.json": b"{}"})  # a short name's Hub id
+    publish("org/half", {**small, **unwanted, "model.safetensors": b"x"})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     there = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "hub"),

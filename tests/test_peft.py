@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_lora import FAMILIES, TEXT, batch, losses, pair, peft, peft_layers, same_in_peft, transformers
-from tiny import refused, settings
+from test_lora import FAMILIES, batch, losses, pair, pass_of, peft, peft_layers, same_in_peft
+from test_model import saved, transformers
+from test_train import main
+from tiny import refused, settings, training_of
 
 import allocators
 import eval as evaluation
@@ -18,18 +20,6 @@ import train
 # a schedule for each policy in which all it does happens within 12 steps
 FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_orth=0.5),
          "lalora": dict(lalora_gamma=1.0, lalora_fidelity="step")}
-
-
-def optimize(model, allocator, family, steps, generator):
-    """train.py's steps on random batches."""
-    training = train.Training(allocator.settings, model, "lm" if family == "llama" else "classify", allocator)
-    for step in range(1, steps + 1):
-        _, inputs, labels = batch(family, generator)
-        if family == "llama":
-            following = inputs["mask"].roll(-1, 1) & (torch.arange(11) < 10)
-            inputs["positions"] = following.flatten().nonzero()[:, 0]
-            labels = inputs["tokens"].flatten()[inputs["positions"] + 1]
-        training.step(step, [(inputs, labels, 1 / len(labels))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,7 +35,9 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
     _, inputs, labels = batch(family, generator)
     plain = model(**inputs)
     allocator.validation_loss = lambda: losses(family, model(**inputs).detach(), inputs, labels)
-    optimize(model, allocator, family, 12, generator)
+    training = training_of(allocator, "lm" if family == "llama" else "classify")
+    for step in range(1, 13):
+        training.step(step, [pass_of(family, *batch(family, generator)[1:])])
     for i, (name, layer) in enumerate(lora.adapters(model).items()):  # the updates of 12 steps are small
         if method == "adalora":
             layer.g.data.mul_(30.0)
@@ -69,8 +61,7 @@ def agree(model, theirs, family="bert", tolerance=1e-4):
 
 def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
     """PEFT would otherwise put the adapter on transformers' own random pooler."""
-    torch.manual_seed(0)
-    transformers.BertForMaskedLM(FAMILIES["bert"].config).save_pretrained(tmp_path / "base")
+    saved("bert", tmp_path / "base", "MaskedLM", **FAMILIES["bert"].changes)
     model, again = (models.load(tmp_path / "base", "classify", 3, seed=seed) for seed in (5, 6))
     assert "pooler.weight" in model.fresh
     for layer in lora.attach(model, {"blocks.0.query": 2}, alpha=4).values():
@@ -85,11 +76,7 @@ def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
 
 @pytest.fixture
 def gpt2(tmp_path):
-    torch.manual_seed(7)
-    config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=40, vocab_size=60, initializer_range=0.2)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    theirs.save_pretrained(tmp_path / "base")
-    return theirs, torch.randint(60, (3, 9)), tmp_path
+    return saved("gpt2", tmp_path / "base"), torch.randint(60, (3, 9)), tmp_path
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -173,7 +160,7 @@ def test_adapters_made_by_peft(family, made, tmp_path):
     agree(model, wrapped, family)
     assert {name: (layer.rank, layer.dropout) for name, layer in layers.items()} == {
         name: (len(layer.lora_A.default.weight), MADE[made].get("lora_dropout", 0.0))
-        for name, layer in peft_layers(wrapped).items()}
+        for name, layer in peft_layers(wrapped, model).items()}
     same_in_peft(model, tmp_path / "base", tmp_path / "again", family)
 
 
@@ -240,10 +227,7 @@ def test_what_does_not_fit_is_one_line(key, shape, bert, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_language_models_head_is_not_replaced(tied, tmp_path):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=tied)
-    theirs = transformers.LlamaForCausalLM(config)
-    theirs.save_pretrained(tmp_path / "base")
+    theirs = saved("llama", tmp_path / "base", tie_word_embeddings=tied)
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     wrapped.base_model.model.lm_head.modules_to_save.default.weight.data += 1
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -253,20 +237,18 @@ def test_a_language_models_head_is_not_replaced(tied, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- command lines
 
-
-def digits(*argv):
-    """The result of a short run of the embedded demo."""
-    argv = ["--limit-train", "200", "--limit-eval", "100", "--batch-size", "32", *map(str, argv)]
-    return train.run(train.Settings(**vars(train.parser_of(train.Settings, "").parse_args(argv))))
+DIGITS = ["--limit-train", 200, "--limit-eval", 100, "--batch-size", 32]  # of the embedded demo
 
 
 @pytest.mark.parametrize("made, then", [([], []), (["--dora"], ["--lora-plus-ratio", 2]), (["--init", "pissa"], ["--freeze-a"])])
 def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     """It starts at the adapter's score, keeps its ranks and places, improves, and can be evaluated, continued, resumed."""
-    first = digits("--method", "empirical", "--targets", "query,down", "--epochs", 4, "--out", tmp_path / "first", *made)
-    evaluation.main(["vit-digits", "--task", "digits-rot90", "--limit-eval", "100", "--adapter", str(tmp_path / "first" / "adapter")])
+    first = main(*DIGITS, "--method", "empirical", "--targets", "query,down", "--epochs", 4, "--out", tmp_path / "first",
+                 *made)
+    evaluation.main(["vit-digits", "--task", "digits-rot90", "--limit-eval", "100", "--adapter",
+                     str(tmp_path / "first" / "adapter")])
     assert json.loads(capsys.readouterr().out)["accuracy"] == first["accuracy"]
-    second = digits("--adapter", tmp_path / "first" / "adapter", "--epochs", 6, "--out", tmp_path / "second", *then)
+    second = main(*DIGITS, "--adapter", tmp_path / "first" / "adapter", "--epochs", 6, "--out", tmp_path / "second", *then)
     assert second["before"]["accuracy"] == first["accuracy"] < second["accuracy"]
     assert evaluation.evaluate_run(tmp_path / "second")["accuracy"] == second["accuracy"]
     ranks = [json.loads((tmp_path / run / "ranks.jsonl").read_text().splitlines()[-1])["ranks"] for run in ("first", "second")]
@@ -288,5 +270,5 @@ def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     (["--init", "pissa"], "--init"), (["--dora"], "--dora"), ([], "adapter_config.json")])
 def test_adapter_goes_with_plain_lora_alone(argv, expected, tmp_path):
     with refused(expected):
-        digits(*argv, "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run")
+        main(*argv, "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

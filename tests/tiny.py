@@ -74,9 +74,9 @@ def batches(steps, size=16, dim=12, labels=3, seed=0, dtype=torch.float32):
         yield x, (x @ teacher).argmax(1)
 
 
-def training_of(allocator):
-    """train.py's Training of a Tiny model, whose head stays frozen (as a language model's does)."""
-    return program.Training(allocator.settings, allocator.model, "lm", allocator)
+def training_of(allocator, kind="lm"):
+    """train.py's Training of the policy's model; a Tiny's head stays frozen, as a language model's does."""
+    return program.Training(allocator.settings, allocator.model, kind, allocator)
 
 
 def train(training, data, first=1, watch=None):
