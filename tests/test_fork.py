@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -282,7 +281,7 @@ def test_a_policy_sees_real_tokens_of_all_passes_and_the_base_model(compiled, tm
     assert not allocator.total.any()  # zeroed after the step; evaluation is not seen
 
 
-# ---------------------------------------------------------------------------------------------- given ranks, flags
+# ---------------------------------------------------------------------------------------------- given ranks
 
 
 def given_ranks(**changes):
@@ -302,15 +301,3 @@ def test_given_ranks(tmp_path):
     dealt = [tuple(given_ranks(ranks=str(tmp_path), ranks_shuffled=True, seed=seed).ranks().values())
              for seed in (0, 0, 1, 2)]
     assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
-
-
-def test_a_flag_is_one_line_with_its_bounds():
-    @dataclass
-    class Mine(program.Settings):
-        knob: float = program.setting(0.0, "policy", "a knob whose default is 0", low=-1, high=2)
-
-    parse = lambda *flags: Mine(**vars(program.parser_of(Mine, "").parse_args(flags)))
-    for flags in ([], ["--knob", "1.5"], ["--lelora-policy-lr", "0"]):
-        program.check_bounds(parse(*flags))
-    with pytest.raises(UserError, match="--knob 2.0: must be from -1 to below 2"):
-        program.check_bounds(parse("--knob", "2"))

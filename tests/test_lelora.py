@@ -100,21 +100,6 @@ def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
     assert (B[:, -8:] @ A[-8:] - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_exported_factors_are_the_difference_at_its_true_rank():
-    allocator = build(steps=12, lr=1e-2, weight_decay=0.1)
-    assert all(len(layer.factors()[0]) == 0 for layer in allocator.layers.values())  # nothing has moved
-    actions = [allocator.active.clone()]
-    train(training_of(allocator), batches(12, dim=DIM), watch=lambda *_: actions.append(allocator.active.clone()))
-    ever = torch.stack(actions[:-1]).amax(0)
-    for active, layer in zip(ever, allocator.layers.values()):
-        A, B = layer.factors()
-        A0, B0 = layer.start
-        assert len(A) == B.shape[1] == min(2 * int(active.sum()), *layer.weight.shape)
-        exact = (layer.B.double() @ layer.A.double() - B0.double() @ A0.double()).detach().numpy()
-        full = len(A) == min(layer.weight.shape)  # then the factors are I and the difference, rounded to float32
-        np.testing.assert_allclose((B.double() @ A.double()).numpy(), exact, atol=1e-7 if full else 1e-12)
-
-
 # ---------------------------------------------------------------------------------------------- what may move
 
 

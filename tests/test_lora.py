@@ -26,10 +26,10 @@ def pair(family, folder):
     return both(family, folder, num_labels=3, **FAMILIES[family].changes)
 
 
-def batch(family, generator):
+def batch(family, generator, image=(3, 16, 16)):
     """A random batch as (their inputs, our inputs, labels); texts are padded on the right."""
     if family == "vit":
-        pixels = torch.randn(6, 3, 16, 16, generator=generator)
+        pixels = torch.randn(6, *image, generator=generator)
         return {"pixel_values": pixels}, {"pixels": pixels}, torch.randint(3, (6,), generator=generator)
     tokens = torch.randint(5, 60, (6, 11), generator=generator)
     lengths = torch.randint(4, 12, (6,), generator=generator)

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_train import LLAMA, checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
+from test_lora import batch
+from test_train import LLAMA, ROOT, checkpoints, main, texts, tokenizer_into  # noqa: F401 (two of them are fixtures)
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import eval as evaluation
 import model as models
 
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 RUNS = [("bert", "text-regression", "scores", "adalora"),
         ("bert", "text-classification", "classes", "lelora"), ("llama", "boolq", "", "weightlora+"),
@@ -42,18 +40,6 @@ def trained(model, task, folder, method, out, request):
     return out
 
 
-def inputs_for(model, vocabulary):
-    """(transformers' inputs, ours): a padded batch of texts, or images."""
-    generator = torch.Generator().manual_seed(3)
-    if model == "vit":
-        pixels = torch.randn(5, 1, 8, 8, generator=generator)
-        return {"pixel_values": pixels}, {"pixels": pixels}
-    tokens = torch.randint(3, vocabulary, (5, 12), generator=generator)
-    mask = torch.arange(12) < torch.tensor([12, 5, 9, 1, 7])[:, None]
-    tokens[~mask] = 0
-    return {"input_ids": tokens, "attention_mask": mask.long()}, {"tokens": tokens, "mask": mask}
-
-
 @pytest.mark.parametrize("model, task, folder, method", RUNS, ids=[f"{m}-{t}-{k}" for m, t, _, k in RUNS])
 def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, monkeypatch, capsys, request):
     """The run, the merged checkpoint in transformers, and the model that the card's code loads give the same logits."""
@@ -63,7 +49,7 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, tmp_path, mon
     evaluation.main(["merge", str(run), str(tmp_path / "merged")])
     merged = Path(json.loads(capsys.readouterr().out)["merged"])
     _, _, encoder, ours = evaluation.load_run(run, {})
-    their_inputs, inputs = inputs_for(model, ours.config.vocab_size)
+    their_inputs, inputs, _ = batch(model, torch.Generator().manual_seed(3), image=(1, 8, 8))
     real = inputs["mask"] if model == "llama" and AUTO.get(task) else slice(None)
     with torch.no_grad():
         expected = ours(**inputs)[real]

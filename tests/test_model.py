@@ -6,7 +6,6 @@ import json
 import operator
 import os
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -672,20 +671,7 @@ def publish(repo, files):
         (Hub.root / route).write_bytes(content)
 
 
-def run_resolve(calls, **environment):
-    """`resolve` in a new process (huggingface_hub reads its environment when imported) -> (path, error) per call."""
-    code = (f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import model\n"
-            f"for name, weights in {calls!r}:\n"
-            "    try: print(json.dumps([str(model.resolve(name, weights)), '']))\n"
-            "    except model.UserError as error: print(json.dumps(['', str(error)]))")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    done = subprocess.run([sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_hub(tmp_path):
+def test_hub(tmp_path, monkeypatch):
     """Downloads only what is needed, then works from the cache; and every failure is one line."""
     oracle = saved("llama", tmp_path / "original", shards="20KB")
     files = {p.name: p.read_bytes() for p in (tmp_path / "original").iterdir()}
@@ -697,22 +683,27 @@ def test_hub(tmp_path):
     publish("org/half", {**small, **unwanted, "model.safetensors": b"x"})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    there = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "hub"),
-                 HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", HF_HUB_DOWNLOAD_TIMEOUT="5")
-    sharded, half, absent = run_resolve([("roberta-base", True), ("org/half", False), ("org/absent", True)], **there)
-    assert {p.name for p in Path(sharded[0]).iterdir()} == set(files) | {"tokenizer.json"}
+    there = f"http://127.0.0.1:{server.server_port}"
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    hub = dict(ENDPOINT=there, HUGGINGFACE_CO_URL_TEMPLATE=there + template, HF_HUB_CACHE=str(tmp_path / "hub"))
+    for name, value in hub.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sharded, half = resolve("roberta-base"), resolve("org/half", weights=False)
+    assert {p.name for p in sharded.iterdir()} == set(files) | {"tokenizer.json"}
     assert not {path.rsplit("/", 1)[-1] for path in Hub.requests} & set(unwanted)
-    same_logits("llama", oracle, load(sharded[0]))
-    assert {p.name for p in Path(half[0]).iterdir()} == set(small)
+    same_logits("llama", oracle, load(sharded))
+    assert {p.name for p in half.iterdir()} == set(small)
+    remedy = "https://huggingface.co/org/absent", "tokenizer", "HF_TOKEN"
+    refused("RepositoryNotFound", *remedy, call=resolve, args=("org/absent",))
     Hub.requests.clear()
-    cached, offline = run_resolve([("roberta-base", True), ("org/absent", True)], **there, HF_HUB_OFFLINE="1")
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert resolve("roberta-base") == sharded and not Hub.requests
+        refused(*remedy, call=resolve, args=("org/absent",))
     server.shutdown()
     server.server_close()
-    assert cached == sharded and not Hub.requests
-    unreached, = run_resolve([("org/absent", True)], **there)
-    for (path, error), reason in [(absent, "RepositoryNotFound"), (offline, ""), (unreached, "")]:
-        parts = reason, "https://huggingface.co/org/absent", "tokenizer", "HF_TOKEN"
-        assert not path and "\n" not in error and all(part in error for part in parts), error
+    refused(*remedy, call=resolve, args=("org/absent",))
 
 
 real = pytest.mark.skipif("CHECKPOINTS" not in os.environ, reason="CHECKPOINTS: the folder of minilm/, smollm2-135m/")
