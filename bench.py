@@ -44,8 +44,9 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from eval import parser_of, setting
 from model import UserError
-from train import say, setting
+from train import say
 
 
 @dataclass
@@ -84,7 +85,7 @@ def base_model(b):
     if b.layers:
         changes |= {"n_layer" if "n_layer" in known else "num_hidden_layers": b.layers, "layer_types": None}
     decoder = config.kind == "decoder"
-    b.targets = b.targets or train.default_targets(decoder)
+    b.targets = b.targets or train.DEFAULTS[config.kind][0]
     base = models.load(b.model, "lm" if decoder else "classify", None if decoder else 2, getattr(torch, b.dtype),
                        b.device, b.init_weights, b.seed, int8=b.weights == "int8", changes=changes)
     return base, "lm" if decoder else "image" if base.family == "vit" else "classify"
@@ -339,8 +340,8 @@ def one(b, name):
     compiled_so_far()  # what is imported late is no part of a step's memory
     if name.startswith("peft/"):
         from extras import peft_contender  # noqa: F401
-    train.forget_peak_memory(b.device)
-    imports = 0 if b.device.startswith("cuda") else train.peak_memory(b.device)
+    evaluation.forget_peak_memory(b.device)
+    imports = 0 if b.device.startswith("cuda") else evaluation.peak_memory(b.device)
     base, kind = base_model(b)
     runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
     batches = batches_for(b, base, kind, 2)
@@ -350,10 +351,10 @@ def one(b, name):
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
-    train.forget_peak_memory(b.device)
+    evaluation.forget_peak_memory(b.device)
     for i in range(b.rounds):
         runner.timed_step(batches[i % 2])
-    return {"peak_mb": (train.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights,
+    return {"peak_mb": (evaluation.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights,
             "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
 
 
@@ -448,7 +449,7 @@ def start(words, env=None):
     return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=True).stdout
 
 
-TRAIN = train.parser_of(train.Settings, "")
+TRAIN = parser_of(train.Settings, "")
 
 
 def changed(settings):
@@ -535,11 +536,10 @@ def environments(jobs):
 
 def quality(argv):
     """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
-    parser = train.parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
+    parser = parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
     parser.usage = "%(prog)s quality [flags] [train.py's flags]"
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
-    train.check_bounds(q)
     grid = grid_of(q.tune)
     if q.match_budget and "--rank" in grid[0]:
         raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
@@ -840,7 +840,6 @@ def table(rows):
 
 def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
-    train.check_bounds(b)
     b.device = evaluation.find_device(b.device)
     cuda = b.device.startswith("cuda")
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
@@ -859,7 +858,7 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    answer(command, table(rows), {"device": train.device_name(b.device), "dtype": b.dtype, **train.VERSIONS,
+    answer(command, table(rows), {"device": evaluation.device_name(b.device), "dtype": b.dtype, **train.VERSIONS,
                                   "settings": dataclasses.asdict(b), "rows": rows})
 
 
@@ -872,7 +871,7 @@ def main(argv=None):
     if argv[:1] == ["quality"]:
         answer("quality", *quality(argv[1:]))
         return
-    parser = train.parser_of(Bench, __doc__.split("\n\n")[0])
+    parser = parser_of(Bench, __doc__.split("\n\n")[0])
     parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s quality [--help]"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     given = vars(parser.parse_args(argv))

@@ -4,21 +4,25 @@
     python eval.py roberta-base --task cola --data glue/         # an untouched model
     python eval.py roberta-base --task cola --adapter FOLDER     # an adapter that PEFT made, say
     python eval.py merge runs/lora-roberta-base-cola-0 merged    # a checkpoint with the adapter in its weights
-    python eval.py --plot runs/lalora-minilm-stsb-0              # pictures of a run (needs matplotlib)
-    python eval.py --plot runs/quality/*                         # pictures of a comparison
+    python eval.py --plot runs/quality/*                         # pictures of a run or of several (needs matplotlib)
 
 The last line on stdout is one JSON object with the result.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
+import platform
 import re
+import resource
 import shutil
+import subprocess
 import sys
+from dataclasses import field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,6 +319,33 @@ def find_device(device):
     return device
 
 
+def device_name(device):
+    """What the device is called: the GPU's name, or the CPU's architecture and number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def forget_peak_memory(device):
+    """Start measuring `peak_memory` anew, where the system can."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Most bytes that this process has held since `forget_peak_memory`: of a GPU's memory, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:  # the system's own peak (getrusage) would begin with what the starting process held
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def scoring(s, task):
     """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
     score = getattr(s, "score", "generation")  # an older run's settings have none, nor those of a plain model
@@ -587,6 +618,40 @@ class Help(argparse.HelpFormatter):
         return action.help + choices + (" (default: %(default)s)" if shown else "")
 
 
+def setting(default, group, help, choices=None, low=0, high=2**63):
+    """A field of a program's settings, which is a flag with this --help; numbers go from `low` to below `high`."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, "bounds": (low, high)})
+
+
+def parser_of(settings_class, description):
+    """An ArgumentParser with one flag per field of the dataclass, grouped as its fields say."""
+    parser, groups = Parser(description), {}
+    for f in fields(settings_class):
+        m = f.metadata
+        if m["group"] not in groups:
+            groups[m["group"]] = parser.add_argument_group(m["group"])
+        convert = number(f.type, *m["bounds"]) if f.type in (int, float) else f.type
+        if f.type is list:
+            convert = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+        options = {"type": convert, "choices": m["choices"], "metavar": "X"}
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), default=f.default, help=m["help"], **options)
+    return parser
+
+
+def number(kind, low=0, high=2**63):
+    """What reads a flag's text as a number of this kind, from `low` to below `high`."""
+    def read(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to below {high:g}")
+        return value
+
+    read.__name__ = kind.__name__  # as errors have it
+    return read
+
+
 def command(main):
     """Run a program's main(); bad input becomes one line on stderr and exit status 2."""
     try:
@@ -612,6 +677,15 @@ def source_hash(method, task=None):
     return digest.hexdigest()
 
 
+def commit():
+    """The git commit of this program, with "+" if files have changed since; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--exclude=*", "--abbrev=40"]
+    try:
+        return subprocess.run([*git, "--dirty=+"], capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        return None
+
+
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0],
@@ -630,20 +704,16 @@ def main(argv=None):
     add("--samples", metavar="FILE", help="write generated answers for another program to score: a list in a .json, "
         "else JSON lines")
     add("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
-    add("--limit-eval", type=int, metavar="X", help="use only the first N rows; 0 = all")
-    add("--batch-size", type=int, metavar="X", dest="eval_batch_size",
+    add("--limit-eval", type=number(int), metavar="X", help="use only the first N rows; 0 = all")
+    add("--batch-size", type=number(int, 1), metavar="X", dest="eval_batch_size",
         help="examples at a time; default: the run's, else 32, on a GPU what fits it")
-    add("--max-length", type=int, metavar="X", help="longest input; default: the run's or task's")
+    add("--max-length", type=number(int, 1), metavar="X", help="longest input; default: the run's or task's")
     add("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
         help="the model's; default: the run's, else float32")
     args = parser.parse_args(argv)
     (what, *places), own = args.what, ("what", "plot", "adapter", "samples", "random_head")
     changes = {name: value for name, value in vars(args).items() if value is not None and name not in own}
-    for name, least in (("limit_eval", 0), ("eval_batch_size", 1), ("max_length", 1)):
-        if changes.get(name, least) < least:
-            flag = name.removeprefix("eval_").replace("_", "-")
-            raise UserError(f"--{flag} {changes[name]}: must be at least {least}")
     if ":" in changes.get("task", ""):
         changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:

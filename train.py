@@ -10,7 +10,6 @@
 Progress goes to stderr; the last line on stdout is one JSON object with the result.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -20,11 +19,9 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,15 +40,10 @@ import data
 import eval as evaluation
 import lora
 import model as models
+from eval import parser_of, setting
 from model import UserError
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def setting(default, group, help, choices=None, low=0, high=2**63):
-    """One field of `Settings`, with its --help; numbers go from `low` to below `high`."""
-    about = {"group": group, "help": help, "choices": choices, "bounds": (low, high)}
-    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
@@ -155,55 +147,28 @@ class Settings:
     lelora_inputs: str = setting("standardised", "lelora", "norms and singular values seen", ("standardised", "raw"))
 
 
-GROUPS = {"static shapes": "linear-decay, attention-heavy, empirical (Adaptive LoRA, section 3.1)",
-          "adalora": "adalora (Zhang et al. 2023)", "lalora": "lalora (La-LoRA)", "lelora": "lelora (LeLoRA)",
-          "weightlora": "weightlora, weightlora+, random (WeightLoRA)", "credit": "credit (this project's own)"}
-
-
-def parser_of(settings_class, description):
-    """An ArgumentParser with one flag per field of the dataclass, grouped as its fields say."""
-    parser, groups = evaluation.Parser(description=description), {}
-    for f in dataclasses.fields(settings_class):
-        m = f.metadata
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(GROUPS.get(m["group"], m["group"]))
-        convert = (lambda text: [part for part in text.split(",") if part]) if f.type is list else f.type
-        options = {"type": convert, "choices": m["choices"], "metavar": "X"}
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), default=f.default, help=m["help"], **options)
-    return parser
-
-
-def check_bounds(settings):
-    """Raises UserError for a number that is outside the bounds that stand beside its field."""
-    for f in dataclasses.fields(settings):
-        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
-        if isinstance(value, (int, float)) and not low <= value < high:
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
+DEFAULTS = {  # by kind of model: the projections that the papers adapt, a task, the kinds of task that it does
+    "encoder": (["query", "value"], "cola", ("classify", "regress", "span")),
+    "decoder": (["query", "key", "value", "up", "down"], "commonsense", ("lm", "classify", "regress")),
+    "vit": (["query", "value"], "digits-rot90", ("image",))}
+BROUGHT = ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks")  # by an --adapter
 
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
     policy = allocators.policy(s.method)
-    for name in ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks"):
-        if s.adapter and not s.resume and getattr(s, name) != getattr(Settings, name):
-            raise UserError(f"--adapter {s.adapter}: for --method lora, with ranks of its own: leave out --{name}")
-    if s.targets is None:
-        s.targets = default_targets(config.kind == "decoder")
-    default, takes = {"encoder": ("cola", ("classify", "regress", "span")), "vit": ("digits-rot90", ("image",)),
-                      "decoder": ("commonsense", ("lm", "classify", "regress"))}[config.kind]
+    targets, default, takes = DEFAULTS[config.kind]
     s.task = s.task or default
     task = data.find_task(s.task, s.data)
     if task.kind not in takes:
         raise UserError(f"--task {s.task}: {s.model} does {', '.join(takes)}, not '{task.kind}': choose another")
     chosen, reasons = data.hyperparameters(task, config.family, config.hidden_size, s.method, s.rank,
                                            s.adalora_init_ratio)
-    if s.epochs or s.steps:
-        del chosen["epochs"], chosen["steps"]
+    chosen["targets"] = targets
+    settled = {"epochs", "steps"} if s.epochs or s.steps else set()
     if s.adapter:
-        del chosen["rank"], chosen["alpha"], chosen["dropout"]
-    unset = {name: value for name, value in chosen.items() if getattr(s, name) is None}
+        settled |= {*BROUGHT}
+    unset = {name: chosen[name] for name in chosen.keys() - settled if getattr(s, name) is None}
     vars(s).update(unset)
     taken = [f"{name} {unset[name]:g} ({reason})" for name, reason in reasons.items() if name in unset]
     if taken:
@@ -232,19 +197,18 @@ def settle(s, config):
     return task
 
 
-def default_targets(decoder):
-    """The projections that the papers adapt in a decoder, or else in an encoder or ViT."""
-    return ["query", "key", "value", "up", "down"] if decoder else ["query", "value"]
-
-
 def check(s, policy):
     """Refuse settings that cannot work; raises UserError with one line that names the flag."""
-    check_bounds(s)
+    def told(names):
+        """Flags of those settings that are not the defaults, for a message."""
+        return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(Settings, name))
+
     method, itself = f"--method {s.method}", s.method in ("full", "bitfit")  # the model's own weights are trained
-    foreign = ["--" + name.replace("_", "-") for name in policy.refuses if getattr(s, name) != getattr(Settings, name)]
+    foreign, brought = told(policy.refuses), told(BROUGHT) if s.adapter and not s.resume else ""
     rules = [
+        (brought, f"--adapter {s.adapter}: for --method lora, with ranks of its own: leave out {brought}"),
         (s.r_min > s.r_max, f"--r-min {s.r_min} is above --r-max {s.r_max}"),
-        (foreign, f"{', '.join(foreign)}: has no meaning with {method}; leave it out"),
+        (foreign, f"{foreign}: has no meaning with {method}; leave it out"),
         (s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"),
          "--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out"),
         (s.ranks and s.method != "lora" or s.ranks_shuffled and not s.ranks,
@@ -527,7 +491,7 @@ def train(training, batches, task, alive, evaluate):
     done, seconds = alive.resume(training, batches)
     start_alike(s, done, training.moving)
     seen, started = 0, time.time() - seconds
-    forget_peak_memory(s.device)
+    evaluation.forget_peak_memory(s.device)
     training.model.train()
     with tqdm(total=steps, initial=done, desc=f"{s.method} {task.name}", unit="step", dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
@@ -577,7 +541,7 @@ def train(training, batches, task, alive, evaluate):
     return {"steps": steps, "seconds": round(spent, 2), "trainable_params": training.budget(),
             "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": int(training.bad[0]),
             "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2),
-            "peak_memory_mb": round(peak_memory(s.device) / 2**20)}
+            "peak_memory_mb": round(evaluation.peak_memory(s.device) / 2**20)}
 
 
 def validation(model, kind, split, device):
@@ -836,48 +800,13 @@ def set_up(s, alive):
     fit_memory(training, batches)
     if not s.resume and process == 0:
         alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": VERSIONS,
-                     "device": device_name(s.device), "command": shlex.join(sys.argv), "commit": commit(),
-                     "source": evaluation.source_hash(s.method, s.task)})
+                     "device": evaluation.device_name(s.device), "command": shlex.join(sys.argv),
+                     "commit": evaluation.commit(), "source": evaluation.source_hash(s.method, s.task)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
-        f"{trainable:,} of {everything:,} parameters, {s.dtype} on {device_name(s.device)}; run folder {s.out}")
+        f"{trainable:,} of {everything:,} parameters, {s.dtype} on {evaluation.device_name(s.device)}; "
+        f"run folder {s.out}")
     return training, batches, task, splits, processor
-
-
-def commit():
-    """The git commit of this program, with "+" if files have changed since; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--exclude=*", "--abbrev=40"]
-    try:
-        return subprocess.run([*git, "--dirty=+"], capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        return None
-
-
-def device_name(device):
-    """What the device is called: the GPU's name, or the CPU's architecture and number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def forget_peak_memory(device):
-    """Start measuring `peak_memory` anew, where the system can."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device):
-    """Most bytes that this process has held since `forget_peak_memory`: of a GPU's memory, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:  # the system's own peak (getrusage) would begin with what the starting process held
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say(message):
@@ -905,7 +834,7 @@ def main(argv=None):
         result = run(s)
     except (Interrupted, RunError, RuntimeError, OSError, SafetensorError) as error:
         began = s.out and (Path(s.out) / "run.json").exists()
-        reason, status, onward = f"error: {error}", 1, " before the run began"
+        reason, status = f"error: {error}", 1
         if isinstance(error, Interrupted):
             reason, status = f"stopped by {signal.Signals(error.args[0]).name}", 128 + error.args[0]
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -915,14 +844,13 @@ def main(argv=None):
             reason = "error: another process of this run has ended"
         elif isinstance(error, RuntimeError) or isinstance(error, OSError) and not began:
             raise
-        process, count = process_and_count()
+        reason, (process, count) = " ".join(reason.split()), process_and_count()
         if began:
-            newest = next(iter(checkpoints(s.out)), "none yet")
             program = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-            command = f"{program} {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}"
-            onward = f"; last checkpoint: {newest}; go on with: {command}"
+            reason += (f"; last checkpoint: {next(iter(checkpoints(s.out)), 'none yet')}; go on with: {program} "
+                       f"{shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(s.out)}")
         if process == 0 or isinstance(error, OSError):  # of the others, all processes know
-            say(" ".join(reason.split()) + onward)
+            say(reason)
         raise SystemExit(status) from None
     if result:
         print(evaluation.to_json(result))

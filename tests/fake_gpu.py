@@ -390,7 +390,7 @@ def full_size(watch, method, model, rows, length, weights="float"):
     s = train.Settings(method=method, model=model, rank=32, alpha=64.0, dropout=0.05, lr=1e-4, weight_decay=0.0,
                        device="cuda", dtype="bfloat16", init_weights="random", batch_size=rows, max_length=length,
                        weightlora_steps=2, adalora_t_init=1, adalora_t_final=500, lalora_gamma=1.1, compile="off",
-                       weights=weights, targets=train.default_targets(decoder=True))
+                       weights=weights, targets=train.DEFAULTS["decoder"][0])
     built = models.load(model, "lm", None, torch.bfloat16, "cuda", "random", int8=weights == "int8")
     allocator = allocators.policy(method)(built, s, 1000)
 

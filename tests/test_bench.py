@@ -270,13 +270,13 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds 0: must be"),
+    ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds: 0: must be"),
     ("quality --methods lora,nothing", "choose from"), ("quality --methods lora --out x", "--out"),
     ("quality --methods lalora --match-budget", "add lora"), ("quality --nonsense 1", "unrecognized"),
     ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --tune lr=1,,2", "--tune lr=1,,2"),
     ("quality --tune alpha=much", "invalid float"),
     ("quality --tune rank=1,2 --match-budget", "what --match-budget chooses"),
-    ("speed --methods nothing", "choose from"), ("speed --batch-size 0", "--batch-size 0"),
+    ("speed --methods nothing", "choose from"), ("speed --batch-size 0", "--batch-size: 0: must"),
     ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
     ("inference --model vit-digits", "choose a decoder"), ("table nothing", "lalora-table5"),
     ("table weightlora-table3 --small", "no small version")])

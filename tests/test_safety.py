@@ -193,12 +193,12 @@ def test_lying_headers_cost_neither_memory_nor_time(kind, place, folder):
             (file.parent / "state.json").write_text(json.dumps(about))
         if (kind, case) == ("checkpoint", "huge"):  # a true header: all is hashed, which takes minutes
             continue
-        train.forget_peak_memory("cpu")
-        before, began = train.peak_memory("cpu"), time.process_time()
+        evaluation.forget_peak_memory("cpu")
+        before, began = evaluation.peak_memory("cpu"), time.process_time()
         with pytest.raises(UserError, match="safetensors|checkpoint") as caught:
             LOAD[kind](folder)
         assert "\n" not in str(caught.value), case
-        memory, seconds = train.peak_memory("cpu") - before, time.process_time() - began
+        memory, seconds = evaluation.peak_memory("cpu") - before, time.process_time() - began
         assert case == "warm-up" or memory < 32e6 and seconds < 20, (case, memory, seconds)
 
 

@@ -285,7 +285,7 @@ def test_a_second_signal_stops_at_once_as_does_the_first_while_loading(where, tm
     assert end(process) == 130
     began = (tmp_path / "run").exists()
     assert began == (where == "criterion")
-    assert ("--resume" if began else "stopped by SIGINT before the run began") in last_line(err.read_text())
+    assert ("--resume" if began else "stopped by SIGINT") in last_line(err.read_text())
 
 
 # ---------------------------------------------------------------------------------------------- two at a time

@@ -382,7 +382,7 @@ BAD = """
 --method lorra                              | lorra
 --method no_such.py:Policy                  | no_such.py
 --lr fast                                   | fast
---lr nan                                    | --lr nan: must be from
+--lr nan                                    | --lr: nan: must be from
 --dropout 1                                 | --dropout
 --limit-train -1                            | --limit-train
 --rank 65                                   | 65
