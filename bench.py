@@ -343,8 +343,8 @@ def one(b, name):
     evaluation.forget_peak_memory(b.device)
     imports = 0 if b.device.startswith("cuda") else evaluation.peak_memory(b.device)
     base, kind = base_model(b)
-    runner, weights = contender(b, base, kind, name), megabytes(base.parameters())
-    batches = batches_for(b, base, kind, 2)
+    weights = sum(p.nbytes for p in base.parameters())
+    runner, batches = contender(b, base, kind, name), batches_for(b, base, kind, 2)
     del base
     for i in range(b.warmup):
         runner.timed_step(batches[i % 2])
@@ -354,12 +354,8 @@ def one(b, name):
     evaluation.forget_peak_memory(b.device)
     for i in range(b.rounds):
         runner.timed_step(batches[i % 2])
-    return {"peak_mb": (evaluation.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights,
+    return {"peak_mb": (evaluation.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights / 2**20,
             "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
-
-
-def megabytes(tensors):
-    return sum(t.nbytes for t in tensors) / 2**20
 
 
 # ---------------------------------------------------------------------------------------------- quality: its runs
@@ -411,8 +407,7 @@ class Run:
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        self.source = evaluation.source_hash(self.s.method, self.s.task)
-        self.key = json.dumps(self.settings, sort_keys=True), self.source
+        self.key = json.dumps(self.settings, sort_keys=True), evaluation.source_hash(self.s.method, self.s.task)
         content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
@@ -436,7 +431,7 @@ class Run:
         settled = changed(run["settings"])
         for name in ("out", "model", "data", "adapter", "ranks"):  # absolute paths, of this machine
             settled.pop(name, None)
-        return {"row": self.row, "settings": self.settings, "settled": settled, "source": self.source, **result}
+        return {"row": self.row, "settings": self.settings, "settled": settled, "source": self.key[1], **result}
 
     def numbers(self, line):
         """{column: {metric: number}} of its line in the results."""

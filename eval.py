@@ -340,8 +340,7 @@ def peak_memory(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:  # the system's own peak (getrusage) would begin with what the starting process held
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -100,8 +100,9 @@ def test_compiled_equals_eager(method, folder, monkeypatch):
 
 
 def test_bfloat16_trains_as_float32_does(folder):
-    exact, rounded = (trained(folder, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    (exact, _), (rounded, runner) = (trained(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert (exact - rounded).abs().max() < 0.02 * exact.mean()
+    assert {p.dtype for p in runner.params} == {torch.float32} != {runner.model.embed.weight.dtype}
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -199,18 +199,12 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
         assert held == {name: rank for name, rank in ranks.items() if rank}
 
 
-def test_runs_repeat_to_the_bit_and_depend_on_the_seed(classes, tmp_path):
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        main(*classes, "--out", tmp_path / out, "--steps", 12, "--rank", 2, "--seed", seed)
-    a, b, c = (adapter_of(tmp_path / out) for out in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not all(torch.equal(a[key], c[key]) for key in a)
-
-
-def test_bfloat16_trains_with_float32_adapters(checkpoints, classes, tmp_path):
-    main(*classes, "--model", checkpoints / "llama", "--dtype", "bfloat16", "--out", tmp_path / "run", "--steps", 20,
-         "--rank", 4, "--method", "empirical", "--checkpointing")
-    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in adapter_of(tmp_path / "run").values())
+def test_runs_depend_on_the_seed(classes, tmp_path):
+    """That those of one seed are the same is in test_survive.py."""
+    for seed in "12":
+        main(*classes, "--out", tmp_path / seed, "--steps", 12, "--rank", 2, "--seed", seed)
+    one, two = (adapter_of(tmp_path / seed) for seed in "12")
+    assert not any(torch.equal(one[key], two[key]) for key in one)
 
 
 # ---------------------------------------------------------------------------------------------- a step
