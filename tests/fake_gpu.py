@@ -213,7 +213,7 @@ class Watch(TorchDispatchMode):
         try:
             return func(x)  # a constant
         except Exception:  # a fake tensor has no value: torch raises what it likes
-            return True if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 1
+            return True if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 0
 
     def copied(self, source, target, free):
         source, target = torch.device(source).type, torch.device(target).type
@@ -276,7 +276,7 @@ def move(network, device):
 @contextlib.contextmanager
 def fake_gpu(capacity=math.inf):
     """The program's modules under a fake GPU of so many bytes; yields its Watch."""
-    watch = Watch.now_watching = Watch(capacity)
+    watch = Watch(capacity)
     restore, generator_state = lora.restore, torch.ones(16, dtype=torch.uint8)
 
     def put_back(thing, state, name="run"):  # the CPU's generator stands in for a GPU's, whose state is another

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 import zlib
 from dataclasses import replace
@@ -21,7 +19,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from tiny import interrupted_after, refused
+from tiny import interrupted_after, mirror, refused  # noqa: F401: one is a fixture
 
 import data
 from data import TASKS
@@ -927,34 +925,6 @@ def test_bad_input_is_one_line(tmp_path, case):
 
 
 # ----------------------------------------------------------------------------------------------------------- fetching
-
-class Mirror(http.server.BaseHTTPRequestHandler):
-    """Serves files {path: bytes}; a path in `cut` is announced whole and sent by half."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        body = self.server.files.get(self.path)
-        if body is None:
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if self.path in self.server.cut else body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def mirror(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
-    server.files, server.cut, server.asked = {}, set(), []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RANKS_MIRROR", f"http://127.0.0.1:{server.server_port}/")
-    yield server
-    server.shutdown()
-    server.server_close()
-
 
 def place(address):
     return "/" + address.partition("://")[2]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, batch, losses, pair, pass_of, peft, peft_layers, same_in_peft, same_parameters
-from tiny import Tiny, batches, refused, settings, train, training_of
+from tiny import POLICIES, Tiny, batches, refused, settings, train, training_of
 
 import allocators
 import lora
@@ -20,8 +20,6 @@ loraplus = pytest.importorskip("peft.optimizers")
 OPTIONS = {"pissa": dict(init="pissa"), "milora": dict(init="milora"), "dora": dict(dora=True),
            "lora+": dict(lora_plus_ratio=4.0), "lora-fa": dict(freeze_a=True),
            "pissa, dora": dict(init="pissa", dora=True)}
-POLICIES = dict(adalora_t_init=3, adalora_t_final=8, adalora_delta_t=4, adalora_orth=0.1, lalora_gamma=1.0,
-                weightlora_steps=5, lelora_dims=["0", "2"])
 
 
 @pytest.fixture(autouse=True)
@@ -251,8 +249,6 @@ REFUSED = {  # what is said about which settings, where matrices are 32 x 32 and
     "--lelora-dims ['2', 'x']": dict(method="lelora", lelora_dims=["2", "x"]),
     "--lelora-dims ['-2']": dict(method="lelora", lelora_dims=["-2"]),
     "--lelora-locations front": dict(method="lelora", lelora_locations=["front"]),
-    "--targets gate": dict(method="empirical", targets=["query", "gate"]),
-    "33 components for blocks.0.query": dict(rank=33),
     "--freeze-a: --lora-plus-ratio": dict(freeze_a=True, lora_plus_ratio=4.0),
     "--lalora-score fisher need a trained A": dict(method="lalora", freeze_a=True, lalora_score="fisher")}
 

@@ -1,25 +1,21 @@
 """model.py against transformers: logits, gradients, generation, checkpoints, the Hub, and every way a load can fail."""
 
-import hashlib
-import http.server
 import json
 import operator
 import os
 import re
-import sys
-import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import COMMIT, mirror  # noqa: F401: one is a fixture
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lora  # noqa: E402
-import model as models  # noqa: E402
-import train  # noqa: E402
-from model import UserError, generate, load, resolve, save  # noqa: E402
+import lora
+import model as models
+import train
+from model import UserError, generate, load, resolve, save
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
@@ -640,69 +636,42 @@ def test_inputs_that_do_not_fit(name, fits, longer, tmp_path):
     refused(*parts, call=ours, args=(torch.full(longer, 5),))
 
 
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """The Hub's routes, as files of the folder `root`, and its headers."""
-
-    protocol_version = "HTTP/1.1"
-    root, commit, requests = None, "0123456789abcdef0123456789abcdef01234567", []
-
-    def translate_path(self, path):
-        self.requests.append(path.split("?")[0])
-        return f"{self.root}{self.requests[-1]}"
-
-    def end_headers(self):
-        tag = hashlib.sha1(self.path.encode()).hexdigest()
-        for key, value in {"ETag": f'"{tag}"', "X-Repo-Commit": self.commit, "X-Error-Code": "RepoNotFound"}.items():
-            self.send_header(key, value)
-        super().end_headers()
-
-    def log_message(self, *_):
-        pass
+def published(repo, files):
+    """What the Hub serves of a repository, {file name: bytes}: {path: bytes}."""
+    listed = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
+    about = {f"tree/{COMMIT}": listed, "revision/main": {"id": repo, "sha": COMMIT}}
+    return {f"/{repo}/resolve/{COMMIT}/{name}": content for name, content in files.items()} | {
+        f"/api/models/{repo}/{route}": json.dumps(answer).encode() for route, answer in about.items()}
 
 
-def publish(repo, files):
-    """Put a repository, {file name: bytes}, on the Hub."""
-    routes = {f"{repo}/resolve/{Hub.commit}/{name}": content for name, content in files.items()}
-    tree = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
-    routes[f"api/models/{repo}/tree/{Hub.commit}"] = json.dumps(tree).encode()
-    routes[f"api/models/{repo}/revision/main"] = json.dumps({"id": repo, "sha": Hub.commit}).encode()
-    for route, content in routes.items():
-        (Hub.root / route).parent.mkdir(parents=True, exist_ok=True)
-        (Hub.root / route).write_bytes(content)
-
-
-def test_hub(tmp_path, monkeypatch):
+def test_hub(tmp_path, monkeypatch, mirror):  # noqa: F811
     """Downloads only what is needed, then works from the cache; and every failure is one line."""
     oracle = saved("llama", tmp_path / "original", shards="20KB")
     files = {p.name: p.read_bytes() for p in (tmp_path / "original").iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "model.onnx": b"x", "consolidated.safetensors": b"x", "README.md": b"x",
                 "onnx/model.safetensors": b"x"}
     small = {"config.json": b"{}", "tokenizer.json": b"{}", "vocab.txt": b"a", "vocab.json": b"{}", "merges.txt": b"a"}
-    Hub.root = tmp_path / "served"
-    publish("FacebookAI/roberta-base", {**files, **unwanted, "tokenizer.json": b"{}"})  # a short name's Hub id
-    publish("org/half", {**small, **unwanted, "model.safetensors": b"x"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    there = f"http://127.0.0.1:{server.server_port}"
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    hub = dict(ENDPOINT=there, HUGGINGFACE_CO_URL_TEMPLATE=there + template, HF_HUB_CACHE=str(tmp_path / "hub"))
+    mirror.files |= published("FacebookAI/roberta-base", {**files, **unwanted, "tokenizer.json": b"{}"})  # a short name's
+    mirror.files |= published("org/half", {**small, **unwanted, "model.safetensors": b"x"})
+    there = f"http://127.0.0.1:{mirror.server_port}"
+    hub = {"ENDPOINT": there, "HF_HUB_CACHE": str(tmp_path / "hub"),
+           "HUGGINGFACE_CO_URL_TEMPLATE": there + "/{repo_id}/resolve/{revision}/{filename}"}
     for name, value in hub.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     sharded, half = resolve("roberta-base"), resolve("org/half", weights=False)
     assert {p.name for p in sharded.iterdir()} == set(files) | {"tokenizer.json"}
-    assert not {path.rsplit("/", 1)[-1] for path in Hub.requests} & set(unwanted)
+    assert not {path.rsplit("/", 1)[-1] for path in mirror.asked} & set(unwanted)
     same_logits("llama", oracle, load(sharded))
     assert {p.name for p in half.iterdir()} == set(small)
     remedy = "https://huggingface.co/org/absent", "tokenizer", "HF_TOKEN"
     refused("RepositoryNotFound", *remedy, call=resolve, args=("org/absent",))
-    Hub.requests.clear()
+    mirror.asked.clear()
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert resolve("roberta-base") == sharded and not Hub.requests
+        assert resolve("roberta-base") == sharded and not mirror.asked
         refused(*remedy, call=resolve, args=("org/absent",))
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     refused(*remedy, call=resolve, args=("org/absent",))
 
 

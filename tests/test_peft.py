@@ -9,18 +9,13 @@ from safetensors.torch import load_file, save_file
 from test_lora import FAMILIES, batch, losses, pair, pass_of, peft, peft_layers, same_in_peft
 from test_model import saved, transformers
 from test_train import main
-from tiny import refused, settings, training_of
+from tiny import POLICIES, refused, settings, training_of
 
 import allocators
 import eval as evaluation
 import lora
 import model as models
 import train
-
-# a schedule for each policy in which all it does happens within 12 steps
-FLAGS = {"adalora": dict(adalora_init_ratio=1.5, adalora_t_init=2, adalora_t_final=4, adalora_delta_t=3, adalora_orth=0.5),
-         "lalora": dict(lalora_gamma=1.0, lalora_fidelity="step")}
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [name for name in allocators.METHODS if name not in ("full", "bitfit")])
@@ -29,7 +24,7 @@ def test_peft_computes_what_every_policy_trained(method, family, tmp_path, monke
     monkeypatch.setenv("RANKS_CACHE", str(tmp_path / "cache"))
     _, model = pair(family, tmp_path / "base")
     torch.manual_seed(0)
-    s = settings(**FLAGS.get(method, {}), method=method, targets=FAMILIES[family].targets, dropout=0.1)
+    s = settings(**POLICIES, method=method, targets=FAMILIES[family].targets, dropout=0.1)
     allocator = allocators.METHODS[method](model, s, 12)
     generator = torch.Generator().manual_seed(1)
     _, inputs, labels = batch(family, generator)

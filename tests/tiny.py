@@ -1,7 +1,10 @@
 """A tiny stand-in for a model, settings and the training loop, so that tests of the policies take no time."""
 
 import contextlib
+import hashlib
+import http.server
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,11 @@ class Tiny(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x) if labels is None else F.cross_entropy(self.head(x), labels, reduction="sum")
+
+
+# a schedule for each policy in which all that it does happens within 12 steps
+POLICIES = dict(adalora_t_init=3, adalora_t_final=8, adalora_delta_t=4, lalora_gamma=1.0, weightlora_steps=5,
+                lelora_dims=["0", "2"])
 
 
 def settings(**changes):
@@ -146,3 +154,44 @@ def interrupted_after(step):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(program.Training, "count", interrupted)
         yield
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository on the Mirror
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves files {path: bytes} with the Hub's headers; a path in `cut` is announced whole and sent by half."""
+
+    def do_GET(self):
+        files, path = self.server.files, self.path.split("?")[0]
+        self.server.asked.append(path)
+        body = files.get(self.path, files.get(path))
+        if body is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if self.path in self.server.cut else body)
+
+    do_HEAD = do_GET
+
+    def end_headers(self):
+        tag = hashlib.sha1(self.path.encode()).hexdigest()
+        for key, value in {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "X-Error-Code": "RepoNotFound"}.items():
+            self.send_header(key, value)
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.files, server.cut, server.asked = {}, set(), []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RANKS_MIRROR", f"http://127.0.0.1:{server.server_port}/")
+    yield server
+    server.shutdown()
+    server.server_close()
