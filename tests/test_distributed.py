@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import ROOT, checkpoints, lines, main, parse, texts  # noqa: F401: two are fixtures
+from tiny import interrupted_after, refused
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import allocators
 import eval as evaluation
 import train
 from model import UserError
-from test_train import checkpoints, lines, main, parse, texts  # noqa: F401: two are fixtures
-from tiny import interrupted_after
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.device_mesh"])
@@ -242,5 +240,5 @@ def test_survivors_cannot_start_from_sharded_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "process_and_count", lambda: (0, 2))
     for flags in (["--init", "pissa"], ["--dora"]):
         s = parse("--method", "weightlora+", "--shard", "--out", tmp_path / "run", *flags)
-        with pytest.raises(UserError, match="leave out --init and --dora"):
+        with refused("leave out --init and --dora"):
             train.check(s, allocators.policy(s.method))

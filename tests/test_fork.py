@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_lora import batch, pair
-from tiny import Tiny, batches, checkpoint, resumed, resumes_to_the_same_bits, settings, train, training_of
+from tiny import (Tiny, batches, checkpoint, refused, resumed, resumes_to_the_same_bits, settings, train,
+                  training_of)
 
 import allocators
 import lora
 import train as program
-from model import UserError
 
 # ---------------------------------------------------------------------------------------------- policies and restarts
 
@@ -32,10 +32,10 @@ def test_ranks_that_differ_from_the_adapters_are_found(monkeypatch):
     training = train(training_of(Late(Tiny(), settings(), 10)), batches(1))
     training.allocator.check_ranks()
     again = resumed(Late(Tiny(), settings(), 10), checkpoint(training))
-    with pytest.raises(UserError, match="has rank 2, but its g lets 4 .* `saved`"):
+    with refused("has rank 2, but its g lets 4 .* `saved`"):
         again.allocator.check_ranks()
     monkeypatch.setattr(Late, "told", 4)  # g without `current`
-    with pytest.raises(UserError, match="has rank 4, but its g lets 2 .* `saved`"):
+    with refused("has rank 4, but its g lets 2 .* `saved`"):
         train(training, batches(1)).allocator.check_ranks()
 
 
@@ -141,7 +141,7 @@ def test_adapters_come_and_go_and_the_others_go_on(policy, changes_at, optimizer
 
 def test_a_matrix_has_one_adapter():
     allocator = allocators.Allocator(Tiny(), settings(), 10)
-    with pytest.raises(UserError, match="blocks.1.value has an adapter"):
+    with refused("blocks.1.value has an adapter"):
         allocator.add({"blocks.1.value": 2})
 
 
@@ -196,7 +196,7 @@ def test_any_optimizer_holds_components_still(cls, options):
 def test_late_masks_are_refused():
     training = train(training_of(allocators.Allocator(Tiny(), settings(), 10)), batches(1))
     training.allocator.layers["blocks.1.query"].mask_updates(torch.zeros(4))
-    with pytest.raises(UserError, match="mask_updates"):
+    with refused("mask_updates"):
         train(training, batches(1), first=2)
 
 

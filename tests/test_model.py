@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import COMMIT, mirror  # noqa: F401: one is a fixture
+from tiny import COMMIT, ROOT, mirror  # noqa: F401: one is a fixture
 
 import lora
 import model as models
@@ -21,8 +21,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 BASE = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)

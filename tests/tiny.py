@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import train as program
 from model import UserError
 
