@@ -1013,7 +1013,7 @@ class Processor:
         if isinstance(longest, int) and max_length and max_length > longest:
             note(f"{self.folder}: --max-length {max_length} is above its model_max_length, {longest}")
         for row, ids in zip(split.rows, split.tokens or ()):
-            where = f"{self.task.name}, row {row.get('text', row.get('prompt'))[:60]!a}"
+            where = f"{self.task.name}, row {row.get('text', row.get('prompt', ''))[:60]!a}"
             if len(ids) == 0:
                 raise UserError(f"{where}: no token: remove the row, or name a bos_token in tokenizer_config.json")
             if ids.max() >= self.config.vocab_size:

@@ -151,12 +151,16 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
 
 
 def test_best_span():
-    """The best pair may run backwards, be too long, or begin in the question; with nothing left there is no answer."""
-    offsets = np.array([[-1, -1]] * 3 + [[n, n + 1] for n in range(40)])
-    logits = np.full((43, 2), -9.0)
-    logits[[2, 9, 5, 41], [0, 0, 0, 0]], logits[[7, 42], [1, 1]] = (9, 5, 4, 3), (6, 5)
-    assert squad.best_span(logits, offsets) == (4 + 6, 2, 5)
-    assert squad.best_span(logits[:3], offsets[:3]) == (-np.inf, 0, 0)
+    """By the rules above, of random logits whose best pair may run backwards or begin in the question, or be none."""
+    rng, context = np.random.default_rng(0), "".join(map(chr, range(200, 300)))  # no character twice
+    for length in [0, 1, 2, 15, 25, *rng.integers(30, 100, 90)]:
+        inside = [[n // 2, n // 2 + 1] for n in range(length)]  # as of bytes: two tokens are one character
+        offsets = np.array([[-1, -1]] * 3 + inside + [[-1, -1]])
+        trend = np.outer(np.arange(len(offsets)), (1, -1)) * rng.choice([0, 0.05, 0.2])
+        logits = rng.normal(size=(len(offsets), 2)) + trend
+        score, start, end = squad.best_span(logits, offsets)
+        assert context[start:end] == best_answer([(*logits.T, offsets)], context, False)
+        assert (score == -np.inf) == (start == end)
 
 
 @pytest.mark.parametrize("change, part", [
