@@ -127,8 +127,9 @@ def test_scores_are_those_of_the_official_scripts(version2):
 def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
     """A run loaded in PEFT as its card says: the logits, and from them by the rules above the run's scores."""
     prepare(tmp_path, family, name == "squad2")
-    train.main(["--model", str(tmp_path / "model"), "--task", f"{squad.__file__}:{name}", "--data", str(tmp_path / "data"), "--steps", "12",
-                "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02", "--max-length", "256"])
+    train.main(["--model", str(tmp_path / "model"), "--task", f"{squad.__file__}:{name}", "--steps", "12", "--data",
+                str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02",
+                "--max-length", "256"])
     result, (_, _, processor, ours) = json.loads(capsys.readouterr().out), evaluation.load_run(tmp_path / "run", {})
     monkeypatch.chdir(tmp_path / "run")
     exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], loaded := {})
