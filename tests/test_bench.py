@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -354,30 +353,26 @@ def test_tables_of_the_papers(name, capsys):
 
 def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
     """A table's columns that the run's own result lacks come from eval.py; parts of a task are in its own result."""
+    monkeypatch.chdir(tables.ROOT)
+    train_on, code = ("papers/tasks.py:" + name for name in ("metamathqa", "humaneval"))
+    q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
+    run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", code])
+    run.out.mkdir()
+    (run.out / "run.json").write_text(json.dumps({"settings": {"rank": 8, "out": str(run.out)}}))
+    (run.out / "result.json").write_text(json.dumps({
+        "loss": 1.0, "accuracy_boolq": 0.75, "seconds": 1.0, "peak_memory_mb": 2,
+        "trainable_params": {"now": 3, "mean": 3, "peak": 3}}))
     called = []
 
-    def fake_run(command, **_):
-        words = command[2:]
-        called.append(words)
-        line = {"task": words[words.index("--task") + 1], "exact_match": 0.25}
-        if "--out" in words:  # train.py
-            out = Path(words[words.index("--out") + 1])
-            out.mkdir(parents=True)
-            line |= {"loss": 1.0, "accuracy_boolq": 0.75, "seconds": 1.0, "peak_memory_mb": 2,
-                     "trainable_params": {"now": 3, "mean": 3, "peak": 3}}
-            (out / "run.json").write_text(json.dumps({"settings": {"rank": 8, "out": str(out)}}))
-            (out / "result.json").write_text(json.dumps(line))
+    def evaluated(command, **_):
+        called.append(command[2:])
+        line = {"task": command[command.index("--task") + 1], "exact_match": 0.25}
         return bench.subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(line), "")
 
-    monkeypatch.setattr(bench.subprocess, "run", fake_run)
-    q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
-    train_on, code = ("papers/tasks.py:" + name for name in ("metamathqa", "humaneval"))
-    monkeypatch.chdir(tables.ROOT)
-    run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", code])
+    monkeypatch.setattr(bench.subprocess, "run", evaluated)
     assert bench.make([run], q) == {}
-    assert called[0][:2] == ["--model", "gemma-7b"]
-    assert called[1:] == [[str(run.out), "--task", "gsm8k"],
-                          [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
+    assert called == [[str(run.out), "--task", "gsm8k"],
+                      [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
     about = bench.summarise([run])
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
     assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)
