@@ -204,12 +204,14 @@ def compiled_so_far():
 
 def contender(b, base, kind, name):
     """Build `name`: METHOD, dora, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
-    method, _, end = name.partition("/")
-    if method == "peft":
+    method = name.removesuffix("/compiled")  # a policy's may have / in its file's path
+    if method.startswith("peft/"):
         from extras import peft_contender
-        s = settings_for(b, end)
+        s = settings_for(b, method.removeprefix("peft/"))
         return Contender(s, *peft_contender.build(s, base, kind))
-    s, moves_w = settings_for(b, method), method in ("full", "bitfit", "lelora")
+    s = settings_for(b, method)
+    policy = allocators.policy(s.method)
+    moves_w = issubclass(policy, (allocators.Direct, allocators.LeLora))
     if moves_w and b.weights == "int8":
         raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
     model = own_copy(base, shared=not moves_w)
@@ -218,14 +220,15 @@ def contender(b, base, kind, name):
     else:
         if method == "uniform+validation":  # what LeLoRA is compared with: its capacity, and one validation forward
             s.rank = 3 * b.rank
-        allocator = allocators.policy(s.method)(model, s, 1000)
-        if method in ("uniform+validation", "lelora"):
-            aside = random_split(b, base, kind, allocators.LeLora.validation_rows)
+        allocator = policy(model, s, 1000)
+        rows = allocators.LeLora.validation_rows if method == "uniform+validation" else allocator.validation_rows
+        if rows:
+            aside = random_split(b, base, kind, rows)
             allocator.validation_loss = train.validation(model, kind, aside, s.device)
         if method == "uniform+validation":
             allocator.after_backward = lambda step: allocator.validation_loss()
         made = Contender(s, model, training=train.Training(s, model, kind, allocator))
-    if end:
+    if method != name:
         train.compile_blocks(model)
     return made
 
@@ -265,7 +268,7 @@ def contender_names(b, default):
 
 def leave_out(b, name, error):
     """Name a contender that has nothing to train in this model, as bitfit without biases; its error if asked for."""
-    if name.partition("/")[0] in (b.methods or ()):
+    if name.removesuffix("/compiled") in (b.methods or ()):
         raise error
     say(f"note: {name} is left out: {error}")
 

@@ -42,8 +42,9 @@ def bench_run(capsys, main, *flags):
 
 @pytest.mark.parametrize("folder", CONFIGS, indirect=True)
 def test_speed(folder, capsys):
-    """All methods on all kinds of model; with the same weights and batches, PEFT's first loss is ours."""
-    methods = [*bench.allocators.METHODS.keys() - {"bitfit"}, "dora"]  # a LLaMA has no biases
+    """All methods, and one in a file, on all kinds of model; with the same weights, PEFT's first loss is ours."""
+    (folder / "mine.py").write_text("from allocators import LeLora\n\n\nclass Mine(LeLora):\n    pass\n")
+    methods = [*bench.allocators.METHODS.keys() - {"bitfit"}, "dora", f"{folder}/mine.py:Mine"]  # no biases in a LLaMA
     rows = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2)
     rows = {row["contender"]: row for row in rows}
     assert [*rows][:len(methods) + 2] == ["floor", *methods, "uniform+validation"]
