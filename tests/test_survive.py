@@ -217,11 +217,14 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
 # the log, the very end
 KILLS = {"evaluation.load": 1, "Training.count": 7, "models.sync": 6, "save_file": 2, "shutil.rmtree": 11,
          "evaluation.to_json": 9, "lora.save_adapter": 1}
+many = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: set SLOW=1 to run it")
 
 
-def test_kills_change_nothing(whole, tmp_path):
+@pytest.mark.parametrize("method", ["weightlora+", *(pytest.param(method, marks=many) for method in METHODS
+                                                     if method != "weightlora+")])
+def test_kills_change_nothing(method, whole, tmp_path):
     """A run that is started, or resumed, and killed at each of `KILLS`, {function: number of the call}."""
-    out, first, half = tmp_path / "run", ["--method", "weightlora+", *SHORT, "--out", tmp_path / "run"], 0
+    out, first, half = tmp_path / "run", ["--method", method, *SHORT, "--out", tmp_path / "run"], 0
     for name, number in KILLS.items():
         mark = tmp_path / name
         process = start(*(["--resume", out] if out.exists() else first), stderr=f"{out}.err",
@@ -233,7 +236,7 @@ def test_kills_change_nothing(whole, tmp_path):
         half += any(out.glob("checkpoints/*.part"))
     assert half >= 2 and end(start("--resume", out, stderr=f"{out}.err")) == 0
     assert not any(out.glob("**/*.part")) and len(list(out.glob("checkpoints/*"))) == 2
-    assert_same(outcome(out), whole("weightlora+"))
+    assert_same(outcome(out), whole(method))
 
 
 # ---------------------------------------------------------------------------------------------- interrupted
