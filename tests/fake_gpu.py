@@ -43,7 +43,10 @@ struct CudaGenerator final : at::CPUGeneratorImpl {  // draws on the CPU, but sa
 namespace at {
 struct FakeCuda final : CUDAHooksInterface {
   explicit FakeCuda(CUDAHooksArgs) {}
+  void init() const override {}  // this and cuDNN's versions: torch 2.11 asks for them
   bool isBuilt() const override { return true; }
+  long versionCuDNN() const override { return 91000; }
+  long versionRuntimeCuDNN() const override { return 91000; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex getCurrentDevice() const override { return 0; }
   Generator getNewGenerator(DeviceIndex) const override { return make_generator<CudaGenerator>(); }
@@ -55,6 +58,7 @@ struct FakeCuda final : CUDAHooksInterface {
 C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, FakeCuda);
 }
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::Device exchangeDevice(c10::Device) const override { return first; }
   c10::Device getDevice() const override { return first; }
   c10::Stream getStream(c10::Device) const noexcept override { return stream; }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream; }
