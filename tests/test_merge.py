@@ -132,7 +132,7 @@ def test_merge_takes_the_dtype_that_is_asked_for(short, tmp_path):
     ("merge none out", "run.json"), ("merge unfinished out", "did the run finish"), ("merge damaged out", "damaged"),
     ("merge {run} out --limit-eval 3", "no flags but"), ("merge {run} file/out", "file"), ("{run} out", "unexpected"),
     ("{run} --adapter {run}/adapter", "its own adapter"), ("{run} --random-head", "its own adapter"),
-    ("{run} --batch-size 0", "must be at least 1")])
+    ("{run} --batch-size 0", "must be from 1")])
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(argv, expected, tmp_path, capsys, short, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("unfinished", "damaged"):
