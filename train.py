@@ -197,8 +197,17 @@ def settle(s, config):
     return task
 
 
+def check_bounds(settings):
+    """Raises UserError for a number out of its bounds: settings made in Python, or of a run.json, had no parser."""
+    for f in dataclasses.fields(settings):
+        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
+        if isinstance(value, (int, float)) and not low <= value < high:
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
+
+
 def check(s, policy):
     """Refuse settings that cannot work; raises UserError with one line that names the flag."""
+    check_bounds(s)
     def told(names):
         """Flags of those settings that are not the defaults, for a message."""
         return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(Settings, name))

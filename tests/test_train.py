@@ -424,6 +424,13 @@ eval.py {runs}/lora_A                       | lora_A
 """.strip().splitlines()
 
 
+@pytest.mark.parametrize("flag, value", [("lr", float("nan")), ("lr", -1.0), ("batch_size", 0), ("dropout", 1.0)])
+def test_bounds_hold_for_settings_made_in_python(flag, value, tmp_path):
+    with pytest.raises(train.UserError, match=f"--{flag.replace('_', '-')} .*must be from"):
+        train.run(train.Settings(**{flag: value}, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run, whole/, and what is left of it without the tensors that have a word in their names."""
