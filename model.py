@@ -1,4 +1,4 @@
-"""Hand-written RoBERTa/BERT/DeBERTa, LLaMA-family, GPT-2 and ViT forward passes that read and write Hub checkpoints.
+"""Hand-written RoBERTa/BERT, LLaMA-family, GPT-2 and ViT forward passes that read and write Hub checkpoints.
 
 In every block the projections that can be adapted are called  query key value out [gate] up down.
 """
@@ -194,7 +194,7 @@ WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=
 LEARNED = dict(COMMON, vocab_size=..., n_embd=..., n_layer=..., n_head=..., n_inner=0, n_positions=1024,
                activation_function="gelu_new", layer_norm_epsilon=1e-5, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1,
                tie_word_embeddings=True, pad_token_id=-1)
-# model_type -> what its classes are called in transformers, our class, its settings
+# model_type -> what its classes are called in transformers, kind of class here, settings
 FAMILIES = {
     "bert": ("Bert", "encoder", TEXT),
     "roberta": ("Roberta", "encoder", dict(TEXT, pad_token_id=1)),
@@ -245,7 +245,7 @@ class Config(SimpleNamespace):
     # of families that have no such setting
     vocab_size = max_position_embeddings = type_vocab_size = hidden_dropout_prob = max_window_layers = 0
     num_key_value_heads = head_dim = layer_types = rope = sliding_window = qkv_bias = None
-    relative = c2p = p2c = tie_word_embeddings = False
+    tie_word_embeddings = False
     use_sliding_window = attention_bias = mlp_bias = True
 
 
@@ -342,25 +342,8 @@ def normalise(raw, path):
             refuse("image_size", f"positive integers not below patch_size {patch}")
         c.image_size, c.patch_size = (c.num_channels, *image), patch
     if family == "deberta-v2":
-        relative_attention(c, refuse)
+        model_class(c).settle(c, refuse)
     return c
-
-
-def relative_attention(c, refuse):
-    """What DeBERTa's attention adds to a Config; c2p, p2c: compare content with the key's position, the query's.
-
-    buckets: of distances, 0 = each its own; furthest: where the last one ends; span: buckets on either side.
-    """
-    types = c.pos_att_type.split("|") if isinstance(c.pos_att_type, str) else c.pos_att_type
-    if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):
-        refuse("pos_att_type", "c2p, p2c or both")
-    reach = c.max_relative_positions if c.max_relative_positions > 0 else c.max_position_embeddings
-    c.buckets = max(0, c.position_buckets)
-    if c.buckets and not 2 <= c.buckets < 2 * (reach - 1):
-        refuse("position_buckets", f"from 2 to {2 * reach - 3}, or -1")
-    c.relative, c.c2p, c.p2c, c.furthest, c.span = True, "c2p" in types, "p2c" in types, reach - 1, c.buckets or reach
-    if c.position_biased_input is False:
-        c.max_position_embeddings = 0
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -568,7 +551,7 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Attention and MLP with norms before both; in olmo2 after both, in bert, roberta and deberta after the sums."""
+    """Attention and MLP with norms before both; in olmo2 after both, in encoders after the sums."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -585,22 +568,17 @@ class Block(nn.Module):
             self.query_norm, self.key_norm = RMSNorm(dim, config), RMSNorm(dim, config)
         elif config.family == "olmo2":  # of all heads together
             self.query_norm, self.key_norm = RMSNorm(q, config), RMSNorm(kv, config)
-        if config.c2p and not config.share_att_key:
-            self.position_key = Linear(D, D)
-        if config.p2c and not config.share_att_key:
-            self.position_query = Linear(D, D)
         self.index, self.window, self.family = index, config.windows[index], config.family
-        self.head_dim, self.scale = dim, (dim * (1 + config.c2p + config.p2c)) ** -0.5
+        self.head_dim, self.scale = dim, dim ** -0.5
         self.dropout, self.attention_dropout = Dropout(config.hidden_dropout_prob), config.attention_dropout
         self.activation, self.gated = ACTIVATIONS[config.hidden_act], config.rope is not None
         self.norm_sum, self.norm_last = config.kind == "encoder", config.family == "olmo2"
         self.norm_first = not (self.norm_sum or self.norm_last)
 
-    def forward(self, x, masks, first_token_only=False, angles=None, cache=None, bucket=None, table=None):
+    def forward(self, x, masks, first_token_only=False, angles=None, cache=None, **more):
         """x (B, T, D) -> (B, T, D), or (B, 1, D) of the first token.
 
-        masks: {window: (mask (B or 1, 1, 1 or T, S), is_causal)}; angles: (cos, sin) for `rotate`; bucket, table: see
-        `position_scores`.
+        masks: {window: (mask (B or 1, 1, 1 or T, S), is_causal)}; angles: (cos, sin) for `rotate`; more: for `attend`.
         """
         y = self.norm1(x) if self.norm_first else x
         if first_token_only:  # nobody reads the others' outputs
@@ -615,37 +593,20 @@ class Block(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        mask, causal = masks[self.window]
-        if bucket is not None:
-            mask = self.position_scores(q, k, mask, bucket, table)
-        y = attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
+        y = self.attend(q, k, v, *masks[self.window], **more)
         x = self.add(x, self.dropout(self.out(y)), self.norm1)
         y = self.norm2(x) if self.norm_first else x
         y = self.activation(self.gate(y)) * self.up(y) if self.gated else self.activation(self.up(y))
         return self.add(x, self.dropout(self.down(y)), self.norm2)
 
+    def attend(self, q, k, v, mask, causal):
+        """`attention` with the block's own scale and dropout."""
+        return attention(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0, self.scale)
+
     def add(self, x, y, norm):
         if self.norm_sum:
             return norm(x + y)
         return x + (norm(y) if self.norm_last else y)
-
-    def position_scores(self, q, k, mask, bucket, table):
-        """Scores (B, H, Q, T) of contents q (B, H, Q, D) and k (B, H, T, D) with the other token's relative position.
-
-        Disentangled attention (He et al. 2021, https://arxiv.org/abs/2006.03654, Eq. 4) without its term q k^T.
-        `table` (R, hidden) holds a vector per bucket of distances, `bucket` (T, T) the row for query i and key j. What
-        `mask` (B, 1, T, T) hides gets the lowest number: padding, which sees nothing, averages over all tokens.
-        """
-        (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], 0
-        bucket = bucket[:Q].expand(B, H, -1, -1)
-        shared = self.config.share_att_key  # positions are projected as content is
-        if self.config.c2p:
-            position = self.key(table) if shared else self.position_key(table)  # (1, R, H * D)
-            scores = (q @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket)
-        if self.config.p2c:
-            position = self.query(table) if shared else self.position_query(table)
-            scores = scores + (k @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket.mT).mT
-        return scores if mask is None else scores.masked_fill_(~mask[:, :, :Q], torch.finfo(scores.dtype).min)
 
 
 def causal_mask(mask, start, length, window, device):
@@ -702,8 +663,9 @@ class Transformer(nn.Module):
 
 
 class Encoder(Transformer):
-    """bert, roberta and deberta-v2 with a head for classification, regression (num_labels = 1) or spans."""
+    """bert and roberta with a head for classification, regression (num_labels = 1) or spans."""
 
+    block = Block
     heads = {"classify": "SequenceClassification", "span": "QuestionAnswering"}
     head_names = {"head": "classifier"}
     names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
@@ -712,37 +674,26 @@ class Encoder(Transformer):
              "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
              "norm1": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
              "norm2": "output.LayerNorm"}
-    deberta = {"query": "attention.self.query_proj", "key": "attention.self.key_proj",
-               "value": "attention.self.value_proj", "position_key": "attention.self.pos_key_proj",
-               "position_query": "attention.self.pos_query_proj", "relative_embed": "encoder.rel_embeddings",
-               "relative_norm": "encoder.LayerNorm"}
 
     def __init__(self, config, head):
         super().__init__(config, head)
         D, self.prefix = config.hidden_size, config.family
-        if config.relative:
-            self.prefix, self.names = "deberta", {**self.names, **self.deberta}
-            self.relative_embed = nn.Embedding(2 * config.span, D)
-            self.relative_norm = make_norm(config) if "layer_norm" in str(config.norm_rel_ebd) else nn.Identity()
         self.embed = nn.Embedding(config.vocab_size, D)
         self.positions = nn.Embedding(config.max_position_embeddings, D) if config.max_position_embeddings else None
         self.types = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
         self.embed_norm = make_norm(config)
         self.dropout, p = Dropout(config.hidden_dropout_prob), config.classifier_dropout
         head_dropout = Dropout(config.hidden_dropout_prob if p is None else p)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(self.block(config, i) for i in range(config.num_hidden_layers))
         if head == "span":
             self.head, self.head_names = Linear(D, 2), {"head": "qa_outputs"}
         elif config.family == "bert":
             self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
             self.pooled_dropout = head_dropout
         else:
-            first = Dropout(config.pooler_dropout) if config.relative else head_dropout
             self.head = nn.Sequential(OrderedDict(
-                first_dropout=first, dense=Linear(D, D), activation=nn.GELU() if config.relative else nn.Tanh(),
-                dropout=head_dropout, out_proj=Linear(D, config.num_labels)))
-        if head == "classify" and config.relative:
-            self.head_names = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
+                first_dropout=head_dropout, dense=Linear(D, D), activation=nn.Tanh(), dropout=head_dropout,
+                out_proj=Linear(D, config.num_labels)))
         self.max_length = config.max_position_embeddings or math.inf
         if config.family == "roberta":  # counts positions from pad_id + 1
             self.max_length -= config.pad_token_id + 1
@@ -757,8 +708,14 @@ class Encoder(Transformer):
     def hidden_states(self, tokens, mask=None, types=None, first_token_only=False):
         """tokens, mask (bool, True = real token, None: no padding) and types, all (B, T), -> (B, T, D).
 
-        `first_token_only`: see `run_blocks`. Raises UserError when T exceeds the position table.
+        `first_token_only`: see `run_blocks`.
         """
+        visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        x = self.dropout(self.embeddings(tokens, types))
+        return self.run_blocks(x, {None: (visible, False)}, first_token_only)
+
+    def embeddings(self, tokens, types=None):
+        """What the first block reads, (B, T, D); raises UserError when T exceeds the position table."""
         T, pad = tokens.shape[1], self.config.pad_token_id
         if T > self.max_length:
             raise UserError(f"{T} tokens, but the model has {self.max_length} positions: lower --max-length")
@@ -770,27 +727,7 @@ class Encoder(Transformer):
             x = x + self.positions(real.cumsum(1) * real + pad)
         elif self.positions is not None:
             x = x + self.positions.weight[:T]
-        x, inputs = self.embed_norm(x), {}
-        visible = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
-        if self.config.relative:
-            inputs["bucket"], inputs["table"] = self.relative_positions(T)
-        if self.config.relative and mask is not None:
-            x, visible = x * mask[..., None], visible & visible.mT  # padding sees nothing, either
-        return self.run_blocks(self.dropout(x), {None: (visible, False)}, first_token_only, **inputs)
-
-    def relative_positions(self, T):
-        """(bucket (T, T), table (R, D)) for `Block`: the part of the table for T tokens, and each pair's row in it."""
-        at, span = torch.arange(T, device=self.embed.weight.device), self.config.span
-        bucket, middle = at[:, None] - at, self.config.buckets // 2  # query - key
-        if middle:  # the nearest half of the buckets holds a distance each, the others grow logarithmically
-            far = bucket.abs().clamp(min=middle) / middle
-            furthest = torch.tensor(self.config.furthest / middle)  # float32 decides
-            far = torch.log(far) / torch.log(furthest) * (middle - 1)
-            far = bucket.sign() * (middle + far.ceil())
-            bucket = torch.where(bucket.abs() <= middle, bucket, far).long()
-        near = T if T <= (middle or span) else span
-        table = self.relative_embed.weight[span - near:span + near]
-        return (bucket + near).clamp(0, 2 * near - 1), self.relative_norm(table)
+        return self.embed_norm(x)
 
 
 class Decoder(Transformer):
@@ -899,6 +836,14 @@ class ViT(Transformer):
         return self.run_blocks(self.dropout(x), {None: (None, False)}, first_token_only)
 
 
+def model_class(config):
+    """The Transformer of a Config's family."""
+    if config.family == "deberta-v2":
+        from extras.deberta import Deberta  # which imports this module
+        return Deberta
+    return {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
+
+
 # settings of generation_config.json that change what transformers decodes, with the values that do not
 DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
             "guidance_scale": 1, **dict.fromkeys("""bad_words_ids suppress_tokens begin_suppress_tokens penalty_alpha
@@ -918,7 +863,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     Raises UserError for anything wrong.
     """
     config, folder = find_config(name, weights, changes)
-    kind = {"encoder": Encoder, "vit": ViT, "decoder": Decoder}[config.kind]
+    kind = model_class(config)
     if head is None:
         saved_as = str((config.raw.get("architectures") or [""])[0])
         head = next((ours for ours, theirs in kind.heads.items() if saved_as.endswith(theirs)), [*kind.heads][0])
