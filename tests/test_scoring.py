@@ -89,6 +89,43 @@ def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch
     assert "accuracy" not in evaluation.evaluate(model, task, splits["dev"], 8, tokenizer, False, "likelihood")
 
 
+def test_answers_own_texts(checkpoints, tmp_path):
+    """papers/cloze.py: log-probabilities and both accuracies are transformers', a sequence at a time; it trains."""
+    random, asked, rows = np.random.default_rng(3), [], []
+    for i in range(30):
+        answers = [" ".join(random.choice(WORDS, size=random.integers(1, 6))) for _ in range(3 + i % 3)]
+        asked.append((" ".join(random.choice(WORDS, size=5)), answers, random.integers(len(answers))))
+        listed = " ".join(f"Answer{k}: {text}" for k, text in enumerate(answers, 1))
+        rows.append({"instruction": f"Please choose the correct answer to the question: {asked[-1][0]}\n\n{listed}\n\n"
+                     "Answer format: answer1/answer2", "input": "", "output": "", "answer": f"answer{asked[-1][2] + 1}"})
+    name = f"{ROOT}/papers/cloze.py:arc-e"
+    instructions(tmp_path, name, rows)
+    task, model, tokenizer, splits = loaded(checkpoints, name, tmp_path)
+    oracle, right = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "llama"), []
+    for question, answers, target in asked:
+        begin, scores = tokenizer.encode([f"Question: {question}\nAnswer:"], special=False)[0][0], []
+        for text in answers:
+            ids = torch.tensor([*tokenizer.prefix, *tokenizer.encode([f"Question: {question}\nAnswer: {text}"],
+                                                                    special=False)[0][0]]).long()
+            with torch.no_grad():
+                each = oracle(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])
+            scores.append(each[len(tokenizer.prefix) + len(begin) - 1:].sum().item())
+        lengths = [len(text) for text in answers]
+        right.append((np.argmax(scores) == target, np.argmax(np.divide(scores, lengths)) == target))
+    expected = dict(zip(("accuracy", "accuracy_norm"), np.mean(right, 0)))
+    assert all(0 < share < 1 for share in expected.values()) and len({*expected.values()}) == 2
+    for batch_size in (1, 7):
+        assert evaluation.evaluate(model, task, splits["dev"], batch_size, tokenizer) == pytest.approx(expected)
+    (tmp_path / "ARC-Easy" / "train.json").write_text(json.dumps(rows))
+    result = main("--model", checkpoints / "llama", "--task", name, "--data", tmp_path, "--steps", 2, "--rank", 4,
+                  "--out", tmp_path / "run")
+    assert {"accuracy", "accuracy_norm"} <= result.keys()
+    rows[3]["instruction"] = "Which?"
+    instructions(tmp_path, name, rows)
+    with refused("row 4: no question with Answer1"):
+        data.read(task, tmp_path, "dev")
+
+
 def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
     """The text is cut before the first stop string; the model works no longer than the slowest row needs."""
     rows = [{"instruction": " ".join(WORDS[i:i + 2 + i % 5]), "output": "a", "dataset": "", "generator": ""}
