@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -51,6 +53,17 @@ def test_no_source_runs_code_from_data():
         source = WithoutTexts().visit(ast.parse(path.read_text(encoding="utf-8")))
         for line in ast.unparse(source).splitlines():
             assert not FORBIDDEN.search(line), f"{path.name}: {line}"
+
+
+def test_installed_packages_do_not_hide_its_folders(tmp_path):
+    """There is an `extras` on the package index; a folder without __init__.py would give way to it."""
+    for name in ("extras", "papers"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").touch()
+    program = "import extras, papers; print(extras.__file__, papers.__file__)"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+                          capture_output=True, text=True, check=True).stdout
+    assert said.split() == [str(ROOT / name / "__init__.py") for name in ("extras", "papers")]
 
 
 # ---------------------------------------------------------------------------------------------- pickles

@@ -1,0 +1,1 @@
+"""What repeats single tables, figures and data sets of the papers."""
