@@ -668,10 +668,10 @@ def to_json(value, indent=None):
 
 @functools.cache
 def source_hash(method, task=None):
-    """SHA-256 of the program's source, all *.py beside this file, and of the method's and task's own `file.py:Name`."""
+    """SHA-256 of the program's source, *.py here and in extras/, and of the method's and task's own `file.py:Name`."""
     own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
-    digest = hashlib.sha256()
-    for file in [*sorted(Path(__file__).parent.glob("*.py")), *filter(Path.is_file, own)]:
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]), *filter(Path.is_file, own)]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

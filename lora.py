@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import Int8Linear, UserError, as_stored, cache_folder, open_weights, publish, read_json, stored_names
+from model import UserError, as_stored, cache_folder, open_weights, publish, read_json, stored_names
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 
@@ -55,7 +55,7 @@ class LoraLinear(nn.Module):
         A and s B are rounded to W's dtype, in which they are computed, so that the layer adds what was taken off W.
         There is no dropout from here on, which would drop parts of W.
         """
-        if isinstance(self.linear, Int8Linear):
+        if hasattr(self.linear, "dequantised"):
             raise UserError("--weights int8: LeLoRA, PiSSA and MiLoRA take components off W itself; leave it out")
         W = self.weight.to(A.device)  # it may wait on the CPU to be sharded
         A, B = ((t * c).to(W.dtype).float() for t, c in ((A, self.scale ** -0.5), (B, self.scale ** 0.5)))
@@ -121,7 +121,7 @@ class LoraLinear(nn.Module):
         """Add the update into W, so that the layer costs what the plain one does; errors are one rounding of W."""
         if not self.merged:
             delta = self.delta()
-            if isinstance(self.linear, Int8Linear):
+            if hasattr(self.linear, "dequantised"):
                 self.linear = self.linear.dequantised()
             self.weight.data.copy_(self.weight.float() + delta)
             self.merged = True

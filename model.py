@@ -408,47 +408,6 @@ class TokenLoss(torch.autograd.Function):
         return *(None if g is None else (grad * g).to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
-class Int8Product(torch.autograd.Function):
-    """x W^T with W = diag(scale) q, q int8: it is cast for each product, and no float copy waits for the backward."""
-
-    @staticmethod
-    def forward(ctx, x, q, scale):
-        ctx.save_for_backward(q, scale)
-        return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)  # the scale is float32: one rounding
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, scale = ctx.saved_tensors
-        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None
-
-
-class Int8Linear(nn.Module):
-    """A frozen Linear with W as int8, each row over its own largest entry (Dettmers et al. 2022, section 2)."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.dtype, self.bias = linear.weight.dtype, linear.bias
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self.scale = nn.Parameter(scale, requires_grad=False)  # (out,)
-        self.q = nn.Parameter((weight / scale[:, None]).round().to(torch.int8), requires_grad=False)  # (out, in)
-
-    @property
-    def weight(self):  # made anew whenever it is asked for: what is written there is lost
-        return (self.q * self.scale[:, None]).to(self.dtype)
-
-    def forward(self, x):
-        y = Int8Product.apply(x, self.q, self.scale)
-        return y if self.bias is None else y + self.bias
-
-    def dequantised(self):
-        """The plain frozen Linear of the same weights."""
-        linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
-        return linear
-
-
 def dropout(x, p):
     """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
     if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
@@ -859,7 +818,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     as the checkpoint has); None is what the checkpoint was saved as. weights="random" draws all from `seed`, as what
     `model.fresh` names. `mapped` leaves on the CPU what has the `dtype` in the file: pages that all processes of a
     machine share. `outputs`: indices of the checkpoint's outputs that become the model's, [] for a new head; by default
-    all, if they are as many. `int8` keeps the blocks' matrices as Int8Linear; `changes` override the config.json.
+    all, if they are as many. `int8` keeps the blocks' matrices as extras/int8.py's; `changes` override the config.json.
     Raises UserError for anything wrong.
     """
     config, folder = find_config(name, weights, changes)
@@ -908,6 +867,7 @@ def place(model, name, value, dtype, device, int8=False, mapped=False):
     module = model.get_submodule(path)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     if int8 and name.startswith("blocks.") and leaf == "weight" and isinstance(module, Linear):
+        from extras.int8 import Int8Linear  # which imports this module
         model.set_submodule(path, Int8Linear(module))
 
 

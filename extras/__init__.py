@@ -1,1 +1,1 @@
-"""What needs packages beside requirements.txt, and families of models that few readers want."""
+"""What needs packages beside requirements.txt, and what few readers look for: DeBERTa, matrices in 8 bits."""
