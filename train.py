@@ -41,6 +41,7 @@ import eval as evaluation
 import lora
 import model as models
 from eval import parser_of, setting
+from extras.cards import write_cards
 from model import UserError
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -752,7 +753,7 @@ def run(s):
         if warning:
             result["warning"] = warning
             say("warning: " + warning)
-        evaluation.write_cards(out, train_rows)
+        write_cards(out, train_rows)
         with models.publish(out / "result.json", folder=False) as part:  # the last: it is finished
             part.write_text(evaluation.to_json(result, indent=2) + "\n", encoding="utf-8")
         return result

@@ -1,1 +1,1 @@
-"""What needs packages beside requirements.txt, and what few readers look for: DeBERTa, matrices in 8 bits."""
+"""What needs packages beside requirements.txt, and what few readers look for: cards, DeBERTa, 8 bits."""

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import lora
-from eval import AUTO
+from extras.cards import AUTO
 from model import UserError
 
 

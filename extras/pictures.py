@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
-from eval import grid, read_log, read_run
+from eval import read_log, read_run
+from extras.cards import grid
 from model import UserError
 
 LOGGED = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",

@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lora
-from eval import Parser, command, grid, to_json
+from eval import Parser, command, to_json
+from extras.cards import grid
 from extras.pictures import alike, heat, panels, plot_points, pyplot, read_runs, save_figures
 
 

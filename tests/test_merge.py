@@ -16,6 +16,7 @@ from test_train import LLAMA, ROOT, checkpoints, main, texts, tokenizer_into  # 
 
 import eval as evaluation
 import model as models
+from extras import cards
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,7 +193,7 @@ def card_of(short, tmp_path, name, labels=None):
     run["settings"]["model"], run["labels"] = name, labels or run["labels"]
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "adapter").mkdir(exist_ok=True)
-    evaluation.write_cards(tmp_path, 64)
+    cards.write_cards(tmp_path, 64)
     return front_matter((tmp_path / "README.md").read_text(encoding="utf-8"))
 
 
