@@ -44,9 +44,8 @@ import eval as evaluation
 import lora
 import model as models
 import train
-from eval import parser_of, setting
+from eval import parser_of, say, setting
 from model import UserError
-from train import say
 
 
 @dataclass
@@ -171,7 +170,7 @@ class Contender:
         cold = torch.empty(16 << 20, device=self.s.device)  # 64 MB, more than its cache
         inputs, labels = batch
         outputs = evaluation.logits(self.model, inputs)
-        train.criterion(t.kind, outputs, labels).backward()
+        evaluation.criterion(t.kind, outputs, labels).backward()
         lora.gather_gradients([*t.params, *a.own])
         outputs = outputs.detach()
         if a.validation_loss:
@@ -224,12 +223,12 @@ def contender(b, base, kind, name):
         rows = allocators.LeLora.validation_rows if method == "uniform+validation" else allocator.validation_rows
         if rows:
             aside = random_split(b, base, kind, rows)
-            allocator.validation_loss = train.validation(model, kind, aside, s.device)
+            allocator.validation_loss = evaluation.validation(model, kind, aside, s.device)
         if method == "uniform+validation":
             allocator.after_backward = lambda step: allocator.validation_loss()
         made = Contender(s, model, training=train.Training(s, model, kind, allocator))
     if method != name:
-        train.compile_blocks(model)
+        models.compile_blocks(model)
     return made
 
 
@@ -239,7 +238,7 @@ def floor(s, model, kind):
         return output + linear.shift.to(output.dtype)
 
     def loss(inputs, labels):
-        return train.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
+        return evaluation.criterion(kind, evaluation.logits(model, inputs), labels) / labels.numel()
 
     params = list(model.head.parameters()) if kind != "lm" else []
     for site, _, _ in lora.sites(model, s.targets):
@@ -856,7 +855,7 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    answer(command, table(rows), {"device": evaluation.device_name(b.device), "dtype": b.dtype, **train.VERSIONS,
+    answer(command, table(rows), {"device": evaluation.device_name(b.device), "dtype": b.dtype, **evaluation.VERSIONS,
                                   "settings": dataclasses.asdict(b), "rows": rows})
 
 

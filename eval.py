@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -77,6 +79,7 @@ def spearman(predictions, labels):
     return pearson(*ranks)
 
 
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
@@ -133,6 +136,31 @@ def logits(model, inputs):
 def token_loss(model, inputs, labels):
     """Sum of the cross-entropies of a batch's answer tokens, 0-d float32; never holds the logits of all of them."""
     return logits(model, {**inputs, "labels": labels})
+
+
+def criterion(kind, logits, labels):
+    """Sum over examples (or answer tokens) of the training loss, in float32: squared error or cross-entropy."""
+    if kind == "regress":
+        return F.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")  # logits (B, 1), labels (B,)
+    return F.cross_entropy(logits.float(), labels, reduction="sum")  # logits (B or N, C), labels (B or N,)
+
+
+def validation(model, kind, split, device):
+    """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
+    inputs, labels = data.collate(split, list(range(len(split))), device=device)
+
+    @torch.no_grad()
+    def loss():
+        model.eval()
+        total = (token_loss(model, inputs, labels) if kind == "lm"
+                 else criterion(kind, logits(model, inputs), labels))
+        model.train()
+        value = total / labels.numel()
+        if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
+            dist.broadcast(value, 0)
+        return value
+
+    return loss
 
 
 def _perplexity(model, split, batches):
@@ -402,6 +430,39 @@ def rows_at_once(s, task, model, splits):
     return min(256, 2 ** (rows.bit_length() - 1))
 
 
+def fit_memory(training, batches):
+    """On a GPU, find by trials how many of the longest rows a pass can take; if none, activations are recomputed."""
+    s, model, device = training.s, training.model, training.device
+    if device.type != "cuda" or s.forward_rows:
+        return
+    rows = math.ceil(min(s.batch_size, len(batches.split)) / lora.process_and_count()[1])
+    halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
+    longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
+    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
+    model.train()
+    for recompute, n in itertools.product(sorted({s.checkpointing, True}), halved):
+        s.checkpointing = model.checkpointing = recompute
+        before = torch.cuda.get_rng_state(device)
+        try:
+            batch = data.collate(batches.split, longest[:n], batches.widths, s.device)
+            training.forward_backward([(*batch, 0.0)])
+            break
+        except torch.OutOfMemoryError:
+            continue
+        finally:
+            torch.cuda.set_rng_state(before, device)
+            for p in [*model.parameters(), *training.params]:
+                p.grad = None
+            torch.cuda.empty_cache()
+    else:
+        raise UserError(f"--max-length {s.max_length}: one row does not fit the memory of {s.device}: lower it")
+    for name in training.allocator.summed:
+        getattr(training.allocator, name).zero_()
+    s.forward_rows = -lora.largest(torch.tensor(-n)).item()
+    if s.forward_rows < rows or recompute:
+        say(f"memory: forward passes of {s.forward_rows} rows" + ", activations recomputed" * recompute)
+
+
 def load_run(folder, changes, shard=None):
     """A run folder's (settings, task, Processor, model): a fresh base with the run's adapter, or the run's own model.
 
@@ -502,6 +563,11 @@ def merge(folder, out, changes):
 # ---------------------------------------------------------------------------------------------- words for numbers
 
 
+def say(message):
+    """A line for the person who watches, on stderr."""
+    tqdm.write(message, file=sys.stderr)
+
+
 def markdown(head, rows):
     """Lines of a Markdown table, the last one empty."""
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
@@ -571,6 +637,14 @@ def number(kind, low=0, high=2**63):
 
     read.__name__ = kind.__name__  # as errors have it
     return read
+
+
+def check_bounds(settings):
+    """Raises UserError for a number out of its bounds: settings made in Python, or of a run.json, had no parser."""
+    for f in fields(settings):
+        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
+        if isinstance(value, (int, float)) and not low <= value < high:
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
 
 
 def command(main):

@@ -858,6 +858,13 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     return model.eval()
 
 
+def compile_blocks(model):
+    """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
+    torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
+    for block in model.blocks:
+        block.compile()
+
+
 def place(model, name, value, dtype, device, int8=False, mapped=False):
     """Make a copy of `value` the frozen parameter `name`; see `load` for the options."""
     path, _, leaf = name.rpartition(".")  # a head that is trained stays float32, since small steps on bfloat16 are lost

@@ -12,13 +12,10 @@ Progress goes to stderr; the last line on stdout is one JSON object with the res
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
-import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -26,11 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -40,11 +35,10 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from eval import parser_of, setting
+from eval import check_bounds, criterion, fit_memory, parser_of, say, setting, validation
 from extras.cards import write_cards
+from lora import add_up, after_process_0, compare, largest, process_and_count, processes, shard, start_alike
 from model import UserError
-
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 @dataclasses.dataclass
@@ -178,11 +172,7 @@ def settle(s, config):
         s.device = evaluation.find_device("auto")  # another is tried when the model is loaded
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
-        there, started = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        if there < started:
-            raise UserError(f"torchrun --nproc-per-node {started}: there are {there} GPUs here: start no more")
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(s.device)
+        s.device = lora.own_device()
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         adapters = cuda and s.method not in ("full", "bitfit")
         s.dtype = "bfloat16" if adapters and torch.cuda.is_bf16_supported() else "float32"
@@ -196,14 +186,6 @@ def settle(s, config):
         s.out = next(name for name in names if not Path(name).exists())
     check(s, policy)
     return task
-
-
-def check_bounds(settings):
-    """Raises UserError for a number out of its bounds: settings made in Python, or of a run.json, had no parser."""
-    for f in dataclasses.fields(settings):
-        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
-        if isinstance(value, (int, float)) and not low <= value < high:
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
 
 
 def check(s, policy):
@@ -236,88 +218,6 @@ def check(s, policy):
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
-
-
-# ---------------------------------------------------------------------------------------------- more than one device
-# Every process computes the same step on its share of each batch: gradients are added up before policies see them, so
-# all hold the same adapters and policy state, and decide alike. Process 0 alone prints and writes.
-
-
-def process_and_count():
-    """This process's number and how many there are: (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def processes():
-    """Join the processes that torchrun started, if any, of which 0 alone is heard."""
-    if dist.is_initialized() or not dist.is_torchelastic_launched():
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # the others wait while 0 evaluates
-    nowhere = open(os.devnull, "w") if dist.get_rank() else None
-    with contextlib.redirect_stdout(nowhere or sys.stdout), contextlib.redirect_stderr(nowhere or sys.stderr):
-        yield
-    dist.destroy_process_group()
-
-
-def after_process_0(s):
-    """Others wait here until process 0 comes, which reads, fetches and complains first; they take over its --out."""
-    out = [s.out]
-    dist.broadcast_object_list(out)
-    s.out = out[0]
-
-
-def add_up(tensors):
-    """Replace each tensor by its sum over the processes: one message for all."""
-    if process_and_count()[1] == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(total.view_as(t))
-
-
-def largest(tensor):
-    """A tensor, replaced by the largest of the processes' values; on the CPU no device is waited for."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor
-
-
-def start_alike(s, step, tensors):
-    """Give all processes the parameters of process 0, which draws as if it were alone; dropout differs."""
-    process, count = process_and_count()
-    for p in tensors if count > 1 else ():
-        dist.broadcast(p, 0)
-    if process:
-        torch.manual_seed(int(np.random.SeedSequence((s.seed, step, process)).generate_state(1)[0]))
-
-
-def compare(step, training):
-    """Raise UserError unless all processes hold the same parameters, vectors and policy state, by their sums."""
-    if process_and_count()[1] == 1:
-        return
-    state = {name: t for name, t in training.state().items() if not name.endswith("generator")}
-    sums = torch.stack([t.sum(dtype=torch.float64).to(training.device) for t in state.values()])
-    extremes = largest(torch.stack([sums, -sums]))  # the largest, and minus the smallest
-    different = [name for name, most, least in zip(state, *extremes.tolist()) if most != -least]
-    if different:
-        raise UserError(f"step {step}: the processes no longer hold the same {different[0]}: start again")
-
-
-def shard(model, device):
-    """Spread the frozen weights over the processes (FSDP2), block by block; what is trained stays whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # here, not above: a second that other runs need not wait for
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    whole = {p for layer in lora.adapters(model).values() for p in layer.parameters(recurse=False)}
-    whole |= set(model.head.parameters()) if model.head_kind != "lm" else set()
-    for p in whole:
-        p.data = p.data.to(device)
-    for module in [*model.blocks, model]:
-        fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
 # ---------------------------------------------------------------------------------------------- a step and the loop
@@ -445,46 +345,6 @@ class Training:
         return {"now": round(now.item()), "mean": round(mean.item()), "peak": round(max(self.peak, now).item())}
 
 
-def fit_memory(training, batches):
-    """On a GPU, find by trials how many of the longest rows a pass can take; if none, activations are recomputed."""
-    s, model, device = training.s, training.model, training.device
-    if device.type != "cuda" or s.forward_rows:
-        return
-    rows = math.ceil(min(s.batch_size, len(batches.split)) / process_and_count()[1])
-    halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
-    longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
-    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
-    model.train()
-    for recompute, n in itertools.product(sorted({s.checkpointing, True}), halved):
-        s.checkpointing = model.checkpointing = recompute
-        before = torch.cuda.get_rng_state(device)
-        try:
-            batch = data.collate(batches.split, longest[:n], batches.widths, s.device)
-            training.forward_backward([(*batch, 0.0)])
-            break
-        except torch.OutOfMemoryError:
-            continue
-        finally:
-            torch.cuda.set_rng_state(before, device)
-            for p in [*model.parameters(), *training.params]:
-                p.grad = None
-            torch.cuda.empty_cache()
-    else:
-        raise UserError(f"--max-length {s.max_length}: one row does not fit the memory of {s.device}: lower it")
-    for name in training.allocator.summed:
-        getattr(training.allocator, name).zero_()
-    s.forward_rows = -largest(torch.tensor(-n)).item()
-    if s.forward_rows < rows or recompute:
-        say(f"memory: forward passes of {s.forward_rows} rows" + ", activations recomputed" * recompute)
-
-
-def criterion(kind, logits, labels):
-    """Sum over examples (or answer tokens) of the training loss, in float32: squared error or cross-entropy."""
-    if kind == "regress":
-        return F.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")  # logits (B, 1), labels (B,)
-    return F.cross_entropy(logits.float(), labels, reduction="sum")  # logits (B or N, C), labels (B or N,)
-
-
 def schedule(s, step, steps):
     """Learning rate over its peak after `step` of `steps`: linear warm-up, then linear, cosine or constant."""
     warmup = int(s.warmup) if s.warmup >= 1 else math.ceil(s.warmup * steps)
@@ -552,31 +412,6 @@ def train(training, batches, task, alive, evaluate):
             "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": int(training.bad[0]),
             "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2),
             "peak_memory_mb": round(evaluation.peak_memory(s.device) / 2**20)}
-
-
-def validation(model, kind, split, device):
-    """A call that gives the mean loss on `split` as a 0-d tensor, without gradients and without dropout."""
-    inputs, labels = data.collate(split, list(range(len(split))), device=device)
-
-    @torch.no_grad()
-    def loss():
-        model.eval()
-        total = (evaluation.token_loss(model, inputs, labels) if kind == "lm"
-                 else criterion(kind, evaluation.logits(model, inputs), labels))
-        model.train()
-        value = total / labels.numel()
-        if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
-            dist.broadcast(value, 0)
-        return value
-
-    return loss
-
-
-def compile_blocks(model):
-    """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
-    torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
-    for block in model.blocks:
-        block.compile()
 
 
 # ---------------------------------------------------------------------------------------------- keeping a run alive
@@ -802,14 +637,14 @@ def set_up(s, alive):
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
     if s.compile == "on":
-        compile_blocks(model)
+        models.compile_blocks(model)
     if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:
         shard(model, s.device)
     fit_memory(training, batches)
     if not s.resume and process == 0:
-        alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": VERSIONS,
+        alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": evaluation.VERSIONS,
                      "device": evaluation.device_name(s.device), "command": shlex.join(sys.argv),
                      "commit": evaluation.commit(), "source": evaluation.source_hash(s.method, s.task)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
@@ -817,11 +652,6 @@ def set_up(s, alive):
         f"{trainable:,} of {everything:,} parameters, {s.dtype} on {evaluation.device_name(s.device)}; "
         f"run folder {s.out}")
     return training, batches, task, splits, processor
-
-
-def say(message):
-    """A line for the person who watches, on stderr."""
-    tqdm.write(message, file=sys.stderr)
 
 
 def main(argv=None):

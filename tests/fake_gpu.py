@@ -409,7 +409,7 @@ def full_size(watch, method, model, rows, length, weights="float"):
     def validation():
         with watch.during("validation"):
             built.eval()
-            value = train.criterion("lm", evaluation.logits(built, inputs), labels) / labels.numel()
+            value = evaluation.criterion("lm", evaluation.logits(built, inputs), labels) / labels.numel()
             built.train()
         return value
 
@@ -436,7 +436,7 @@ def count(method, model, rows, length, weights="float"):
 
 
 def fit(method, model, rows, length, gib):
-    """What train.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
+    """What eval.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
     with fake_gpu(capacity=gib * 2**30) as watch:
         training, batch = full_size(watch, method, model, rows, length)
         split = data.Split("lm", [], [length] * rows, starts=[length // 2] * rows)

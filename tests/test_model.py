@@ -14,7 +14,7 @@ from tiny import COMMIT, ROOT, mirror  # noqa: F401: one is a fixture
 
 import lora
 import model as models
-import train
+import eval as evaluation
 from model import UserError, generate, load, resolve, save
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -203,7 +203,7 @@ def test_logits(name, kind, labels, padding, tmp_path):
     if kind == "QuestionAnswering":
         ends = torch.tensor([[7, 7], [6, 9], [7, 8]])  # of the answers
         loss = oracle(tokens, mask, start_positions=ends[:, 0], end_positions=ends[:, 1]).loss
-        assert (train.criterion("span", run(ours, tokens, mask), ends) / ends.numel() - loss).abs() < 1e-5
+        assert (evaluation.criterion("span", run(ours, tokens, mask), ends) / ends.numel() - loss).abs() < 1e-5
     assert ours.fresh == [] and not any(p.requires_grad for p in ours.parameters()) and not ours.training
 
 
