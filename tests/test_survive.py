@@ -343,7 +343,6 @@ def test_a_bad_batch_moves_nothing(method, kind, poison, tmp_path, monkeypatch):
     LeLoRA's network takes no lesson from it, but draws the next action; so there the reference does that, too.
     """
     criterion, seen = train.criterion, []
-    loss_7 = 13 if method == "lelora" else 7  # every step of LeLoRA also computes its validation loss
     ours = lora.AdamW if method in ("lalora", "lelora") else torch.optim.AdamW
     optimizers = {"adamw": [ours], "sgd": [torch.optim.SGD], "muon": [ours, torch.optim.Muon]}[kind]
     policy = train.allocators.METHODS[method]
@@ -354,10 +353,10 @@ def test_a_bad_batch_moves_nothing(method, kind, poison, tmp_path, monkeypatch):
         return loss * float("nan") if poison == "loss" else loss + (args[1].flatten()[0] * 0).sqrt()  # gradient 0 / 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "criterion", at_call(loss_7, criterion, bad))
+        patch.setattr(train, "criterion", at_call(7, criterion, bad))
         train.main([*flags, "--out", str(tmp_path / "bad")])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "criterion", at_call(loss_7, criterion, lambda *args: criterion(*args) * 0))
+        patch.setattr(train, "criterion", at_call(7, criterion, lambda *args: criterion(*args) * 0))
         for optimizer in optimizers:
             patch.setattr(optimizer, "step", at_call(7, optimizer.step, lambda self: seen.append(self)))
         if method == "lelora":
