@@ -1068,23 +1068,29 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
                      pad_id=tokenizer.pad_id)
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no eos token: name an eos_token in tokenizer_config.json")
-    asked, said, apart = tokenizer.encode_answers(*([row[key] for row in rows] for key in ("prompt", "answer")))
+    pairs = [(row["prompt"], row["answer"]) for row in rows]
     split = Split(task.kind, [], [], tokens=[], starts=[], pad_id=tokenizer.pad_id)
-    for row, prompt, answer in zip(rows, asked, said):
-        start = len(tokenizer.prefix) + len(prompt)
-        ids = np.concatenate((tokenizer.prefix, prompt, answer, [tokenizer.eos_id])).astype(np.int32)[:max_length]
+    for row, ids, start in zip(rows, *join_answers(task, tokenizer, pairs, [tokenizer.eos_id])):
+        ids = ids[:max_length]
         if start < len(ids):
             split.rows.append(row)
             split.tokens.append(ids)
             split.lengths.append(len(ids))
             split.starts.append(start)
-    if apart:
-        note(f"{task.name}: {apart} of {len(rows)} answers were encoded apart from their prompts: they would merge")
     if not split.rows:
         raise UserError(f"{task.name}: no row has its answer within max length {max_length}: raise it")
     if len(split) < len(rows):
         note(f"{task.name}: dropped {len(rows) - len(split)} of {len(rows)} rows, no answer within length {max_length}")
     return split
+
+
+def join_answers(task, tokenizer, pairs, end=()):
+    """Return (ids of each prompt, its answer and `end`, int32 arrays; where the answers begin) of pairs of texts."""
+    asked, said, apart = tokenizer.encode_answers(*map(list, zip(*pairs)))
+    if apart:
+        note(f"{task.name}: {apart} of {len(pairs)} answers were encoded apart from their prompts: they would merge")
+    tokens = [np.concatenate((tokenizer.prefix, *ids, end)).astype(np.int32) for ids in zip(asked, said)]
+    return tokens, [len(tokenizer.prefix) + len(ids) for ids in asked]
 
 
 def batches(lengths, batch_size, seed=0, epoch=0, shuffle=True):

@@ -79,7 +79,6 @@ def spearman(predictions, labels):
     return pearson(*ranks)
 
 
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
@@ -562,6 +561,7 @@ def merge(folder, out, changes):
 
 # ---------------------------------------------------------------------------------------------- words for numbers
 
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 def say(message):
     """A line for the person who watches, on stderr."""

@@ -341,8 +341,7 @@ def normalise(raw, path):
                                                       for n, p in zip(image, patch))):
             refuse("image_size", f"positive integers not below patch_size {patch}")
         c.image_size, c.patch_size = (c.num_channels, *image), patch
-    if family == "deberta-v2":
-        model_class(c).settle(c, refuse)
+    model_class(c).settle(c, refuse)
     return c
 
 
@@ -586,6 +585,10 @@ class Transformer(nn.Module):
     """What the three model classes share: names in transformers' checkpoints, and the loop over the blocks."""
 
     module_names = {}  # where transformers' models name things otherwise than its checkpoints
+
+    @staticmethod
+    def settle(config, refuse):
+        """Add to a Config what follows in this family alone; refuse(key, expected) raises UserError."""
 
     def __init__(self, config, head):
         super().__init__()

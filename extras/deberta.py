@@ -4,7 +4,6 @@ He et al. 2021, https://arxiv.org/abs/2006.03654. It is also the example of a fa
 model.model_class has two lines: what differs from an Encoder and its Block, and nothing else.
 """
 
-
 import torch
 import torch.nn as nn
 
@@ -27,7 +26,7 @@ class DebertaBlock(Block):
         """As Block.attend; `table` (R, D) holds a vector per bucket of distances, `bucket` (T, T) its row for i, j."""
         scores = self.position_scores(q, k, bucket, table)
         if mask is not None:  # the lowest number: padding, which sees nothing, averages over all tokens
-            scores = scores.masked_fill(~mask[:, :, :q.shape[2]], torch.finfo(scores.dtype).min)
+            scores.masked_fill_(~mask[:, :, :q.shape[2]], torch.finfo(scores.dtype).min)
         return super().attend(q, k, v, scores, causal)
 
     def position_scores(self, q, k, bucket, table):

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data import TASKS, Split, collate, get, locate, read_json
+from data import TASKS, Split, collate, get, join_answers, locate, name_unread, read_json
 from eval import logits
 from model import UserError, require_finite
 
-ASKED = re.compile(r"Please choose the correct answer to the question: (.+)\n\n(Answer1: .+)\n\nAnswer format: .+", re.S)
+ASKED = re.compile(r"Please choose the correct answer to the question: (.+)\n\n(Answer1: .+)\n\nAnswer format: (.+)",
+                   re.S)
 ANSWER = re.compile(r"(Answer\d): (.+?)(?= Answer\d: |$)", re.S)
 
 
@@ -25,12 +26,13 @@ def read_choices(task, data, split):
     """LLM-Adapters' rows as {prompt, answer: the right one, answers: the texts of all}."""
     for path in locate(task, data, split):
         for where, row in read_json(path):
+            name_unread(where, row, ("instruction", "answer", "output"))  # the last: the answer's number, in a sentence
             asked = ASKED.fullmatch(get(row, "instruction", where).strip())
-            answers = dict(ANSWER.findall(asked[2])) if asked else {}
-            right = get(row, "answer", where).capitalize()
-            if right not in answers:
-                raise UserError(f"{where}: no question with Answer1: ... and {right!r} in it: mend the row")
-            answers = {name: " " + text.strip() for name, text in answers.items()}
+            answers = {name.lower(): " " + text.strip() for name, text in ANSWER.findall(asked[2])} if asked else {}
+            right = get(row, "answer", where).lower()
+            if right not in answers or [*answers] != asked[3].split("/"):
+                raise UserError(f"{where}: no question with Answer1: ... and {right!r} in it, each listed once in its "
+                                "Answer format: mend the row")
             yield where, {"prompt": f"Question: {asked[1].strip()}\nAnswer:", "answer": answers[right],
                           "answers": [*answers.values()]}
 
@@ -44,9 +46,7 @@ class Choices(Split):
 def encode_choices(task, rows, tokenizer, max_length):
     """Return the Choices of rows, whole and without an eos, which no answer is judged by."""
     def texts(pairs):
-        asked, said, _ = tokenizer.encode_answers(*map(list, zip(*pairs)))
-        starts = [len(tokenizer.prefix) + len(ids) for ids in asked]
-        tokens = [np.array([*tokenizer.prefix, *a, *b], np.int32) for a, b in zip(asked, said)]
+        tokens, starts = join_answers(task, tokenizer, pairs)
         return dict(kind="lm", rows=rows, lengths=[*map(len, tokens)], tokens=tokens, starts=starts,
                     pad_id=tokenizer.pad_id)
 

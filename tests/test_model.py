@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import COMMIT, ROOT, mirror  # noqa: F401: one is a fixture
 
+import eval as evaluation
 import lora
 import model as models
-import eval as evaluation
 from model import UserError, generate, load, resolve, save
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

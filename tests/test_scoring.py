@@ -89,15 +89,16 @@ def test_likelihoods_equal_transformers(checkpoints, gpt2, tmp_path, monkeypatch
     assert "accuracy" not in evaluation.evaluate(model, task, splits["dev"], 8, tokenizer, False, "likelihood")
 
 
-def test_answers_own_texts(checkpoints, tmp_path):
+def test_answers_own_texts(checkpoints, tmp_path, caplog):
     """papers/cloze.py: log-probabilities and both accuracies are transformers', a sequence at a time; it trains."""
     random, asked, rows = np.random.default_rng(3), [], []
     for i in range(30):
         answers = [" ".join(random.choice(WORDS, size=random.integers(1, 6))) for _ in range(3 + i % 3)]
         asked.append((" ".join(random.choice(WORDS, size=5)), answers, random.integers(len(answers))))
         listed = " ".join(f"Answer{k}: {text}" for k, text in enumerate(answers, 1))
+        names = "/".join(f"answer{k + 1}" for k in range(len(answers)))
         rows.append({"instruction": f"Please choose the correct answer to the question: {asked[-1][0]}\n\n{listed}\n\n"
-                     "Answer format: answer1/answer2", "input": "", "output": "", "answer": f"answer{asked[-1][2] + 1}"})
+                     f"Answer format: {names}", "input": "", "output": "", "answer": f"answer{asked[-1][2] + 1}"})
     name = f"{ROOT}/papers/cloze.py:arc-e"
     instructions(tmp_path, name, rows)
     task, model, tokenizer, splits = loaded(checkpoints, name, tmp_path)
@@ -120,10 +121,16 @@ def test_answers_own_texts(checkpoints, tmp_path):
     result = main("--model", checkpoints / "llama", "--task", name, "--data", tmp_path, "--steps", 2, "--rank", 4,
                   "--out", tmp_path / "run")
     assert {"accuracy", "accuracy_norm"} <= result.keys()
-    rows[3]["instruction"] = "Which?"
+    assert "not read" not in caplog.text
+    rows[0]["input"] = "a hint"
     instructions(tmp_path, name, rows)
-    with refused("row 4: no question with Answer1"):
-        data.read(task, tmp_path, "dev")
+    assert len(data.read(task, tmp_path, "dev")) == 30 and "not read: column 'input'" in caplog.text
+    whole = rows[3]["instruction"]
+    for wrong in ("Which?", whole.replace("/answer3", ""), whole.replace("Answer2: ", "Answer1: ")):
+        rows[3]["instruction"] = wrong
+        instructions(tmp_path, name, rows)
+        with refused("row 4: no question with Answer1"):
+            data.read(task, tmp_path, "dev")
 
 
 def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
