@@ -10,7 +10,6 @@ quality starts train.py for each run, takes its flags, too, and skips the runs t
 
 import contextlib
 import copy
-import csv
 import ctypes
 import dataclasses
 import gc
@@ -45,6 +44,8 @@ import lora
 import model as models
 import train
 from eval import parser_of, say, setting
+from extras import devices
+from extras.report import LOSSES, comparison, table, write_csv
 from model import UserError
 
 
@@ -342,8 +343,8 @@ def one(b, name):
     compiled_so_far()  # what is imported late is no part of a step's memory
     if name.startswith("peft/"):
         from extras import peft_contender  # noqa: F401
-    evaluation.forget_peak_memory(b.device)
-    imports = 0 if b.device.startswith("cuda") else evaluation.peak_memory(b.device)
+    devices.forget_peak_memory(b.device)
+    imports = 0 if b.device.startswith("cuda") else devices.peak_memory(b.device)
     base, kind = base_model(b)
     weights = sum(p.nbytes for p in base.parameters())
     runner, batches = contender(b, base, kind, name), batches_for(b, base, kind, 2)
@@ -353,10 +354,10 @@ def one(b, name):
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
-    evaluation.forget_peak_memory(b.device)
+    devices.forget_peak_memory(b.device)
     for i in range(b.rounds):
         runner.timed_step(batches[i % 2])
-    return {"peak_mb": (evaluation.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights / 2**20,
+    return {"peak_mb": (devices.peak_memory(b.device) - imports) / 2**20, "weights_mb": weights / 2**20,
             "step_ms": 1e3 * statistics.median(runner.times[b.warmup:])}
 
 
@@ -570,7 +571,7 @@ def quality(argv):
     if q.picture:
         from extras import pictures
         pictures.plot_quality(q.picture, q.steps and len(q.steps) > 1, done, about["metrics"])
-    return markdown(about), about
+    return comparison(about), about
 
 
 # ---------------------------------------------------------------------------------------------- quality: a fair choice
@@ -663,8 +664,6 @@ def tune(cells, q):
 # ---------------------------------------------------------------------------------------------- quality: its table
 
 
-LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
-LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
 VARIANTS = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a"}  # settings that go with any policy
 GENERAL = ("what", "adapter", "optimization", "data", "machine")  # groups of settings that are no policy's own
 POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
@@ -758,46 +757,6 @@ def summarise(runs, metric=None, free=()):
     return {"metrics": metrics, "rows": rows}
 
 
-def markdown(about):
-    """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
-    metrics, chosen, cells, tests = about["metrics"], about.get("chosen", {}), [], 0
-    for name, row in about["rows"].items():
-        cell = {"method": name}
-        for column, metric in metrics.items():
-            means = [other[column]["mean"] for other in about["rows"].values() if column in other]
-            text = score_text(row[column], means, metrics) if column in row else ""
-            cell[f"{column}, {metric}" if metric else column] = text
-            tests += column in row and row[column]["p"] is not None
-        sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
-        cell |= {"trainable: last / mean / peak": " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]),
-                 "s": f"{row['seconds']:,.1f}" if sizes else "", "MB": row.get("peak_memory_mb"),
-                 "compared with": row["against"]}
-        if chosen:
-            cell["chosen"] = "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())
-        cells.append(cell)
-    text = table(cells)
-    if tests:
-        text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
-                 f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
-                 f"{LEVEL * tests:.1f}.\n")
-    return text
-
-
-def score_text(score, means, metrics):
-    """One cell: mean ± standard deviation, the best of the column's `means` bold, an arrow if p is at most LEVEL."""
-    less = next(iter(metrics.values())) in LOSSES
-    scale, digits = (1, 3) if less else (100, 1)
-    text = f"{scale * score['mean']:.{digits}f}"
-    best = (min if less else max)((mean for mean in means if not math.isnan(mean)), default=None)
-    if score["mean"] == best and len(means) > 1:
-        text = f"**{text}**"
-    if score["std"] is not None:
-        text += f" ± {scale * score['std']:.{digits}f}"
-    if score["p"] is not None and score["p"] <= LEVEL:
-        text += " ↑" if score["difference"] > 0 else " ↓"
-    return text
-
-
 def sign_flip(differences):
     """Two-sided p of the paired permutation test: how often random signs give a sum as far from 0; exact up to 16."""
     d = np.asarray(differences, dtype=np.float64)
@@ -808,36 +767,12 @@ def sign_flip(differences):
     return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)))
 
 
-def write_csv(path, runs):
-    """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
-    rows = []
-    for run in runs:
-        plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
-        sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
-        rows.append(run.line["settled"] | plain | sizes | {"row": run.row})
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 # ---------------------------------------------------------------------------------------------- command line
-
-
-def table(rows):
-    """A Markdown table of rows as dicts: three significant digits, nothing where a row has no such number."""
-    def text(value):
-        if isinstance(value, float) and abs(value) < 100:
-            return f"{value:.3g}"
-        return "" if value is None else f"{value:,.0f}" if isinstance(value, (int, float)) else value
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return "\n".join(evaluation.markdown(columns, [[text(row.get(column)) for column in columns] for row in rows]))
 
 
 def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
-    b.device = evaluation.find_device(b.device)
+    b.device = devices.find_device(b.device)
     cuda = b.device.startswith("cuda")
     b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
     b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
@@ -855,7 +790,7 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    answer(command, table(rows), {"device": evaluation.device_name(b.device), "dtype": b.dtype, **evaluation.VERSIONS,
+    answer(command, table(rows), {"device": devices.device_name(b.device), "dtype": b.dtype, **evaluation.VERSIONS,
                                   "settings": dataclasses.asdict(b), "rows": rows})
 
 

@@ -1,4 +1,4 @@
-"""Tasks: reading files, prompts and templates, tokenizing, images, batching, fetching.
+"""Tasks: reading files, prompts and templates, encoding, batching, the papers' hyperparameters.
 
     task = find_task("cola")                                # a row of TASKS with its label set
     rows = read(task, folder, "train")                      # list of dicts; fetched into a cache where folder is None
@@ -21,24 +21,20 @@ import io
 import itertools
 import json
 import math
-import os
 import re
-import shutil
-import tarfile
-import tempfile
-import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from tqdm import tqdm
 
-from model import UserError, cache_folder, digest, find_config, note, own_module
+from extras.fetch import fetch
+from extras.images import channels_first, fit, image_settings, read_image
+from extras.tokenizer import Tokenizer
+from model import UserError, cache_folder, note, own_module
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
@@ -131,11 +127,6 @@ def read_json(path):
             yield where, item
 
 
-def read_settings(path):
-    """Return the object in a JSON file, {} where there is no such file."""
-    return next((value for _, value in read_json(path)), {}) if path.is_file() else {}
-
-
 def get(row, key, where, kinds=str):
     """Return row[key]. UserError: missing, of another type, half a surrogate pair (which no tokenizer takes)."""
     if key not in row:
@@ -154,7 +145,7 @@ def name_unread(where, row, read):
         note(f"{file}: not read: column{'s' * (len(names) > 1)} {columns}")
 
 
-# -------------------------------------------------------------------------------------------- where files are, fetching
+# ----------------------------------------------------------------------------------------------------- where files are
 
 def find_files(task, data, split):
     """Return a split's files in data (None: the cache) or its task.folder, or data if one file can hold all splits."""
@@ -180,7 +171,7 @@ def locate(task, data, split):
     if data is None and not task.sources:
         raise UserError(f"--task {task.name} needs --data: a file, or a folder with {task.files[split][0]}")
     if data is None:
-        fetch(task, split)
+        fetch(task, split, there=bool(find_files(task, None, split)))
     paths = find_files(task, data, split)
     if not paths:
         folder = Path(data or cache_folder())
@@ -204,59 +195,6 @@ def held_out(task, data, split, rows):
         how, dev = "the last", set(range(len(rows) - count, len(rows)))
     note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev ({how})")
     return [row for i, row in enumerate(rows) if (i in dev) == (split != "train")]
-
-
-def fetch(task, split):
-    """Fetch what a split needs into the cache: checksums verified, archives unpacked, files renamed into place.
-
-    $RANKS_MIRROR, if set, replaces "https://" in every address: http://localhost:8000 keeps files under /<host>/<path>.
-    """
-    folder, mirror = cache_folder() / task.folder, os.environ.get("RANKS_MIRROR")
-    for wanted, address, sha256 in task.sources:
-        path = folder / address.rpartition("/")[2]
-        archive = path.name.endswith((".zip", ".tar.gz", ".tgz"))
-        there = find_files(task, None, split) if archive else path.is_file()
-        if there or wanted not in ("", split):
-            continue
-        url = mirror.rstrip("/") + "/" + address.partition("://")[2] if mirror else address
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                part = Path(temporary, path.name)
-                download(url, part, sha256)
-                if archive:
-                    unpack(part, folder)
-                else:
-                    os.replace(part, path)
-        except (OSError, HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-            raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): run this again, or download it "
-                            f"elsewhere and {'unpack' if archive else 'put'} it into {folder}, or name a folder with "
-                            "its files by --data") from None
-
-
-def download(url, path, sha256):
-    """Fetch a file. OSError: it has another size than announced, or another SHA-256 than known."""
-    with urllib.request.urlopen(url, timeout=30) as reply, open(path, "wb") as file:
-        size = int(reply.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
-            shutil.copyfileobj(source, file, 1 << 20)
-    got = path.stat().st_size
-    if got == 0 or size not in (0, got):
-        raise OSError(f"the connection ended at {got} of {size} bytes")
-    if sha256 not in (None, digest(path)):
-        raise OSError(f"it is damaged: its SHA-256 is {digest(path)}, not {sha256}")
-
-
-def unpack(archive, folder):
-    """Unpack a .zip or .tar.gz beside itself, then move all into `folder`, whose own name members may begin with."""
-    # what leads out of the folder is left out of a .zip; in a .tar.gz that and special files raise tarfile.FilterError
-    part = archive.with_name("unpacked")
-    shutil.unpack_archive(archive, part, **({} if archive.suffix == ".zip" else {"filter": "data"}))
-    inner = part / folder.name
-    for path in sorted((inner if inner.is_dir() else part).iterdir()):
-        if (folder / path.name).is_dir():
-            shutil.rmtree(folder / path.name)
-        os.replace(path, folder / path.name)
 
 
 # -------------------- readers: reader(task, data, split) yields (where, row); labels stay text until read() checks them
@@ -365,132 +303,6 @@ def read_image_folder(task, data, split):
     for path in sorted(root.glob("*/**/*")):
         if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
             yield str(path), {"pixels": path, "label": path.relative_to(root).parts[0]}
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-def pillow(path):
-    """Return the package Pillow; arrays of the model's size do without. UserError: not installed."""
-    try:
-        import PIL.ImageOps
-        return PIL
-    except ImportError:
-        raise UserError(f"{path}: reading or resizing images needs Pillow: pip install pillow") from None
-
-
-def read_image(path):
-    """Return an image file as uint8 (C, H, W), C 1 or 3, upright. UserError: no image, broken, too large to be one."""
-    try:
-        if path.suffix == ".npy":
-            return channels_first(np.load(path, allow_pickle=False), path)
-        PIL = pillow(path)
-        with PIL.Image.open(path) as image:
-            image = PIL.ImageOps.exif_transpose(image)
-            if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
-                image = image.convert("RGB")
-            return channels_first(np.asarray(image), path)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises nearly anything for broken files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not an image ({reason}): remove or convert it") from None
-
-
-def channels_first(pixels, where):
-    """Return pixels (H, W), (H, W, C) or (C, H, W) of any range as uint8 (C, H, W); C is 1 or 3, alpha is dropped."""
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
-        pixels = pixels.transpose(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or pixels.dtype.kind not in "biuf":
-        raise UserError(f"{where}: {pixels.dtype} {pixels.shape}, expected numbers (H, W) or (H, W, 1, 3 or 4)")
-    pixels = pixels[:3]
-    if pixels.dtype == np.uint8:
-        return pixels
-    low, high = pixels.min(initial=0), pixels.max(initial=0)
-    top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype == np.uint16 or high > 255 else 255
-    if not (low >= 0 and high <= top):
-        raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected uint8, uint16, [0, 1]: scale it")
-    return np.rint(pixels.astype(np.float64) * (255 / top)).astype(np.uint8)
-
-
-# image_processor_type -> what its processor does by default
-VIT = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-       "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224}
-PROCESSORS = {
-    "ViT": VIT,
-    "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True},
-    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
-             "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
-NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
-            "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
-
-
-def image_settings(folder, image_size=None):
-    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
-
-    image_size: the model's (channels, height, width), if not config.json's; folder: None for ViT's defaults. {size
-    (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop, scale, mean, std}.
-    """
-    path = Path(folder or "") / "preprocessor_config.json"
-    channels, *target = image_size or find_config(folder)[0].image_size
-    given = read_settings(path) if folder else {}
-    named = "image_processor_type" if "image_processor_type" in given else "feature_extractor_type"
-    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
-    steps = {"size": target, **PROCESSORS.get(kind, VIT), **given}
-    edge = isinstance(steps["size"], dict) and [*steps["size"]] == ["shortest_edge"]
-    if edge:
-        steps["size"] = steps["size"]["shortest_edge"]
-    elif kind == "CLIP":    # a number, as earlier releases wrote it
-        edge = type(steps["size"]) is int
-
-    def check(fits, key):
-        if not fits:
-            raise UserError(f"{path}: {key} {str(steps.get(key))[:60]} is not supported or does not fit the model of "
-                            f"{channels} x {target} pixels: mend it")
-
-    def numbers(key, count, low=-2**14, kinds=(int, float)):
-        value = steps[key]
-        if isinstance(value, dict):
-            value = [value.get("height"), value.get("width")]
-        value = value if isinstance(value, list) else [value]
-        check(len(value) in (1, count) and all(type(n) in kinds and low < n < 2**14 for n in value), key)
-        return value if len(value) == count else value * count
-
-    check(kind in PROCESSORS, named)
-    for key, value in given.items():
-        check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
-    check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
-    resize = numbers("size", 2, 0, (int,)) if steps["do_resize"] else None
-    if steps["do_center_crop"]:
-        check(numbers("crop_size", 2, 0, (int,)) == target, "crop_size")
-    else:
-        check(resize is None or resize == target and not edge, "size")
-    return {"size": tuple(target), "channels": channels, "resample": steps["resample"],
-            "resize": resize and (resize[0] if edge else tuple(resize)), "crop": bool(steps["do_center_crop"]),
-            "scale": numbers("rescale_factor", 1, 0)[0] if steps["do_rescale"] else 1.0,
-            "mean": tuple(map(float, numbers("image_mean", channels))) if steps["do_normalize"] else (0.0,),
-            "std": tuple(map(float, numbers("image_std", channels, 0))) if steps["do_normalize"] else (1.0,)}
-
-
-def fit(pixels, image, where):
-    """Return uint8 pixels (C, H, W) brought to the model's channels and size by its processor's steps."""
-    size, (height, width) = image["resize"] or pixels.shape[1:], image["size"]
-    if type(size) is int:   # the shortest edge
-        tall, wide = pixels.shape[1:]
-        size = (size, int(size * wide / tall)) if tall <= wide else (int(size * tall / wide), size)
-    if size != pixels.shape[1:] or len(pixels) > image["channels"]:
-        pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        picture = pillow(where).Image.fromarray(pixels)
-        picture = picture.convert("L") if image["channels"] == 1 else picture
-        pixels = channels_first(np.asarray(picture.resize(size[::-1], image["resample"])), where)
-    if image["crop"]:
-        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-        pixels = pixels[:, max(top, 0):, max(left, 0):][:, :height, :width]
-    if pixels.shape[1:] != (height, width):
-        raise UserError(f"{where}: {pixels.shape[1]} x {pixels.shape[2]} pixels, the model takes {image['size']} and "
-                        "preprocessor_config.json does not enlarge it: resize the image")
-    return np.broadcast_to(pixels, (image["channels"], height, width))
 
 
 # -------------------------------------------------------------------------------------------------- prompts and answers
@@ -762,199 +574,7 @@ def read(task, data=None, split="train", limit=0):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------- tokenizing and batches
-
-# transformers' class -> the tokens it has by default; in these classes tokenizer_config.json rules over tokenizer.json
-CLASSES = {
-    "BertTokenizer": {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
-    "RobertaTokenizer": {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
-                         "mask": "<mask>"},
-    "GPT2Tokenizer": {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": "<|endoftext|>"},
-    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
-FAMILIES = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}    # where none is named
-KINDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
-# settings in tokenizer_config.json that are read, and those that do not change a text's ids
-TOKENIZER_SETTINGS = set("""
-    tokenizer_class do_lower_case strip_accents tokenize_chinese_chars add_prefix_space add_bos_token add_eos_token
-    legacy truncation_side added_tokens_decoder model_max_length split_special_tokens extra_special_tokens
-    additional_special_tokens pad_token bos_token eos_token unk_token sep_token cls_token mask_token
-    clean_up_tokenization_spaces padding_side pad_to_multiple_of pad_token_type_id padding truncation max_length stride
-    truncation_strategy chat_template auto_map tokenizer_file name_or_path special_tokens_map_file errors trim_offsets
-    backend is_local use_default_system_prompt model_input_names processor_class use_fast from_slow do_basic_tokenize
-    never_split vocab_type unk_id split_by_punct model_type sp_model_kwargs spaces_between_special_tokens
-    full_tokenizer_file return_tensors
-""".split())
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer (backend: the tokenizers.Tokenizer) and the ids of its special tokens.
-
-    pad_id falls back to eos, unk, 0; eos_ids: all that end a generation; types: the model tells a pair's texts apart.
-    """
-
-    @classmethod
-    def from_folder(cls, folder):
-        """Read tokenizer.json, vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa, GPT-2), as AutoTokenizer."""
-        self, path = cls(), Path(folder) / "tokenizer.json"
-        about = path.with_name("tokenizer_config.json")
-        names, config, generation = (read_settings(path.with_name(name)) for name in (
-            about.name, "config.json", "generation_config.json"))
-        if not names.get("added_tokens_decoder"):   # written by earlier releases
-            added = read_settings(path.with_name("added_tokens.json"))
-            names |= read_settings(path.with_name("special_tokens_map.json"))
-            names["added_tokens_decoder"] = {str(number): {"content": token} for token, number in added.items()}
-        family = str(config.get("model_type"))
-        kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
-        kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
-        kind = re.sub("^(DistilBert|Electra|MobileBert|ConvBert)Tokenizer$", "BertTokenizer", kind)
-        try:
-            self.backend = build(path, kind)
-            tokens = special_tokens(self.backend, names, kind)
-            configure(self.backend, names, kind, tokens)
-        except UserError:
-            raise
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise UserError(f"{path}: not a tokenizer ({error}): fetch or make it again") from None
-        unread = [key for key, value in names.items() if value and key not in TOKENIZER_SETTINGS and key[:1] != "_"]
-        if unread:
-            note(f"{about}: not used: {', '.join(map(ascii, unread))[:200]}")
-        self.side = "left" if names.get("truncation_side") == "left" else "right"
-
-        def ids(name):      # the tokenizer's own, then the configs', some of which say -1 for none
-            found = [self.backend.token_to_id(tokens[name]) if name in tokens else None]
-            for settings in (config, generation):
-                value = settings.get(f"{name}_token_id")
-                found += value if isinstance(value, list) else [value]
-            return [n for n in found if type(n) is int and 0 <= n < 2**31]
-
-        self.eos_id = next(iter(ids("eos")), None)
-        self.eos_ids = sorted(set(ids("eos")))
-        self.pad_id = [*ids("pad"), *ids("eos"), *ids("unk"), 0][0]
-        self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
-        # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
-        whole = self.backend.encode("a")
-        self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
-        begins, ends = whole.tokens[:1] == [tokens.get("bos")], whole.tokens[-1:] == [tokens.get("eos")]
-        for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
-            if bool(names.get(key, there)) != there:
-                note(f"{about}: {key} is {names[key]}, tokenizer.json does otherwise and rules, as in transformers 5")
-        self.longest = names.get("model_max_length")
-        return self
-
-    def encode(self, texts, pairs=None, max_length=None, special=True):
-        """Return (ids, types), int32 arrays of each text or pair, cut longest first; special: with special tokens."""
-        if max_length is not None:
-            if max_length <= self.backend.num_special_tokens_to_add(pairs is not None):
-                raise UserError(f"max length {max_length} leaves no room for text: use at least 8")
-            self.backend.enable_truncation(max_length, direction=self.side)
-        ids, types = [], []
-        for start in tqdm(range(0, len(texts), 4096), "tokenizing", leave=False, disable=len(texts) < 10_000):
-            part = slice(start, start + 4096)       # encodings hold much besides ids: not all at once
-            chunk = texts[part] if pairs is None else list(zip(texts[part], pairs[part]))
-            for encoding in self.backend.encode_batch(chunk, add_special_tokens=special):
-                ids.append(np.array(encoding.ids, np.int32))
-                types.append(np.array(encoding.type_ids, np.int32))
-        self.backend.no_truncation()
-        return ids, types
-
-    def encode_answers(self, prompts, answers):
-        """Return (prompts' ids, answers' ids, how many were encoded apart), without bos and eos.
-
-        They are encoded joined and split where the prompt's own ids end, unless a merge crosses that boundary.
-        """
-        asked = self.encode(prompts, special=False)[0]
-        joined = self.encode([prompt + answer for prompt, answer in zip(prompts, answers)], special=False)[0]
-        apart = [i for i, ids in enumerate(asked) if not np.array_equal(joined[i][:len(ids)], ids)]
-        said = [whole[len(ids):] for whole, ids in zip(joined, asked)]
-        for i, ids in zip(apart, self.encode([answers[i] for i in apart], special=False)[0]):
-            said[i] = ids
-        return asked, said, len(apart)
-
-    def decode(self, ids, prompt=()):
-        """Return the text of ids generated after a prompt's ids, without special tokens."""
-        # decoded together: SentencePiece's decoder drops a space at the start, which indents Python
-        before, whole = (self.backend.decode([int(i) for i in part]) for part in (prompt, [*prompt, *ids]))
-        return whole[len(before):]
-
-
-def build(path, kind):
-    """Return the tokenizers.Tokenizer of tokenizer.json, or of the vocabulary beside it. UserError: there is none."""
-    vocabulary, merges = path.with_name("vocab.json"), path.with_name("merges.txt")
-    if path.is_file():
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_padding()
-        backend.no_truncation()
-        return backend
-    if kind == "BertTokenizer" and path.with_name("vocab.txt").is_file():
-        model = tokenizers.models.WordPiece.from_file(str(path.with_name("vocab.txt")), unk_token="[UNK]")
-        return tokenizers.Tokenizer(model)
-    if kind in ("RobertaTokenizer", "GPT2Tokenizer") and vocabulary.is_file() and merges.is_file():
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = tokenizers.decoders.ByteLevel()
-        return backend
-    folder = str(path.parent)
-    program = f"from transformers import AutoTokenizer as T; T.from_pretrained({folder!r}).save_pretrained({folder!r})"
-    raise UserError(f"{path}: no such file, nor a vocabulary that is read without it: fetch the model's tokenizer "
-                    f"files, or make it: pip install transformers sentencepiece protobuf, then python -c \"{program}\"")
-
-
-def special_tokens(backend, names, kind):
-    """Return {"pad", "bos", ...: token}; what tokenizer_config.json has and the backend lacks is added to it."""
-    def content(token):
-        return token.get("content") if isinstance(token, dict) else token
-
-    for number, token in sorted(names["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
-        flags = {flag: bool(token[flag]) for flag in token if flag not in ("content", "__type", "id")}
-        backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
-        if backend.token_to_id(content(token)) != int(number):
-            note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
-                 f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
-    tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
-    tokens = {key: token for key, token in tokens.items() if token}
-    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
-    extra = [content(token) for token in extra] if isinstance(extra, list) else []
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new = [token for token in [*tokens.values(), *extra] if token and token not in known]
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in dict.fromkeys(new)])
-    return tokens
-
-
-def configure(backend, names, kind, tokens):
-    """Do to the backend what transformers' class `kind` does on loading: AutoTokenizer's ids."""
-    model, byte_level = type(backend.model).__name__, "ByteLevel" in repr(backend.pre_tokenizer)
-    ends = [(tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls") if key in tokens]
-    space, before, normalizers = names.get("add_prefix_space"), tokenizers.pre_tokenizers, tokenizers.normalizers
-    if kind == "BertTokenizer" and model == "WordPiece":
-        backend.normalizer = normalizers.BertNormalizer(
-            clean_text=True, handle_chinese_chars=names.get("tokenize_chinese_chars", True),
-            strip_accents=names.get("strip_accents"), lowercase=names.get("do_lower_case", True))
-        backend.pre_tokenizer = before.BertPreTokenizer()
-        backend.decoder = tokenizers.decoders.WordPiece()
-        backend.post_processor = tokenizers.processors.BertProcessing(*ends)
-    elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
-        if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
-            backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
-        if kind == "RobertaTokenizer":
-            backend.post_processor = tokenizers.processors.RobertaProcessing(*ends, add_prefix_space=bool(space))
-    elif kind == "XLMRobertaTokenizer" and model == "Unigram":
-        backend.pre_tokenizer = before.Sequence([
-            before.WhitespaceSplit(), before.Metaspace(prepend_scheme="never" if space is False else "always")])
-    elif kind == "DebertaV2Tokenizer" and model == "Unigram":
-        steps = [normalizers.Lowercase()] if names.get("do_lower_case") else []
-        backend.normalizer = normalizers.Sequence([
-            *steps, normalizers.Replace(tokenizers.Regex(r"\s{2,}|[\n\r\t]"), " "), normalizers.NFC(),
-            normalizers.Strip(left=False, right=True)])
-        steps = [before.Punctuation(behavior="isolated")] if names.get("split_by_punct") else []
-        backend.pre_tokenizer = before.Sequence([
-            *steps, before.Metaspace(prepend_scheme="first" if space is False else "always")])
-    elif kind == "LlamaTokenizer" and model == "BPE" and not byte_level:
-        scheme = "never" if space is False else "always" if names.get("legacy") else "first"
-        backend.normalizer = None
-        backend.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
-    elif kind in CLASSES and model != "Unigram" and not byte_level:
-        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
-    backend.encode_special_tokens = bool(names.get("split_special_tokens"))
+# ------------------------------------------------------------------------------------------------ encoding and batches
 
 
 @dataclass

@@ -10,16 +10,13 @@ The last line on stdout is one JSON object with the result.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +33,8 @@ from tqdm import tqdm
 import data
 import lora
 import model as models
+from extras import devices
+from extras.adapter_files import load_adapter
 from model import UserError
 
 
@@ -275,7 +274,7 @@ def load(s, task, adapted=False):
     A trained head is used where its labels are the data's (`match_labels`); else the head is drawn from s.seed and
     model.fresh names it. `adapted`: an adapter brings the head. s.max_length is cut to the model's positions.
     """
-    s.device = find_device(s.device)
+    s.device = devices.find_device(s.device)
     scoring(s, task)  # complain before the model is loaded
     config, folder = models.find_config(s.model, s.init_weights)
     if task.kind != "image":
@@ -333,45 +332,6 @@ def listed(names, most=5):
     return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
-def find_device(device):
-    """The device, where auto is a GPU if there is one, else the CPU; raises UserError for one that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
-    return device
-
-
-def device_name(device):
-    """What the device is called: the GPU's name, or the CPU's architecture and number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def forget_peak_memory(device):
-    """Start measuring `peak_memory` anew, where the system can."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device):
-    """Most bytes that this process has held since `forget_peak_memory`: of a GPU's memory, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:  # the system's own peak (getrusage) would begin with what the starting process held
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def scoring(s, task):
     """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
     score = getattr(s, "score", "generation")  # an older run's settings have none, nor those of a plain model
@@ -405,61 +365,8 @@ def evaluate_loaded(s, task, processor, model, splits=None, merge=True):
     if merge and not int8 and task.new_tokens and scored["score"] == "generation":
         lora.merge_adapters(model)
     splits = splits or processor.evaluation(s)
-    return evaluate_splits(model, task, splits, rows_at_once(s, task, model, splits), processor.tokenizer, **scored)
-
-
-def rows_at_once(s, task, model, splits):
-    """How many rows evaluation takes at a time: s.eval_batch_size; where that is 0, s.batch_size on a CPU.
-
-    On a GPU the largest power of two up to 256 for which half of the memory beside the weights holds the longest row's
-    activations of a block and its keys and values of all layers: of the card's memory, not of what happens to be free.
-    """
-    chosen = getattr(s, "eval_batch_size", 0)
-    if chosen or not s.device.startswith("cuda"):
-        return chosen or s.batch_size
-    c = model.config
-    tokens = max(max(split.lengths) for split in splits.values()) + task.new_tokens
-    width = 12 * c.hidden_size + 4 * c.intermediate_size  # numbers per token
-    if task.kind == "image":
-        tokens = model.positions.shape[1]
-    if task.kind == "lm":
-        width += 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    room = torch.cuda.get_device_properties(s.device).total_memory - sum(p.nbytes for p in model.parameters())
-    rows = max(1, room // 2 // (tokens * width * getattr(torch, s.dtype).itemsize))
-    return min(256, 2 ** (rows.bit_length() - 1))
-
-
-def fit_memory(training, batches):
-    """On a GPU, find by trials how many of the longest rows a pass can take; if none, activations are recomputed."""
-    s, model, device = training.s, training.model, training.device
-    if device.type != "cuda" or s.forward_rows:
-        return
-    rows = math.ceil(min(s.batch_size, len(batches.split)) / lora.process_and_count()[1])
-    halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
-    longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
-    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
-    model.train()
-    for recompute, n in itertools.product(sorted({s.checkpointing, True}), halved):
-        s.checkpointing = model.checkpointing = recompute
-        before = torch.cuda.get_rng_state(device)
-        try:
-            batch = data.collate(batches.split, longest[:n], batches.widths, s.device)
-            training.forward_backward([(*batch, 0.0)])
-            break
-        except torch.OutOfMemoryError:
-            continue
-        finally:
-            torch.cuda.set_rng_state(before, device)
-            for p in [*model.parameters(), *training.params]:
-                p.grad = None
-            torch.cuda.empty_cache()
-    else:
-        raise UserError(f"--max-length {s.max_length}: one row does not fit the memory of {s.device}: lower it")
-    for name in training.allocator.summed:
-        getattr(training.allocator, name).zero_()
-    s.forward_rows = -lora.largest(torch.tensor(-n)).item()
-    if s.forward_rows < rows or recompute:
-        say(f"memory: forward passes of {s.forward_rows} rows" + ", activations recomputed" * recompute)
+    rows = devices.rows_at_once(s, task, model, splits)
+    return evaluate_splits(model, task, splits, rows, processor.tokenizer, **scored)
 
 
 def load_run(folder, changes, shard=None):
@@ -484,7 +391,7 @@ def load_run(folder, changes, shard=None):
         model, processor = load(SimpleNamespace(**vars(s) | where), task)
     elif (folder / "adapter").is_dir():
         model, processor = load(s, task, adapted=True)
-        lora.load_adapter(model, folder / "adapter")
+        load_adapter(model, folder / "adapter")
         if shard:
             shard(model, s.device)
     else:
@@ -502,7 +409,7 @@ def load_untrained(name, adapter, random_head, changes):
     s = SimpleNamespace(model=name, **settings | changes)
     model, processor = load(s, task, adapted=adapter is not None)
     if adapter is not None:
-        lora.load_adapter(model, adapter)
+        load_adapter(model, adapter)
     elif model.fresh and not random_head:
         raise UserError(f"{name} has no head trained for {task.name}, its answers would be random: name a model "
                         "that has one, train one, or say --random-head")
@@ -512,7 +419,7 @@ def load_untrained(name, adapter, random_head, changes):
 def read_run(folder):
     """Settings (as attributes) and label names of a run folder."""
     file = Path(folder) / "run.json"
-    run = data.read_settings(file)
+    run = models.read_settings(file)
     try:
         settings = {key: run["settings"][key] for key in ("model", "task", "data", "method", "seed", "device", "dtype",
                                                           "init_weights", "limit_eval", "max_length", "batch_size")}
@@ -566,11 +473,6 @@ VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "nu
 def say(message):
     """A line for the person who watches, on stderr."""
     tqdm.write(message, file=sys.stderr)
-
-
-def markdown(head, rows):
-    """Lines of a Markdown table, the last one empty."""
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def variant(s):

@@ -269,6 +269,11 @@ def read_json(path):
     return raw
 
 
+def read_settings(path):
+    """The dict in a JSON file, {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def normalise(raw, path):
     """Turn the dict of a config.json into a Config, with transformers' defaults; `path` is for error messages."""
     def refuse(key, expected):
@@ -846,7 +851,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     else:
         model.fresh = read_weights(model, folder, there, outputs, dtype=dtype, device=device, mapped=mapped, int8=int8)
         path = folder / "generation_config.json"
-        asked = read_json(path) if path.is_file() else {}
+        asked = read_settings(path)
         other = [f"{key} {asked[key]}" for key, plain in DECODING.items() if asked.get(key) not in (None, plain)]
         model.decoding = f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None
     # a new head is the same on every device; a whole random model is drawn where that is fast
@@ -1007,7 +1012,7 @@ def save(model, folder, shard_bytes=5_000_000_000):
     adapted = [name for name, module in model.named_modules() if getattr(module, "merged", None) is False]
     if adapted:
         raise UserError(f"{folder}: {len(adapted)} adapters ({adapted[0]} first) are not merged, and a checkpoint "
-                         "holds plain weights only: merge them first, or write them with lora.save_adapter")
+                         "holds plain weights only: merge them first, or write them with save_adapter")
     folder.mkdir(parents=True, exist_ok=True)
     from huggingface_hub import save_torch_state_dict  # here, not above: see `resolve`
     tensors = {key: as_stored(model, names) for key, names in stored_names(model).items()}

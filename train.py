@@ -35,9 +35,11 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from eval import check_bounds, criterion, fit_memory, parser_of, say, setting, validation
+from eval import check_bounds, criterion, parser_of, say, setting, validation
+from extras import devices
+from extras.adapter_files import load_adapter, save_adapter
 from extras.cards import write_cards
-from lora import add_up, after_process_0, compare, largest, process_and_count, processes, shard, start_alike
+from extras.processes import add_up, after_process_0, compare, largest, process_and_count, processes, shard, start_alike
 from model import UserError
 
 
@@ -169,10 +171,10 @@ def settle(s, config):
     if taken:
         say(f"{s.method}: " + ", ".join(taken))
     if s.device == "auto":
-        s.device = evaluation.find_device("auto")  # another is tried when the model is loaded
+        s.device = devices.find_device("auto")  # another is tried when the model is loaded
     cuda = s.device.startswith("cuda")
     if dist.is_initialized() and cuda:
-        s.device = lora.own_device()
+        s.device = devices.own_device()
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
         adapters = cuda and s.method not in ("full", "bitfit")
         s.dtype = "bfloat16" if adapters and torch.cuda.is_bf16_supported() else "float32"
@@ -361,7 +363,7 @@ def train(training, batches, task, alive, evaluate):
     done, seconds = alive.resume(training, batches)
     start_alike(s, done, training.moving)
     seen, started = 0, time.time() - seconds
-    evaluation.forget_peak_memory(s.device)
+    devices.forget_peak_memory(s.device)
     training.model.train()
     with tqdm(total=steps, initial=done, desc=f"{s.method} {task.name}", unit="step", dynamic_ncols=True,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
@@ -411,7 +413,7 @@ def train(training, batches, task, alive, evaluate):
     return {"steps": steps, "seconds": round(spent, 2), "trainable_params": training.budget(),
             "held_params": sum(p.numel() for p in allocator.parameters()), "skipped_steps": int(training.bad[0]),
             "examples_per_second": round(seen / max(spent - seconds, 1e-9), 2),
-            "peak_memory_mb": round(evaluation.peak_memory(s.device) / 2**20)}
+            "peak_memory_mb": round(devices.peak_memory(s.device) / 2**20)}
 
 
 # ---------------------------------------------------------------------------------------------- keeping a run alive
@@ -553,7 +555,7 @@ def run(s):
         def evaluate(step):  # generating the answers takes long: only at the end
             if process and not s.shard:
                 return
-            rows = evaluation.rows_at_once(s, task, model, splits)
+            rows = devices.rows_at_once(s, task, model, splits)
             metrics = evaluation.evaluate_splits(model, task, splits, rows, processor.tokenizer, generate=False)
             alive.log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": training.budget()})
             if step == 0:
@@ -566,8 +568,7 @@ def run(s):
             allocator.check_ranks()
             task_type = {"lm": "CAUSAL_LM", "image": None, "span": "QUESTION_ANS"}.get(task.kind, "SEQ_CLS")  # PEFT's
             if process == 0:
-                lora.save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type,
-                                  head=task.kind != "lm")
+                save_adapter(model, out / "adapter", models.HUB.get(s.model, s.model), task_type, task.kind != "lm")
         else:
             evaluation.save_model(model, processor, out / "model")
         warning, train_rows = allocator.warning(), len(batches.split)
@@ -625,15 +626,14 @@ def set_up(s, alive):
         if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
             model.get_parameter(name).data.fill_(split.labels.mean())
     if s.adapter:
-        layers = lora.load_adapter(model, s.adapter)
+        layers = load_adapter(model, s.adapter)
         if not layers:
             raise UserError(f"--adapter {s.adapter}: there is no matrix with an adapter in it to train")
         s.targets = sorted({name.split(".")[-1] for name in layers}, key=lora.TARGETS.index)
         s.dora = any(layer.magnitude is not None for layer in layers.values())
     allocator = policy(model, s, batches.total_steps)
     if aside:
-        aside = processor.training(aside, s.max_length)
-        allocator.validation_loss = validation(model, task.kind, aside, s.device)
+        allocator.validation_loss = validation(model, task.kind, processor.training(aside, s.max_length), s.device)
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
     if s.compile == "on":
@@ -642,14 +642,14 @@ def set_up(s, alive):
         after_process_0(s)
     if s.shard:
         shard(model, s.device)
-    fit_memory(training, batches)
+    devices.fit_memory(training, batches)
     if not s.resume and process == 0:
         alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": evaluation.VERSIONS,
-                     "device": evaluation.device_name(s.device), "command": shlex.join(sys.argv),
+                     "device": devices.device_name(s.device), "command": shlex.join(sys.argv),
                      "commit": evaluation.commit(), "source": evaluation.source_hash(s.method, s.task)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
-        f"{trainable:,} of {everything:,} parameters, {s.dtype} on {evaluation.device_name(s.device)}; "
+        f"{trainable:,} of {everything:,} parameters, {s.dtype} on {devices.device_name(s.device)}; "
         f"run folder {s.out}")
     return training, batches, task, splits, processor
 

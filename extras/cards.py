@@ -9,7 +9,8 @@ import numpy as np
 import data
 import lora
 import model as models
-from eval import markdown, read_log, read_run
+from eval import read_log, read_run
+from extras.report import markdown
 
 # by kind of task: transformers' class, the Hub's name for what it does
 AUTO = {"lm": ("AutoModelForCausalLM", "text-generation"),

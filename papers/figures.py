@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lora
 from eval import Parser, command, to_json
+from extras.adapter_files import read_adapter
 from extras.cards import grid
 from extras.pictures import alike, heat, panels, plot_points, pyplot, read_runs, save_figures
 
@@ -78,7 +78,7 @@ def sparsity(folder, blocks, epsilon=1e-4):
     the formula has no bars), the logarithm the natural one. A block without adapters has the increment 0.
     DoRA's lengths, which need W, are left out.
     """
-    config, tensors = lora.read_adapter(folder)
+    config, tensors = read_adapter(folder)
     small, size = np.zeros(blocks), np.zeros(blocks)
     for key, A in tensors.items():
         if key.endswith(".lora_A.weight"):

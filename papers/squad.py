@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Split, Task, collate, get, locate, note, read_settings
+from data import Split, Task, collate, get, locate, note, read_json
 from eval import logits
 from model import UserError, require_finite
 
@@ -26,7 +26,8 @@ def read_squad(task, data, split):
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:
-        for article in read_settings(path)["data"]:
+        _, whole = next(read_json(path))
+        for article in whole["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     where, span = f"{path} question {asked['id']}", None

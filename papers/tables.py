@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
+from extras import report  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
@@ -138,12 +139,12 @@ def published(name, q, flags):
     text += commands(runs)
     rows = [{"the paper's": row["row"]} | row.get("paper", {}) for row in table["rows"]]
     if rows:
-        text += f"\n{bench.table(rows)}\n"
+        text += f"\n{report.table(rows)}\n"
     if runs:
         failed = bench.make(runs, q)
         free = table.get("free", ())  # settings of which each row has its own
         about = bench.summarise(runs, table.get("metric"), free) | {"failed": failed}
-        text += f"\n{bench.markdown(about)}"
+        text += f"\n{report.comparison(about)}"
     return text, about | {"table": name}
 
 

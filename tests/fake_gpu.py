@@ -104,6 +104,7 @@ import lora  # noqa: E402
 import model as models  # noqa: E402
 import tiny  # noqa: E402
 import train  # noqa: E402
+from extras import adapter_files, devices  # noqa: E402
 
 foreach_utils._foreach_supported_types.append(FakeTensor)  # take the branches that a GPU's tensors take
 clip_grad._has_foreach_support = lambda tensors, device: True
@@ -306,7 +307,7 @@ def fake_gpu(capacity=math.inf):
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
                (train.Training, "step", phase("step", train.Training.step)), (models, "safe_open", Opened),
                (train, "load_file", load_file)]
-    patches += [(place, "save_file", save_file) for place in (lora, train, safetensors.torch)]
+    patches += [(place, "save_file", save_file) for place in (lora, train, adapter_files, safetensors.torch)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,
@@ -436,12 +437,12 @@ def count(method, model, rows, length, weights="float"):
 
 
 def fit(method, model, rows, length, gib):
-    """What eval.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
+    """What devices.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
     with fake_gpu(capacity=gib * 2**30) as watch:
         training, batch = full_size(watch, method, model, rows, length)
         split = data.Split("lm", [], [length] * rows, starts=[length // 2] * rows)
         collate, data.collate = data.collate, lambda split, indices, *_: batch(len(indices), length, length // 2)
-        train.fit_memory(training, SimpleNamespace(split=split, widths=None))
+        devices.fit_memory(training, SimpleNamespace(split=split, widths=None))
         data.collate, watch.peak = collate, 0
         most = training.s.forward_rows
         for step in (1, 2):

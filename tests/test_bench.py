@@ -15,6 +15,7 @@ import bench
 import data
 import model as models
 import train
+from extras import report
 from papers import inference, tables
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=90,
@@ -315,7 +316,7 @@ def test_summary():
     def summary(runs):
         about = bench.summarise(runs)
         return about["rows"], {line.split(" | ")[0]: line.split(" | ")[1:]
-                               for line in bench.markdown(about).splitlines()}
+                               for line in report.comparison(about).splitlines()}
 
     lora, lalora = "lora --model roberta-base", "lalora --model roberta-base"
     better = [0.5, 0.6, 0.7, 0.8, 0.9]
@@ -376,4 +377,4 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
                       [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
     about = bench.summarise([run])
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
-    assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in bench.markdown(about)
+    assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in report.comparison(about)

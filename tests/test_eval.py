@@ -18,6 +18,7 @@ import lora
 import model as models
 import train
 from extras import pictures
+from extras import adapter_files, devices
 from papers import figures
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -117,7 +118,7 @@ def test_rows_at_a_time_on_a_gpu_leave_room_for_the_longest(monkeypatch, new_tok
     splits, task = {"dev": data.Split("lm", [], [9, 256])}, SimpleNamespace(kind="lm", new_tokens=new_tokens)
     s = SimpleNamespace(eval_batch_size=0, batch_size=7, device="cuda:0", dtype="bfloat16")
     keys_and_values = 2 * 32 * 4096 * 2 * (256 + new_tokens)  # bytes of a row
-    assert evaluation.rows_at_once(s, task, model, splits) == expected < (40 << 30) / keys_and_values
+    assert devices.rows_at_once(s, task, model, splits) == expected < (40 << 30) / keys_and_values
 
 
 def test_json_has_no_word_for_nan():
@@ -190,7 +191,7 @@ def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
     layers = lora.attach(model, {"blocks.0.query": 2, "blocks.0.up": 3, "blocks.2.value": 4}, 6, nominal=4)
     for layer in layers.values():
         layer.B.data.normal_(std=3e-4, generator=random)
-    lora.save_adapter(model, tmp_path / "adapter", "tiny", head=False)
+    adapter_files.save_adapter(model, tmp_path / "adapter", "tiny", head=False)
     P = {name: (6 / 4 * layer.B @ layer.A).detach().flatten() for name, layer in layers.items()}
     increments = [torch.cat((P["blocks.0.query"], P["blocks.0.up"])), torch.zeros(1), P["blocks.2.value"]]
     for epsilon in (1e-4, 2e-5):

@@ -14,6 +14,7 @@ import data
 import eval as evaluation
 import lora
 import model as models
+from extras import adapter_files
 from papers import tasks
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -213,12 +214,12 @@ def adapted(folders, tmp_path):
     (folders / "bert" / "config.json").write_text(json.dumps(CONFIGS["bert"]))
     model = models.load(folders / "bert")
     lora.attach(model, {"blocks.0.query": 2, "blocks.1.query": 2}, alpha=4)
-    lora.save_adapter(model, tmp_path, "base", head=False)
+    adapter_files.save_adapter(model, tmp_path, "base", head=False)
 
     def load():
         for name in list(lora.adapters(model)):
             lora.detach(model, name)
-        lora.load_adapter(model, tmp_path)
+        adapter_files.load_adapter(model, tmp_path)
         assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
 
     return tmp_path, load

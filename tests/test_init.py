@@ -14,6 +14,7 @@ from tiny import POLICIES, Tiny, batches, refused, settings, train, training_of
 import allocators
 import lora
 import train as program
+from extras import adapter_files
 
 loraplus = pytest.importorskip("peft.optimizers")
 
@@ -172,13 +173,13 @@ def test_dora_without_active_components_keeps_its_lengths(tmp_path):
         layer.magnitude.data.mul_(torch.rand(12) + 0.5)
     again, x = Tiny(), torch.randn(9, 12)
     assert (model(x) - again(x)).abs().max() > 1e-2
-    lora.save_adapter(model, tmp_path / "adapter", "base")
-    lora.load_adapter(again, tmp_path / "adapter")
+    adapter_files.save_adapter(model, tmp_path / "adapter", "base")
+    adapter_files.load_adapter(again, tmp_path / "adapter")
     torch.testing.assert_close(again(x), model(x))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "magnitude" not in key}, file)
     with refused("needs a lora_magnitude_vector"):
-        lora.load_adapter(Tiny(), tmp_path / "adapter")
+        adapter_files.load_adapter(Tiny(), tmp_path / "adapter")
 
 
 def test_a_row_of_zeros_stays_finite_under_dora():
@@ -221,8 +222,8 @@ def test_every_combination_trains_or_is_refused(method, option, tmp_path):
     allocator.check_ranks()
     assert np.isfinite(history).all() and np.mean(history[-4:]) < 0.97 * np.mean(history[:4])
     assert allocator.allocations or not allocator.dynamic
-    lora.save_adapter(model, tmp_path / "adapter", "base")
-    lora.load_adapter(plain, tmp_path / "adapter")
+    adapter_files.save_adapter(model, tmp_path / "adapter", "base")
+    adapter_files.load_adapter(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
     if method != "adalora":  # whose capacity is held, not counted
         counted = sum(p.numel() * (layer.let_through().float().mean().item() if p is not layer.magnitude else 1)

@@ -9,6 +9,7 @@ from test_model import NO_DROPOUT, both
 from tiny import Tiny, refused
 
 import lora
+from extras import adapter_files
 
 peft = pytest.importorskip("peft")
 
@@ -86,13 +87,13 @@ def same_in_peft(model, base, folder, family, tolerance=1e-4):
 
     Returns the ranks that PEFT found, {our name: rank}.
     """
-    lora.save_adapter(model.eval(), folder, str(base), FAMILIES[family].task_type, head=family != "llama")
+    adapter_files.save_adapter(model.eval(), folder, str(base), FAMILIES[family].task_type, head=family != "llama")
     theirs, again = pair(family, base)
     their_inputs, inputs, _ = batch(family, torch.Generator().manual_seed(5))
     real = inputs["mask"] if family == "llama" else slice(None)
     loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
     ranks = {name: len(layer.lora_A.default.weight) for name, layer in peft_layers(loaded, model).items()}
-    layers, dropout = lora.load_adapter(again, folder), max(layer.dropout for layer in lora.adapters(model).values())
+    layers, dropout = adapter_files.load_adapter(again, folder), max(layer.dropout for layer in lora.adapters(model).values())
     assert {name: layer.rank for name, layer in layers.items()} == ranks
     assert all(layer.dropout == dropout for layer in layers.values())
     with torch.no_grad():
@@ -112,5 +113,5 @@ def test_unusable_settings_and_files_are_one_line(tmp_path):
         if text is not None:
             (folder / "adapter_config.json").write_text(text)
         with refused(message):
-            lora.load_adapter(model, folder)
+            adapter_files.load_adapter(model, folder)
         (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 40)

@@ -16,6 +16,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from extras import adapter_files
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [name for name in allocators.METHODS if name not in ("full", "bitfit")])
@@ -63,10 +64,10 @@ def test_a_pooler_that_the_base_lacks_goes_with_the_adapter(tmp_path):
     assert "pooler.weight" in model.fresh
     for layer in lora.attach(model, {"blocks.0.query": 2}, alpha=4).values():
         layer.B.data.normal_()
-    lora.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
+    adapter_files.save_adapter(model, tmp_path / "adapter", "base", "SEQ_CLS")
     theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    lora.load_adapter(again, tmp_path / "adapter")
+    adapter_files.load_adapter(again, tmp_path / "adapter")
     agree(model, loaded)
     agree(again, loaded)
 
@@ -85,11 +86,11 @@ def test_gpt2s_query_key_and_value_are_one_matrix_of_peft(dora, gpt2):
              "blocks.1.out": 2, "blocks.2.up": 4, "blocks.2.down": 3}
     for layer in lora.attach(model, ranks, alpha=6, scaling="own", dora=dora).values():
         layer.B.data.normal_(std=0.2)
-    lora.save_adapter(model, folder / "adapter", "base", "CAUSAL_LM")
+    adapter_files.save_adapter(model, folder / "adapter", "base", "CAUSAL_LM")
     loaded = peft.PeftModel.from_pretrained(theirs, folder / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens), rtol=0, atol=1e-4)
-        layers = lora.load_adapter(again, folder / "adapter")
+        layers = adapter_files.load_adapter(again, folder / "adapter")
         torch.testing.assert_close(again(tokens), model(tokens), rtol=0, atol=1e-4)
     assert dora or {name: layer.rank for name, layer in layers.items()} == ranks
 
@@ -101,7 +102,7 @@ def test_gpt2_adapters_made_by_peft(options, gpt2):
     theirs, tokens, folder = gpt2
     wrapped = made_by_peft(theirs, folder / "adapter", dict(task_type="CAUSAL_LM", **options)).eval()
     model = models.load(folder / "base")
-    layers = lora.load_adapter(model, folder / "adapter")
+    layers = adapter_files.load_adapter(model, folder / "adapter")
     torch.testing.assert_close(model(tokens), wrapped(tokens).logits, rtol=0, atol=1e-4)
     assert {"blocks.0.query", "blocks.0.key", "blocks.2.value"} <= layers.keys()
 
@@ -153,7 +154,7 @@ def test_adapters_made_by_peft(family, made, tmp_path):
     """What is on the pooler or the head is merged there; and all is saved again."""
     theirs, model = pair(family, tmp_path / "base")
     wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
-    layers = lora.load_adapter(model, tmp_path / "adapter")
+    layers = adapter_files.load_adapter(model, tmp_path / "adapter")
     agree(model, wrapped, family)
     assert {name: (layer.rank, layer.dropout) for name, layer in layers.items()} == {
         name: (len(layer.lora_A.default.weight), MADE[made].get("lora_dropout", 0.0))
@@ -165,7 +166,7 @@ def test_the_head_has_to_be_in_the_adapter_or_its_base(bert, tmp_path):
     _, adapter = bert
     adapter(task_type=None).merge_and_unload().bert.save_pretrained(tmp_path / "bare")
     with refused("no classifier.weight in it"):
-        lora.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
+        adapter_files.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
 
 
 UNSUPPORTED = {
@@ -190,7 +191,7 @@ def test_what_is_not_supported_is_one_line(name, tmp_path):
         p.data += 0.1 * p.requires_grad
     wrapped.save_pretrained(tmp_path / "adapter")
     with refused(f"{re.escape(str(tmp_path))}.*{name}"):
-        lora.load_adapter(model, tmp_path / "adapter")
+        adapter_files.load_adapter(model, tmp_path / "adapter")
 
 
 SPELLINGS = {"no base_model": ("base_model.model.", ""), "from AutoModel": ("bert.", ""), "DDP and default": ("lora_A", "lora_A.default"),
@@ -205,7 +206,7 @@ def test_other_spellings_and_copies_of_the_base(spelling, bert, tmp_path):
     embedding = {"base_model.model.bert.embeddings.word_embeddings.weight": model.embed.weight.detach().clone()}
     tensors = load_file(file) | embedding
     save_file({name.replace(*SPELLINGS[spelling]): tensor for name, tensor in tensors.items()}, file)
-    lora.load_adapter(model, tmp_path / "adapter")
+    adapter_files.load_adapter(model, tmp_path / "adapter")
     agree(model, wrapped)
 
 
@@ -219,7 +220,7 @@ def test_what_does_not_fit_is_one_line(key, shape, bert, tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file) | {f"base_model.model.{key}": torch.ones(shape)}, file)
     with refused(f"{re.escape(key)}.*3 blocks.*is it the adapter's base model, .* merge the adapter with PEFT"):
-        lora.load_adapter(model, tmp_path / "adapter")
+        adapter_files.load_adapter(model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -229,7 +230,7 @@ def test_a_language_models_head_is_not_replaced(tied, tmp_path):
     wrapped.base_model.model.lm_head.modules_to_save.default.weight.data += 1
     wrapped.save_pretrained(tmp_path / "adapter")
     with refused("lm_head"):
-        lora.load_adapter(models.load(tmp_path / "base"), tmp_path / "adapter")
+        adapter_files.load_adapter(models.load(tmp_path / "base"), tmp_path / "adapter")
 
 
 # ---------------------------------------------------------------------------------------------- command lines

@@ -25,6 +25,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
+from extras import adapter_files, devices, fetch
 
 # ---------------------------------------------------------------------------------------------- what the source never does
 
@@ -108,7 +109,7 @@ def read(task):
 
 
 LOAD = {"model": lambda folder: models.load(folder / "model"),
-        "adapter": lambda folder: lora.load_adapter(models.load(folder / "model"), folder / "adapter"),
+        "adapter": lambda folder: adapter_files.load_adapter(models.load(folder / "model"), folder / "adapter"),
         "checkpoint": lambda folder: train.main(["--resume", str(folder / "run")]),
         "image": lambda folder: data.image_settings(folder / "model", (1, 8, 8)),
         "tokenizer": lambda folder: data.Tokenizer.from_folder(folder / "model")}
@@ -202,11 +203,11 @@ def test_lying_headers_cost_neither_memory_nor_time(kind, place, folder):
             (file.parent / "state.json").write_text(json.dumps(about))
         if (kind, case) == ("checkpoint", "huge"):  # a true header: all is hashed, which takes minutes
             continue
-        evaluation.forget_peak_memory("cpu")
-        before, began = evaluation.peak_memory("cpu"), time.process_time()
+        devices.forget_peak_memory("cpu")
+        before, began = devices.peak_memory("cpu"), time.process_time()
         with refused("safetensors|checkpoint"):
             LOAD[kind](folder)
-        memory, seconds = evaluation.peak_memory("cpu") - before, time.process_time() - began
+        memory, seconds = devices.peak_memory("cpu") - before, time.process_time() - began
         assert case == "warm-up" or memory < 32e6 and seconds < 20, (case, memory, seconds)
 
 
@@ -226,7 +227,7 @@ def test_tar_members_stay_in_their_folder(name, kind, target, tmp_path):
         info.type, info.linkname = kind, target
         file.addfile(info)
     with pytest.raises(tarfile.FilterError):
-        data.unpack(archive, tmp_path / "in")
+        fetch.unpack(archive, tmp_path / "in")
     assert list(tmp_path.iterdir()) == [archive.parent] and "evil" not in [path.name for path in tmp_path.rglob("*")]
 
 

@@ -216,7 +216,7 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, capsys):
 # before the run folder, in the warm-up, at a checkpoint's names on disk and its file, an old one's removal, a line of
 # the log, the very end
 KILLS = {"evaluation.load": 1, "Training.count": 7, "models.sync": 6, "save_file": 2, "shutil.rmtree": 11,
-         "evaluation.to_json": 9, "lora.save_adapter": 1}
+         "evaluation.to_json": 9, "save_adapter": 1}
 many = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: set SLOW=1 to run it")
 
 

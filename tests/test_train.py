@@ -17,6 +17,7 @@ import data
 import eval as evaluation
 import lora
 import train
+from extras import adapter_files
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -179,8 +180,8 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
     own = ["--limit-train", 200, "--limit-eval", 100]
     if model:
         own = ["--model", checkpoints / model, "--data", texts / folder, "--max-length", 32 if model == "bert" else 64]
-    trained, save = [], lora.save_adapter
-    monkeypatch.setattr(lora, "save_adapter", lambda model, *args, **options: (
+    trained, save = [], adapter_files.save_adapter
+    monkeypatch.setattr(train, "save_adapter", lambda model, *args, **options: (
         trained.append(model), save(model, *args, **options)))
     s = parse(*own, "--task", task, "--method", method, "--out", tmp_path / "run", "--steps", 24, "--batch-size", 8,
               "--rank", 4, "--lr", 5e-3, "--r-min", 1, "--no-eval-before", "--dropout", 0.1)
@@ -190,7 +191,7 @@ def test_every_policy_runs_on_every_kind_of_model(method, place, checkpoints, te
     shapes = {name: base.get_submodule(name).weight.shape for name in ranks}
     assert result["trainable_params"]["now"] == sum(r * sum(shapes[name]) for name, r in ranks.items())
     assert result["trainable_params"]["mean"] <= result["trainable_params"]["peak"] <= result["held_params"] * 3
-    lora.load_adapter(base, tmp_path / "run" / "adapter")
+    adapter_files.load_adapter(base, tmp_path / "run" / "adapter")
     inputs = {"pixels": torch.randn(8, 1, 8, 8)} if place == "vit" else {"tokens": torch.arange(40).view(4, 10)}
     with torch.no_grad():
         torch.testing.assert_close(base(**inputs), trained[0].eval()(**inputs), rtol=1e-3, atol=1e-3)
@@ -289,7 +290,7 @@ def test_the_loop_is_the_plain_one(method, checkpoints, texts, tmp_path):
         allocator.after_step(step)
         for p in (*params, *stacked):
             p.grad = None
-    lora.save_adapter(model, tmp_path / "plain" / "adapter", "base")
+    adapter_files.save_adapter(model, tmp_path / "plain" / "adapter", "base")
     assert_close(adapter_of(tmp_path / "run"), adapter_of(tmp_path / "plain"))
 
 

@@ -1,0 +1,76 @@
+"""Tables of what bench.py measured, as Markdown and as CSV."""
+
+import csv
+import math
+
+LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
+LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
+
+
+def markdown(head, rows):
+    """Lines of a Markdown table, the last one empty."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def table(rows):
+    """A Markdown table of rows as dicts: three significant digits, nothing where a row has no such number."""
+    def text(value):
+        if isinstance(value, float) and abs(value) < 100:
+            return f"{value:.3g}"
+        return "" if value is None else f"{value:,.0f}" if isinstance(value, (int, float)) else value
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return "\n".join(markdown(columns, [[text(row.get(column)) for column in columns] for row in rows]))
+
+
+def comparison(about):
+    """The table that `summarise` describes: losses as they are, other metrics in percent; arrows mark p <= LEVEL."""
+    metrics, chosen, cells, tests = about["metrics"], about.get("chosen", {}), [], 0
+    for name, row in about["rows"].items():
+        cell = {"method": name}
+        for column, metric in metrics.items():
+            means = [other[column]["mean"] for other in about["rows"].values() if column in other]
+            text = score_text(row[column], means, metrics) if column in row else ""
+            cell[f"{column}, {metric}" if metric else column] = text
+            tests += column in row and row[column]["p"] is not None
+        sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
+        cell |= {"trainable: last / mean / peak": " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]),
+                 "s": f"{row['seconds']:,.1f}" if sizes else "", "MB": row.get("peak_memory_mb"),
+                 "compared with": row["against"]}
+        if chosen:
+            cell["chosen"] = "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())
+        cells.append(cell)
+    text = table(cells)
+    if tests:
+        text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
+                 f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
+                 f"{LEVEL * tests:.1f}.\n")
+    return text
+
+
+def score_text(score, means, metrics):
+    """One cell: mean ± standard deviation, the best of the column's `means` bold, an arrow if p is at most LEVEL."""
+    less = next(iter(metrics.values())) in LOSSES
+    scale, digits = (1, 3) if less else (100, 1)
+    text = f"{scale * score['mean']:.{digits}f}"
+    best = (min if less else max)((mean for mean in means if not math.isnan(mean)), default=None)
+    if score["mean"] == best and len(means) > 1:
+        text = f"**{text}**"
+    if score["std"] is not None:
+        text += f" ± {scale * score['std']:.{digits}f}"
+    if score["p"] is not None and score["p"] <= LEVEL:
+        text += " ↑" if score["difference"] > 0 else " ↓"
+    return text
+
+
+def write_csv(path, runs):
+    """Write a line per finished run: its place, its settings as they were filled in, and the numbers of its result."""
+    rows = []
+    for run in runs:
+        plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
+        sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
+        rows.append(run.line["settled"] | plain | sizes | {"row": run.row})
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
