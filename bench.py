@@ -44,7 +44,7 @@ import lora
 import model as models
 import train
 from eval import parser_of, say, setting
-from extras import devices
+from extras import devices, images
 from extras.report import LOSSES, comparison, table, write_csv
 from model import UserError
 
@@ -108,7 +108,7 @@ def random_split(b, base, kind, rows):
     if kind == "image":
         pixels = torch.randint(256, (rows, *c.image_size), generator=generator, dtype=torch.uint8)
         return data.Split(kind, [], [pixels[0].numel()] * rows, labels, pixels=pixels,
-                          image=data.image_settings(None, c.image_size))
+                          image=images.image_settings(None, c.image_size))
     tokens = torch.randint(5, c.vocab_size, (rows, b.length), generator=generator).int().numpy()
     return data.Split(kind, [], [b.length] * rows, labels, list(tokens), starts=[b.length // 2] * rows)
 
