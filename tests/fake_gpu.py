@@ -87,11 +87,12 @@ shim()
 sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.attention  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import torch.nn.utils.clip_grad as clip_grad  # noqa: E402
 import torch.utils._foreach_utils as foreach_utils  # noqa: E402
 import safetensors.torch  # noqa: E402
 from safetensors.torch import save_file as real_save  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -144,33 +145,31 @@ class Watch(TorchDispatchMode):
     def __init__(self, capacity=math.inf):
         super().__init__()
         self.phase, self.waits, self.launched, self.capacity = "setup", Counter(), Counter(), capacity
-        self.live, self.now, self.peak = {}, 0, 0
+        self.live, self.peak = {}, 0  # bytes by storage
 
-    @contextlib.contextmanager
-    def during(self, phase):
-        before, self.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.phase = before
+    def phased(self, name, function):
+        """The function, in a phase of this name."""
+        def call(*args, **kwargs):
+            before, self.phase = self.phase, name
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phase = before
+        return call
 
     def wait(self, what):
-        frame, where = sys._getframe(1), "(autograd)"
-        while frame is not None and where == "(autograd)":
-            if Path(frame.f_code.co_filename).parent == ROOT:
-                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-            frame = frame.f_back
-        self.waits[f"{what} at {where}"] += self.phase == "step"
+        if self.phase == "step":
+            lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_stack()
+                     if Path(frame.filename).parent == ROOT]
+            self.waits[f"{what} at {lines[-1] if lines else '(autograd)'}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
         leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_gpu = any(t.device.type == "cuda" for t in leaves)
-        generator = kwargs.get("generator")
-        if generator is not None:
-            if leaves and generator.device.type != leaves[0].device.type:
-                raise RuntimeError(f"Expected a '{leaves[0].device.type}' generator but found '{generator.device.type}'")
-            kwargs["generator"] = None
+        generator = kwargs.pop("generator", None)
+        if generator is not None and leaves:
+            assert generator.device.type == leaves[0].device.type, f"{name}: generator of {generator.device.type}"
         if name == "_local_scalar_dense":
             return self.scalar(func, args[0])
         if name.startswith(("_foreach_", "_fused_adam")):  # FakeTensorMode does not compare the devices of lists
@@ -187,30 +186,25 @@ class Watch(TorchDispatchMode):
             self.copied(leaves[0].device, kwargs.get("device") or leaves[0].device, kwargs.get("non_blocking"))
         elif name == "copy_":
             self.copied(args[1].device, args[0].device, kwargs.get("non_blocking") or len(args) > 2 and args[2])
-        if name in ("index", "index_put", "index_put_", "_unsafe_index") and any(
-                i is not None and i.dtype == torch.bool for i in args[1]):
-            if on_gpu:
+        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
+            masks = {k for k, i in enumerate(args[1]) if i is not None and i.dtype == torch.bool}
+            if masks and on_gpu:
                 self.wait("index by bool")
-            every = [torch.arange(i.shape[0], device=i.device) if i is not None and i.dtype == torch.bool else i
-                     for i in args[1]]
+            every = [torch.arange(len(i), device=i.device) if k in masks else i for k, i in enumerate(args[1])]
             args = (args[0], every, *args[2:])  # as if all were true
         out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == "cuda"] if name != "device" else []
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == "cuda"]
         if on_gpu or made:
             self.launched[self.phase] += launches(func, args, kwargs)
         for t in made:
             storage = t.untyped_storage()
             if storage._cdata not in self.live:
                 self.live[storage._cdata] = -(-storage.nbytes() // 512) * 512
-                self.now += self.live[storage._cdata]
-                weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.now, self.peak)
-        if self.now > self.capacity:
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                self.peak = max(self.peak, sum(self.live.values()))
+        if made and sum(self.live.values()) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than the fake GPU has.")
         return out
-
-    def free(self, key):
-        self.now -= self.live.pop(key, 0)
 
     def scalar(self, func, x):
         if x.device.type == "cuda":
@@ -243,17 +237,16 @@ def save_file(tensors, path, metadata=None):
     real_save({name: values(t) for name, t in tensors.items()}, path, metadata)
 
 
-def load_file(file, device="cpu"):
-    opened = Opened(file, framework="pt")
-    return {key: opened.get_tensor(key).to(device) for key in opened.keys()}
+def load_file(path):
+    file = Opened(path, framework="pt")
+    return {key: file.get_tensor(key) for key in file.keys()}
 
 
 class Opened:
     """safe_open whose tensors are fake."""
 
     def __init__(self, *args, **kwargs):
-        from safetensors import safe_open
-        self.file = safe_open(*args, **kwargs)
+        self.file = safetensors.safe_open(*args, **kwargs)
         self.keys, self.get_slice = self.file.keys, self.file.get_slice
 
     def get_tensor(self, key):
@@ -272,9 +265,7 @@ def plain_windows(weight, R):
 
 def move(network, device):
     """Module.to for fake tensors, which refuse to be swapped."""
-    for module in network.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(p.data.to(device)))
+    network.load_state_dict({name: p.to(device) for name, p in network.state_dict().items()}, assign=True)
     return network
 
 
@@ -282,37 +273,27 @@ def move(network, device):
 def fake_gpu(capacity=math.inf):
     """The program's modules under a fake GPU of so many bytes; yields its Watch."""
     watch = Watch(capacity)
-    restore, generator_state = lora.restore, torch.ones(16, dtype=torch.uint8)
+    restore, after_step = lora.restore, allocators.WeightLora.after_step
 
     def put_back(thing, state, name="run"):  # the CPU's generator stands in for a GPU's, whose state is another
         return None if isinstance(thing, torch.Generator) else restore(thing, state, name)
 
-    def phase(name, wrapped):
-        def call(*args, **kwargs):
-            with watch.during(name):
-                return wrapped(*args, **kwargs)
-        return call
-
-    def rebuilding(policy):  # its one wait is at the end of the warm-up, by design
-        own = policy.after_step
-
-        def after_step(self, step):
-            return (phase("rebuild", own) if self.own and step >= self.warmup else own)(self, step)
-        return (policy, "after_step", after_step)
+    def warm_up(policy, step):  # the one wait of WeightLoRA and credit is at its end, by design
+        return watch.phased("rebuild" if policy.own and step >= policy.warmup else "step", after_step)(policy, step)
 
     patches = [(FakeTensor, "numpy", lambda t, **_: values(t).numpy()),
                (lora, "singular_windows", plain_windows), (allocators.Policy, "to", move),
                (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
-               (torch.Tensor, "pin_memory", lambda t: t), rebuilding(allocators.WeightLora), rebuilding(allocators.Credit),
+               (torch.Tensor, "pin_memory", lambda t: t), (allocators.WeightLora, "after_step", warm_up),
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
-               (train.Training, "step", phase("step", train.Training.step)), (models, "safe_open", Opened),
+               (train.Training, "step", watch.phased("step", train.Training.step)), (models, "safe_open", Opened),
                (train, "load_file", load_file)]
     patches += [(place, "save_file", save_file) for place in (lora, train, adapter_files, safetensors.torch)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
-        "get_rng_state": generator_state, "set_rng_state": None, "is_bf16_supported": True,
+        "get_rng_state": torch.ones(16, dtype=torch.uint8), "set_rng_state": None, "is_bf16_supported": True,
         "get_device_properties": SimpleNamespace(total_memory=80 * 2**30)}.items()]
-    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the others ask the driver
+    math_only = sdpa_kernel(SDPBackend.MATH)  # the others ask the driver
     with pytest.MonkeyPatch.context() as patch, math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
         for place, name, new in patches:
             patch.setattr(place, name, new)
@@ -333,20 +314,21 @@ def prepare(folder, family):
     place = folder / family
     place.mkdir()
     (place / "config.json").write_text(json.dumps(SIZES | MODELS[family]))
-    words = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *"a rather good film add and to".split(), *map(str, range(80))]
+    words = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *"a rather good film add to".split(), *map(str, range(80))]
     (place / "vocab.txt").write_text("\n".join(words))
     (place / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
-    flags = ["--model", str(place), "--init-weights", "random", "--device", "cuda", "--rank", "4", "--batch-size", "4",
-             "--limit-train", "80", "--limit-eval", "8", "--max-length", "96", "--compile", "off", "--steps", "9",
-             "--save-every", "6", "--log-every", "50", "--eval-every", "50", "--weightlora-examples", "8",
-             "--credit-examples", "8"]
     if family == "vit":
-        return [*flags, "--task", "digits-rot90"]
-    rows = [{"instruction": f"Add {i % 80} and {i % 7}" + " to a" * (i % 5), "input": "", "output": str(i % 79)}
-            if family != "roberta" else {"text": f"a rather good film {i % 80}", "label": i % 2} for i in range(96)]
+        return ["--model", str(place), "--task", "digits-rot90"]
+    rows = [{"text": "a rather good film", "label": i % 2, "instruction": f"add {i % 80}" + " to a" * (i % 5),
+             "output": str(i % 79)} for i in range(96)]
     (folder / "data.json").write_text(json.dumps(rows))
     task = "text-classification" if family == "roberta" else "instructions"
-    return [*flags, "--task", task, "--data", str(folder / "data.json")]
+    return ["--model", str(place), "--task", task, "--data", str(folder / "data.json")]
+
+
+SHORT = """--init-weights random --device cuda --rank 4 --batch-size 4 --limit-train 80 --limit-eval 8 --max-length 96
+    --compile off --steps 9 --save-every 6 --log-every 50 --eval-every 50 --weightlora-examples 8
+    --credit-examples 8""".split()
 
 
 def small_run(family, *extra):
@@ -356,7 +338,7 @@ def small_run(family, *extra):
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 with tiny.interrupted_after(7):
-                    train.main([*prepare(Path(made), family), "--out", out, *extra])
+                    train.main([*prepare(Path(made), family), *SHORT, "--out", out, *extra])
                 train.main(["--resume", out])
         except (Exception, SystemExit) as found:  # whatever it is, it is the finding
             traceback.print_exc()
@@ -385,11 +367,24 @@ def one_kernel(backward):
     return Fused.apply
 
 
+def split_of(rows, length, answers=8):
+    """Rows of `length` tokens, the last of which are answers, without the tokens."""
+    return data.Split("lm", [], [length] * rows, starts=[length - answers] * rows)
+
+
+def batch(split, indices, *_, **__):
+    """data.collate of such a split, on the GPU."""
+    B, T, start = len(indices), split.lengths[0], split.starts[0]
+    tokens, mask = torch.zeros(B, T, dtype=torch.long, device="cuda"), torch.ones(B, T, dtype=torch.bool, device="cuda")
+    labels = torch.zeros((T - start) * B, dtype=torch.long, device="cuda")
+    return {"tokens": tokens, "mask": mask, "positions": labels}, labels
+
+
 def full_size(watch, method, model, rows, length, weights="float"):
-    """train.Training of a random decoder at full size on the fake GPU, and a function that makes a batch for it."""
-    import torch.nn.functional as F
+    """train.Training of a random decoder at full size on the fake GPU."""
     fused, norm = one_kernel(1), one_kernel(2)
     models.ACTIVATIONS.update(silu=fused, gelu=fused)
+    data.collate = batch
     F.rms_norm = lambda x, shape, weight=None, eps=None: norm(x) if weight is None else norm(x) * weight
     F.scaled_dot_product_attention = lambda q, k, v, **_: fused(q, k, v)
     s = train.Settings(method=method, model=model, rank=32, alpha=64.0, dropout=0.05, lr=1e-4, weight_decay=0.0,
@@ -398,66 +393,42 @@ def full_size(watch, method, model, rows, length, weights="float"):
                        weights=weights, targets=train.DEFAULTS["decoder"][0])
     built = models.load(model, "lm", None, torch.bfloat16, "cuda", "random", int8=weights == "int8")
     allocator = allocators.policy(method)(built, s, 1000)
-
-    def batch(B, T, answers=8):
-        tokens, mask = torch.zeros(B, T, dtype=torch.long, device="cuda"), torch.ones(B, T, dtype=torch.bool, device="cuda")
-        labels = torch.zeros(answers * B, dtype=torch.long, device="cuda")
-        return {"tokens": tokens, "mask": mask, "positions": labels}, labels
-
-    inputs, labels = batch(32, length // 4)
-
-    @torch.no_grad()
-    def validation():
-        with watch.during("validation"):
-            built.eval()
-            value = evaluation.criterion("lm", evaluation.logits(built, inputs), labels) / labels.numel()
-            built.train()
-        return value
-
-    allocator.validation_loss = validation
+    allocator.validation_loss = evaluation.validation(built, "lm", split_of(32, length // 4), "cuda")
     training = train.Training(s, built, "lm", allocator)
     for optimizer in training.optimizers:
-        def in_phase(step=optimizer.step):
-            with watch.during("optimizer"):
-                step()
-        optimizer.step = in_phase
+        optimizer.step = watch.phased("optimizer", optimizer.step)
     built.train()
-    return training, batch
+    return training
 
 
 def count(method, model, rows, length, weights="float"):
     """Launches of a training step by phase, and the most bytes alive."""
     with fake_gpu() as watch:
-        training, batch = full_size(watch, method, model, rows, length, weights)
+        training = full_size(watch, method, model, rows, length, weights)
         for step in range(1, 5):
             watch.launched.clear()
-            training.step(step, [(*batch(rows, length), 1.0)])
-        return {"launches": dict(watch.launched), "total": sum(watch.launched.values()),
-                "peak_gib": watch.peak / 2**30}
+            training.step(step, [(*batch(split_of(rows, length), range(rows)), 1.0)])
+        return {"launches": dict(watch.launched), "total": sum(watch.launched.values()), "peak_gib": watch.peak / 2**30}
 
 
 def fit(method, model, rows, length, gib):
     """What devices.fit_memory settles on a GPU of so many GiB, and the most bytes alive in the steps that follow."""
     with fake_gpu(capacity=gib * 2**30) as watch:
-        training, batch = full_size(watch, method, model, rows, length)
-        split = data.Split("lm", [], [length] * rows, starts=[length // 2] * rows)
-        collate, data.collate = data.collate, lambda split, indices, *_: batch(len(indices), length, length // 2)
+        training = full_size(watch, method, model, rows, length)
+        split = split_of(rows, length, length // 2)
         devices.fit_memory(training, SimpleNamespace(split=split, widths=None))
-        data.collate, watch.peak = collate, 0
-        most = training.s.forward_rows
+        most, watch.peak = training.s.forward_rows, 0
         for step in (1, 2):
-            sizes = [min(most, rows - i) for i in range(0, rows, most)]
-            training.step(step, [(*batch(n, length, length // 2), 1.0) for n in sizes])
-        return {"forward_rows": most, "checkpointing": training.s.checkpointing,
-                "peak_gib": watch.peak / 2**30}
+            parts = torch.arange(rows).split(most)
+            training.step(step, [(*batch(split, part), 1.0) for part in parts])
+        return {"forward_rows": most, "checkpointing": training.s.checkpointing, "peak_gib": watch.peak / 2**30}
 
 
 def decode(model, rows):
     """Launches per generated token, with adapters merged as evaluation does, before the first look for finished rows."""
     with fake_gpu() as watch:
-        training, _ = full_size(watch, "lora", model, rows, 128)
-        for layer in lora.adapters(training.model).values():
-            layer.merge()
+        training = full_size(watch, "lora", model, rows, 128)
+        lora.merge_adapters(training.model)
         prompt, counts = torch.zeros(rows, 128, dtype=torch.long, device="cuda"), []
         for tokens in (2, 6):
             watch.launched.clear()

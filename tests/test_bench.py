@@ -1,4 +1,4 @@
-"""bench.py's commands on tiny models, its counts against what autograd and torch say, and the fast paths it led to."""
+"""bench.py's commands on tiny models, the fast paths they led to, statistics, and the papers' tables."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def bench_run(capsys, main, *flags):
 
 @pytest.mark.parametrize("folder", CONFIGS, indirect=True)
 def test_speed(folder, capsys):
-    """All methods, and one in a file, on all kinds of model; with the same weights, PEFT's first loss is ours."""
+    """All methods, and one in a file, on all kinds of model; PEFT's first loss is ours."""
     (folder / "mine.py").write_text("from allocators import LeLora\n\n\nclass Mine(LeLora):\n    pass\n")
     methods = [*bench.allocators.METHODS.keys() - {"bitfit"}, "dora", f"{folder}/mine.py:Mine"]  # no biases in a LLaMA
     rows = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2)
@@ -87,9 +87,9 @@ def trained(folder, method="lora", **changes):
 
 @pytest.mark.parametrize("method", ["floor", "lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
 def test_compiled_equals_eager(method, folder, monkeypatch):
-    """20 steps agree, nothing breaks the graph, only WeightLoRA's rebuild compiles again (no C++ compiler needed)."""
+    """20 steps agree, nothing breaks the graph, only WeightLoRA's rebuild compiles again."""
     plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))  # needs no C++
     torch._dynamo.reset()
     losses, _ = trained(folder, method)
     compiled, runner = trained(folder, f"{method}/compiled")
@@ -119,9 +119,6 @@ def test_dropout(p):
     assert x.grad.equal(y.detach())
 
 
-# ---- quality and the papers' tables
-
-
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
 def test_sign_flip_equals_scipys_permutation_test(n):
     stats = pytest.importorskip("scipy.stats")
@@ -137,12 +134,11 @@ SMALL = ["--limit-train", "64", "--limit-eval", "32", "--eval-every", "1000", "-
 
 
 def compare(capsys, tmp_path, *flags):
-    """What the command prints: its table's cells as {row: [text]}, its JSON object and what it says."""
+    """The JSON object that the command prints, and what it says."""
     places = ["--results", str(tmp_path / "results" / "r.jsonl"), "--runs", str(tmp_path / "runs")]
     bench.main(["quality", *flags, *places, *SMALL])
     out, err = capsys.readouterr()
-    cells = [line[2:-2].split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    return {row: texts for row, *texts in cells}, json.loads(out.splitlines()[-1]), err
+    return json.loads(out.splitlines()[-1]), err
 
 
 def results(tmp_path):
@@ -150,38 +146,38 @@ def results(tmp_path):
 
 
 def test_quality(tmp_path, capsys, monkeypatch):
-    """Two processes at a time; matched budgets; what is there is not made again, what was cut off is."""
+    """Two processes at a time; budgets matched at two ranks; what is there is not made again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    variant = "lora --rank 4 --scaling rslora"
-    asked = ["--methods", f"lora,weightlora,{variant}", "--seeds", "2", "--jobs", "2", "--epochs", "2",
-             "--match-budget", "--csv", str(tmp_path / "runs.csv")]
-    cells, about, said = compare(capsys, tmp_path, *asked)
+    asked = ["--methods", "lora,weightlora", "--budgets", "8,16", "--seeds", "2", "--jobs", "2", "--epochs", "2",
+             "--match-budget", "--csv", str(tmp_path / "runs.csv"), "--picture", str(tmp_path / "budgets.png")]
+    about, said = compare(capsys, tmp_path, *asked)
     rows, lines = about["rows"], results(tmp_path)
     assert len(lines) == len({json.dumps(line["settings"]) for line in lines}) and "peak_memory_mb" in lines[0]
-    n, mean, same = (row["trainable_params"]["mean"] for row in rows.values())
-    assert n == same and abs(mean / n - 1) <= 0.05  # all matrices in the warm-up, then half of them
+    uniform = ["lora @ rank 8", "lora @ rank 16"]
+    assert [row["against"] for row in rows.values()] == [None, None, *uniform]  # although ranks differ
+    low, high, *matched = (row["trainable_params"]["mean"] for row in rows.values())
+    assert high == 2 * low and matched == pytest.approx([low, high], rel=0.05)  # all, then half of them
     written = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert [line["row"] for line in written] == [row for row in rows for _ in range(2)]
-    rank, mine = int(written[2]["rank"]), [float(line["accuracy"]) for line in written[2:4]]
-    assert rank > 8 and f"weightlora, digits-rot90: rank {rank}, mean budget" in said
+    rank, mine = int(written[4]["rank"]), [float(line["accuracy"]) for line in written[4:6]]
+    assert rank > 8 and f"weightlora @ rank 8, digits-rot90: rank {rank}, mean budget" in said
     assert mine == [line["accuracy"] for seed in (0, 1) for line in lines
                     if line["seed"] == seed and line["settled"].get("rank") == rank]
-    assert rows["weightlora"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
-    text = cells["weightlora"][0].replace("**", "")
-    assert text.startswith(f"{100 * np.mean(mine):.1f} ± {100 * np.std(mine, ddof=1):.1f}")
-    assert [cells[row][4] for row in rows] == ["", "lora", "lora"]  # whose ranks differ, as they should
+    assert rows["weightlora @ rank 8"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
+    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
     file = tmp_path / "results" / "r.jsonl"
     kept = file.read_bytes()
     monkeypatch.setattr(bench.subprocess, "run", None)  # nothing may be started
-    assert compare(capsys, tmp_path, *asked)[1] == about
     file.write_bytes(kept[:-9])  # the run's folder has the result
-    assert compare(capsys, tmp_path, *asked)[1] == about
+    assert compare(capsys, tmp_path, *asked)[0] == about
     assert file.read_bytes().splitlines()[-1] == kept.splitlines()[-1]
+    shutil.rmtree(tmp_path / "runs")
+    assert compare(capsys, tmp_path, *asked, "--no-run")[0] == about  # from the results file alone
 
 
 def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
-    """Made-up budgets: uniform LoRA's, half of it, one that grows slowly and fails above 64, one that always fails."""
+    """Made-up budgets: half of uniform LoRA's, one that fails above rank 64, one that always fails."""
     budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
               "lelora": lambda r: None}
 
@@ -199,37 +195,23 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
     assert "random, digits-rot90: rank 16, mean budget +0.0 %" in said and said.count("no rank tried comes closer") == 2
 
 
-def test_tuning(tmp_path, capsys, monkeypatch):
-    """Each row takes what is best on seeds and rows that are not reported; the picture shows it over the steps."""
+def test_tuning(tmp_path, capsys):
+    """Each row takes what is best on seeds and rows that are not reported; a picture over the steps."""
     asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
              "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture",
              str(tmp_path / "steps.png")]
-    _, about, _ = compare(capsys, tmp_path, *asked)
+    (about, _), lines = compare(capsys, tmp_path, *asked), results(tmp_path)
     assert [*about["rows"]] == [*about["chosen"]] == ["lora @ steps 2", "lora @ steps 12"]
     made = sorted((line["seed"], line["settings"]["limit_train"], line["settings"]["eval_half"], line["eval_rows"])
-                  for line in results(tmp_path))
+                  for line in lines)
     assert made == [(0, 64, "report", 16)] * 2 + [(1000, 48, "tune", 16)] * 4
     for row, chosen in about["chosen"].items():
-        lines = [line for line in results(tmp_path) if line["row"] == row]
-        accuracies = {line["settings"]["lr"]: line["accuracy"] for line in lines if line["seed"] == 1000}
+        mine = [line for line in lines if line["row"] == row]
+        accuracies = {line["settings"]["lr"]: line["accuracy"] for line in mine if line["seed"] == 1000}
         best = "1e-2" if accuracies[1e-2] > accuracies[1e-9] else "1e-9"  # the first of equals
         assert chosen == {"digits-rot90": f"--lr {best} (of 2 runs)"}
-        assert [line["settings"]["lr"] for line in lines if line["seed"] == 0] == [float(best)]
+        assert [line["settings"]["lr"] for line in mine if line["seed"] == 0] == [float(best)]
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(bench.subprocess, "run", None)
-    shutil.rmtree(tmp_path / "runs")
-    assert compare(capsys, tmp_path, *asked, "--no-run")[1] == about  # from the results file alone
-
-
-def test_budgets_are_an_axis(tmp_path, capsys):
-    asked = ["--methods", "lora,random", "--budgets", "1,2", "--match-budget", "--steps", "2", "--seeds", "1"]
-    _, about, _ = compare(capsys, tmp_path, *asked, "--picture", str(tmp_path / "budgets.png"))
-    rows = ["lora @ rank 1", "lora @ rank 2", "random @ rank 1", "random @ rank 2"]
-    assert [(name, row["against"], row["trainable_params"]["mean"]) for name, row in about["rows"].items()] == [
-        *zip(rows, (None, None, *rows[:2]), (1536, 3072) * 2)]
-    assert {(line["row"], line["settled"].get("rank", 8)) for line in results(tmp_path)} == {
-        *zip(rows, (1, 2, 1, 2)), *zip(rows[2:], (2, 4))}
-    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_halves_and_samples_of_rows():
@@ -241,28 +223,30 @@ def test_halves_and_samples_of_rows():
     assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0)[0] == rows
 
 
-def test_results_of_other_source_are_made_again(tmp_path, capsys, monkeypatch):
-    asked = ["--methods", "lora", "--seeds", "1", "--steps", "1"]
-    assert "another version" not in compare(capsys, tmp_path, *asked)[2]
+def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypatch):
+    """The former are named and judge nobody, the latter are made again."""
+    asked = ["--seeds", "1", "--steps", "1", "--methods"]
+    with pytest.raises(SystemExit) as stopped:
+        compare(capsys, tmp_path, *asked, "lora,lora --rank 4000")
+    out, said = capsys.readouterr()
+    about = json.loads(out.splitlines()[-1])
+    ((name, message),) = about["failed"].items()
+    log = tmp_path / "runs" / f"{name}.stderr.txt"
+    assert stopped.value.code == 1 and str(log) in message and "another version" not in said
+    assert "lower the rank" in message and "lower the rank" in log.read_text()
+    assert ["digits-rot90" in row for row in about["rows"].values()] == [True, False]
+
     (tmp_path / "eval.py").write_text("1")
     monkeypatch.setattr(bench.evaluation, "source_hash", bench.evaluation.source_hash.__wrapped__)  # without its cache
     monkeypatch.setattr(bench.evaluation, "__file__", str(tmp_path / "eval.py"))
-    assert "taken as they are" in compare(capsys, tmp_path, *asked, "--keep-old")[2] and len(results(tmp_path)) == 1
-    assert "1 of 1 results are of another version of the program: made again" in compare(capsys, tmp_path, *asked)[2]
+    _, said = compare(capsys, tmp_path, *asked, "lora", "--keep-old")
+    assert "taken as they are" in said and len(results(tmp_path)) == 1
+    _, said = compare(capsys, tmp_path, *asked, "lora")
     first, second = results(tmp_path)
+    assert "1 of 1 results are of another version of the program: made again" in said
     assert first["source"] != second["source"] and first["settings"] == second["settings"]
-    assert "another version" not in compare(capsys, tmp_path, *asked)[2] and len(results(tmp_path)) == 2
-
-
-def test_a_failed_run_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        compare(capsys, tmp_path, "--methods", "lora,lora --rank 4000", "--seeds", "1", "--steps", "1")
-    about = json.loads(capsys.readouterr().out.splitlines()[-1])
-    ((name, message),) = about["failed"].items()
-    log = tmp_path / "runs" / f"{name}.stderr.txt"
-    assert stopped.value.code == 1 and str(log) in message
-    assert "lower the rank" in message and "lower the rank" in log.read_text()
-    assert ["digits-rot90" in row for row in about["rows"].values()] == [True, False]
+    _, said = compare(capsys, tmp_path, *asked, "lora")
+    assert "another version" not in said and len(results(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("named, shares", [("GPU-a,3", ["GPU-a", "3", "GPU-a"]), ("1", ["1"] * 3), ("", [""] * 3)])
@@ -273,13 +257,11 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds: 0: must be"),
-    ("quality --methods lora,nothing", "choose from"), ("quality --methods lora --out x", "--out"),
-    ("quality --methods lalora --match-budget", "add lora"), ("quality --nonsense 1", "unrecognized"),
-    ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --tune lr=1,,2", "--tune lr=1,,2"),
-    ("quality --tune alpha=much", "invalid float"),
+    ("quality --methods lora,nothing", "choose from"), ("quality --methods lalora --match-budget", "add lora"),
+    ("quality --nonsense 1", "unrecognized"), ("quality --tune speed=1,2", "--tune speed=1,2"),
+    ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
     ("quality --tune rank=1,2 --match-budget", "what --match-budget chooses"),
-    ("speed --methods nothing", "choose from"), ("speed --batch-size 0", "--batch-size: 0: must"),
-    ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
+    ("speed --methods nothing", "choose from"), ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
     ("inference --model vit-digits", "choose a decoder"), ("table nothing", "lalora-table5"),
     ("table weightlora-table3 --small", "no small version")])
 def test_what_is_refused(flags, message, capsys):
@@ -292,7 +274,7 @@ def test_what_is_refused(flags, message, capsys):
 
 
 def run_with(row, flags, metric, value, task="digits-rot90", seed=0):
-    """A run with what the results would hold of it, with the settings that train.py would fill in."""
+    """A run with the line that the results would hold of it."""
     run = bench.Run(row, task, seed, ["--init-weights", "random", "--method", *flags.split()], "runs")
     run.line = {"settings": run.settings, "settled": bench.changed(vars(run.filled())), metric: value, "seconds": 2.0,
                 "peak_memory_mb": 10, "trainable_params": dict.fromkeys(("now", "mean", "peak"), 800)}
@@ -312,27 +294,23 @@ def test_each_row_is_compared_with_the_uniform_lora_that_is_else_the_same(rows, 
 
 
 def test_summary():
-    """Differences and p are of pairs of seeds, the average over tasks is of seeds that all of them have."""
-    def summary(runs):
-        about = bench.summarise(runs)
-        return about["rows"], {line.split(" | ")[0]: line.split(" | ")[1:]
-                               for line in report.comparison(about).splitlines()}
-
+    """Differences and p are of pairs of seeds, averages of the seeds that all tasks have."""
     lora, lalora = "lora --model roberta-base", "lalora --model roberta-base"
     better = [0.5, 0.6, 0.7, 0.8, 0.9]
     runs = [run_with("LoRA", lora, "accuracy", value, "sst2", i) for i, value in enumerate(better)]
     runs += [run_with("ours", lalora, "accuracy", value - 0.1, "sst2", i) for i, value in enumerate(better)]
     runs += [run_with("LoRA", lora, "accuracy", 0.5, "rte", i) for i in range(4)]
-    rows, cells = summary([*runs, run_with("ours", lalora, "accuracy", None, "rte", 4)])
+    about = bench.summarise([*runs, run_with("ours", lalora, "accuracy", None, "rte", 4)])
+    rows, text = about["rows"], report.comparison(about)
     assert rows["ours"]["sst2"] == {"mean": pytest.approx(0.6), "std": pytest.approx(np.std(better, ddof=1)),
                                     "seeds": 5, "difference": pytest.approx(-0.1), "p": 2 / 32}
     assert rows["ours"]["rte"]["seeds"] == 1 and rows["ours"]["rte"]["p"] is None and rows["ours"]["against"] == "LoRA"
-    assert cells["| ours"][:3] == ["60.0 ± 15.8 ↓", "nan", "nan"]
-    assert cells["| LoRA"][:4] == ["**70.0** ± 15.8", "**50.0** ± 0.0", "**57.5** ± 6.5", "800"]
-    _, cells = summary([run_with(method, f"{method} --model llama2-7b", "loss", loss, "gsm8k")
-                        for method, loss in (("lora", 1.5), ("random", 1.25))])
-    assert cells["| random"][0] == "**1.250**" and cells["| lora"][0] == "1.500"  # less is better, and no percent
-    assert cells["| method"][0] == "gsm8k, loss"
+    assert "| ours | 60.0 ± 15.8 ↓ | nan | nan | 800 |" in text and "| LoRA |\n" in text
+    assert "| LoRA | **70.0** ± 15.8 | **50.0** ± 0.0 | **57.5** ± 6.5 | 800 |" in text
+    about = bench.summarise([run_with(method, f"{method} --model llama2-7b", "loss", loss, "gsm8k")
+                             for method, loss in (("lora", 1.5), ("random", 1.25))])
+    text = report.comparison(about)  # less is better, and no percent
+    assert "| method | gsm8k, loss |" in text and "| random | **1.250** |" in text and "| lora | 1.500 |" in text
 
 
 TABLES = json.loads(tables.TABLES.read_text())
@@ -354,11 +332,10 @@ def test_tables_of_the_papers(name, capsys):
 
 
 def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
-    """A table's columns that the run's own result lacks come from eval.py; parts of a task are in its own result."""
+    """A table's columns that the run's own result lacks come from eval.py."""
     monkeypatch.chdir(tables.ROOT)
     train_on, code = ("papers/tasks.py:" + name for name in ("metamathqa", "humaneval"))
-    q = tables.Published(run=True, results=str(tmp_path / "r.jsonl"), runs=str(tmp_path))
-    run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], q.runs, ["gsm8k", "boolq", code])
+    run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], tmp_path, ["gsm8k", "boolq", code])
     run.out.mkdir()
     (run.out / "run.json").write_text(json.dumps({"settings": {"rank": 8, "out": str(run.out)}}))
     (run.out / "result.json").write_text(json.dumps({
@@ -366,15 +343,14 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
         "trainable_params": {"now": 3, "mean": 3, "peak": 3}}))
     called = []
 
-    def evaluated(command, **_):
-        called.append(command[2:])
-        line = {"task": command[command.index("--task") + 1], "exact_match": 0.25}
-        return bench.subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(line), "")
+    def evaluated(words, env):
+        called.append(words)
+        return "noise\n" + json.dumps({"task": words[3], "exact_match": 0.25})
 
-    monkeypatch.setattr(bench.subprocess, "run", evaluated)
-    assert bench.make([run], q) == {}
-    assert called == [[str(run.out), "--task", "gsm8k"],
-                      [str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
+    monkeypatch.setattr(bench, "start", evaluated)
+    run.line = run.perform({})
+    assert called == [["eval.py", str(run.out), "--task", "gsm8k"],
+                      ["eval.py", str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]
     about = bench.summarise([run])
     assert about["rows"]["a"]["gsm8k"]["mean"] == 0.25 and about["rows"]["a"]["boolq"]["mean"] == 0.75
     assert code not in about["rows"]["a"] and "| a | 25.0 | 75.0 |  |" in report.comparison(about)

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Tiny, batches, settings, train, training_of
+from tiny import ALL, Tiny, batches, settings, train, training_of
 
 import allocators
 import lora
-
-ALL = ["query", "key", "value", "out", "up", "down"]
-
-
-def build(steps=40, **changes):
-    torch.manual_seed(0)
-    return allocators.Credit(Tiny(), settings(**{"method": "credit", "rank": 2, "credit_steps": 4, **changes}), steps)
 
 
 def deal(credit, cost, cap, budget, power):
@@ -30,16 +23,19 @@ def deal(credit, cost, cap, budget, power):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(targets=ALL), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=1.0),
+    dict(credit_steps=0), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=1.0),
     dict(targets=["up", "down"], credit_cap=1.5), dict(targets=ALL, credit_power=0.0, freeze_a=True),
     dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL)], ids=str)
 def test_credit_and_ranks_are_the_formulas(changes):
-    allocator = build(**changes)
-    s, names, training = allocator.settings, list(allocator.layers), training_of(allocator)
+    torch.manual_seed(0)
+    s = settings(**{"method": "credit", "rank": 2, "credit_steps": 4, "credit_examples": 50, **changes})
+    allocator, steps = allocators.Credit(Tiny(), s, 40), s.credit_steps or 10
+    assert [allocator.examples(step) for step in (1, steps, steps + 1)] == [50, 50, 0]
+    names, training = list(allocator.layers), training_of(allocator)
     costs = [layer.out_features + layer.in_features * (not s.freeze_a) for layer in allocator.layers.values()]
     own = [min(layer.weight.shape) for layer in allocator.layers.values()]
     credit = np.zeros(len(names))
-    for step, (x, labels) in enumerate(batches(4), start=1):
+    for step, (x, labels) in enumerate(batches(steps), start=1):
         merged, updates = Tiny().double(), {}
         for name, layer in allocator.layers.items():  # d loss / d g = <d loss / d W', dW' / dg> at W' = W + g s B A
             A, B, W = layer.A.detach().double(), layer.B.detach().double(), merged.get_submodule(name).weight
@@ -53,7 +49,7 @@ def test_credit_and_ranks_are_the_formulas(changes):
         credit -= [(merged.get_submodule(name).weight.grad * updates[name]).sum().item() for name in names]
         train(training, [(x, labels)], first=step)
         np.testing.assert_allclose(allocator.credit, credit, rtol=1e-4, atol=1e-5 * abs(credit).max())
-        assert (allocator.allocations == 1) == (step == 4) and (step == 1) == (not credit.any())
+        assert (allocator.allocations == 1) == (step == steps) and (step == 1) == (not credit.any())
 
     costs = costs if s.credit_budget == "parameters" else [1] * len(names)
     budget, cap = s.rank * sum(costs), [min(m, int(s.credit_cap * s.rank)) for m in own]
@@ -64,12 +60,7 @@ def test_credit_and_ranks_are_the_formulas(changes):
     assert set(lora.adapters(allocator.model)) == {name for name, units in zip(names, expected) if units}
     for name, layer in allocator.layers.items():  # plain LoRA, fresh, at one scale
         assert layer.g is None and layer.scale == s.alpha / s.rank and (layer.start is not None or not layer.B.any())
-    train(training, batches(4, seed=1), first=5)
+    train(training, batches(4, seed=1), first=steps + 1)
     allocator.check_ranks()
     assert all(layer.B.any() for layer in allocator.layers.values()) and not allocator.own
     assert len(set(expected)) > 1 or not s.credit_power
-
-
-def test_flags():
-    allocator = build(credit_examples=50)
-    assert [allocator.examples(step) for step in (1, 4, 5)] == [50, 50, 0] and build(credit_steps=0).warmup == 10

@@ -20,8 +20,8 @@ def fake(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-METHODS = ["lora", "linear-decay", "attention-heavy", "empirical", "lalora", "adalora --adalora-delta-t 2", "random",
-           "weightlora --weightlora-steps 3", "weightlora+ --weightlora-steps 8", "credit", "lelora", "full", "bitfit"]
+METHODS = ["lora", "linear-decay", "lalora", "adalora --adalora-delta-t 2", "random", "weightlora --weightlora-steps 3",
+           "weightlora+ --weightlora-steps 8", "credit", "lelora", "full", "bitfit"]
 FEW = [("llama", "--method lalora"), ("roberta", "--method adalora --adalora-delta-t 2"), ("vit", "--method lelora"),
        ("llama", "--method weightlora+ --weightlora-steps 3 --init pissa"), ("roberta", "--dora --lora-plus-ratio 4"),
        ("llama", "--method lelora --lelora-policy-optimizer adam --checkpointing")]
@@ -39,12 +39,20 @@ def test_no_step_waits_and_a_run_resumes(family, words):
     assert found["error"] is None and not found["waits"], found
 
 
-def test_a_wait_and_a_tensor_on_the_wrong_device_are_noticed(tmp_path):
-    policy = tmp_path / "policy.py"
-    text = "import torch\nfrom allocators import Allocator\nclass Slow(Allocator):\n    def after_step(self, step):\n        {}\n"
-    for line, expected in (("return bool(self.current.sum() < 0)", "waits"), ("self.current += torch.ones(4)", "error")):
-        policy.write_text(text.format(line))
-        assert fake("run", "llama", "--method", f"{policy}:Slow")[expected]
+SLOW = """import torch
+from allocators import Allocator
+class Slow(Allocator):
+    def after_step(self, step):
+        {}
+"""
+
+
+@pytest.mark.parametrize("line, found, expected", [
+    ("return bool(self.current.sum() < 0)", "waits", "item, tolist or bool at train.py"),
+    ("self.current += torch.ones(len(self.current))", "error", "same device")])
+def test_a_wait_and_a_tensor_on_the_wrong_device_are_noticed(line, found, expected, tmp_path):
+    (tmp_path / "policy.py").write_text(SLOW.format(line))
+    assert expected in str(fake("run", "llama", "--method", f"{tmp_path / 'policy.py'}:Slow")[found])
 
 
 # launches of a step, LLaMA2-7B's shape, 8 x 512, rank 32 on five projections: in all, and of the optimizer

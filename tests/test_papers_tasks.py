@@ -1,13 +1,13 @@
-"""papers/tasks.py: the published files as they come, answers of MATH, photos, errors, fetching on loopback."""
+"""papers/tasks.py: the published files as they come, answers of MATH, photos fetched on loopback, errors."""
 
 import gzip
-import io
 import json
 import sys
 
 import numpy as np
 import pytest
-from test_data import jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad, serve, write  # noqa: F401
+from test_data import (bytes_of, jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad,  # noqa: F401
+                       serve, write)
 from tiny import refused
 
 import data
@@ -16,76 +16,53 @@ from papers import tasks
 FILE = tasks.__file__
 TASKS = data.TASKS | {row.name: row for row in vars(tasks).values() if isinstance(row, data.Task)}
 
-
-def find(name, where=None):
-    return data.find_task(f"{FILE}:{name}", where)
-
-
-# ------------------------------------------------------------------- published sets: training, and completions to score
-
 HOSTILE = "{x} %s \u2028 \\n \x00 </s> <|im_end|> $(ls) \U0001f600 ### Instruction:\n"
 SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
 
-
-def rated(response, score):
-    return {"model": "m", "principle": "helpfulness", "custom_system_prompt": "", "response": response,
-            "overall_score": score, "fine-grained_score": 4.0, "annotations": {"honesty": {"Rating": "4"}}}
-
-
-def chat(answer):
-    return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
-
-
-def mbpp(i):
-    return {"text": "T", "code": "def f():\r\n  return 1", "task_id": i, "test_setup_code": "",
-            "challenge_test_list": [], "test_list": ["assert f() == 1", "assert f() != 2"]}
-
-
-# task: (file, rows as they are published, prompt and answer of each that is read); where they are in the comments
+# task: (file, rows as they are published at the task's address, prompt and answer of each that is read)
 ask = data.prompt
 PUBLISHED = {
-    # huggingface.co/datasets/meta-math/MetaMathQA
     "metamathqa": ("MetaMathQA-395K.json", [
-        {"type": "MATH_AnsAug", "query": f"Q{i}", "original_question": "o", "response": HOSTILE} for i in range(20)],
+        {"type": "GSM_Rephrased", "query": f"Q{i}", "original_question": "o", "response": HOSTILE} for i in range(20)],
         [(ask(f"Q{i}"), HOSTILE) for i in range(20)]),
-    # huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction
     "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
-        {"query": HOSTILE, "answer": "```python\nx\n```", "resource": "evolinstruct", "lang": "python"}] * 11,
-        [(ask(HOSTILE), "```python\nx\n```")] * 11),
-    # huggingface.co/datasets/openbmb/UltraFeedback, and HuggingFaceH4/ultrafeedback_binarized as JSON lines
+        {"query": HOSTILE, "answer": "```\nx```", "resource": "evolinstruct", "lang": "python"}] * 11,
+        [(ask(HOSTILE), "```\nx```")] * 11),
+    # two of its own rows, then one as HuggingFaceH4/ultrafeedback_binarized has them
     "ultrafeedback": ("flan.jsonl", [
         {"source": "flan", "instruction": "Q0", "models": ["a", "b", "c"], "correct_answers": ["None"],
-         "incorrect_answers": ["None"], "completions": [rated("bad", 2.0), rated(HOSTILE, 8.5), rated("worse", 8)]},
+         "incorrect_answers": ["None"], "completions": [
+             {"response": "bad", "overall_score": 2.0}, {"response": HOSTILE, "overall_score": 8.5},
+             {"response": "worse", "overall_score": 8}]},
         {"source": "flan", "instruction": "none", "models": [], "completions": []},
-        {"prompt": "Q1", "prompt_id": "0", "chosen": chat("good"), "rejected": chat("bad"), "messages": [],
-         "score_chosen": 8.0},
-        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [rated("half \ud83d pair", 1)]}],
+        {"prompt": "Q1", "prompt_id": "0", "messages": [], "rejected": [], "score_chosen": 8.0,
+         "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "good"}]},
+        {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [
+            {"response": "half \ud83d pair", "overall_score": 1, "principle": "helpfulness"}]}],
         [(ask("Q0"), HOSTILE), (ask("Q1"), "good"), (ask("Q2"), "half ? pair")]),
-    # github.com/tatsu-lab/stanford_alpaca
     "alpaca": ("alpaca_data.json", [
         {"instruction": "I0", "input": "", "output": "O0"}, {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
         {"instruction": "some are empty", "input": "", "output": ""}],
         [(ask("I0"), "O0"), (ask("I1", HOSTILE), HOSTILE)]),
-    # github.com/meta-math/MetaMath, and the rows of github.com/hendrycks/math and github.com/openai/prm800k
+    # MetaMath's rows, then as hendrycks/math and openai/prm800k have them
     "math": ("MATH_test.jsonl", [
-        {"idx": "hendrycks_math_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
+        {"idx": "h_1", "instruction": HOSTILE, "input": "", "output": SOLUTION, "type": "Algebra"},
         {"problem": "P", "level": "Level 5", "type": "Algebra", "solution": SOLUTION},
         {"problem": "P", "solution": SOLUTION, "answer": "\\frac{3}{2}", "subject": "Algebra", "level": 5,
          "unique_id": "t"}], [(ask(HOSTILE), SOLUTION), (ask("P"), SOLUTION), (ask("P"), SOLUTION)]),
-    # github.com/openai/grade-school-math
     "gsm8k": ("test.jsonl", [{"question": "How many?", "answer": "3*400=<<3*400=1200>>1,200\n#### 1,200"},
                              {"question": HOSTILE, "answer": "#### -3"}],
               [(ask("How many?"), "3*400=<<3*400=1200>>1,200\n#### 1,200"), (ask(HOSTILE), "#### -3")]),
-    # github.com/openai/human-eval
     "humaneval": ("HumanEval.jsonl", [
         {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
-         "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n"} for i in range(2)],
+         "canonical_solution": "    return 1\n", "test": "assert f()"} for i in range(2)],
         [(f"def f():\n    {HOSTILE}".rstrip(), "    return 1\n")] * 2),
-    # github.com/google-research/google-research/tree/master/mbpp, whole and sanitized
-    "mbpp": ("mbpp.jsonl", [*map(mbpp, (1, 10, 11, 510, 511, 974)),
-        {"source_file": "x", "task_id": 12, "prompt": "T", "code": "def f():\r\n  return 1", "test_imports": [],
-         "test_list": ["assert f() == 1"]}], [('"""\nT\nassert f() == 1\n"""\n', "def f():\r\n  return 1")] * 3),
-    # huggingface.co/datasets/tatsu-lab/alpaca_eval
+    "mbpp": ("mbpp.jsonl", [
+        *({"text": "T", "code": "x = 1\r\ny = 2", "task_id": i, "test_setup_code": "",
+           "challenge_test_list": [], "test_list": ["assert x", "assert y"]}
+          for i in (1, 10, 11, 510, 511, 974)),
+        {"source_file": "sanitized", "task_id": 12, "prompt": "T", "code": "x = 1\r\ny = 2", "test_imports": [],
+         "test_list": ["assert x"]}], [('"""\nT\nassert x\n"""\n', "x = 1\r\ny = 2")] * 3),
     "alpacaeval": ("alpaca_eval.json", [
         {"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
         [(ask(HOSTILE), "O")]),
@@ -95,7 +72,7 @@ TARGETS = {"math": ["\\frac{3}{2}"] * 3, "gsm8k": ["1200", "-3"]}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sets(tmp_path, caplog, name):
-    """The official files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
+    """Files are read as they come, in a folder, named and gzipped; nothing in them is formatted."""
     (file, rows, expected), task = PUBLISHED[name], TASKS[name]
     text = json.dumps(rows, indent=1) if file.endswith(".json") else jsonl(rows)
     path = write(tmp_path / file, text)
@@ -120,8 +97,9 @@ def test_published_sets(tmp_path, caplog, name):
 
 
 def test_math_as_it_is_in_the_official_archive(tmp_path):
+    """A reference solution has its answer in its own place, the box."""
     for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
-        row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"\\boxed{{{n}}}"}
+        row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"The answer is: 8. \\boxed{{{n}}}"}
         write(tmp_path / "MATH" / split / subject / f"{n}.json", json.dumps(row, indent=4))
     for split, targets in (("train", ["1", "2"]), ("dev", ["3"])):
         assert [row["target"] for row in data.read(tasks.math, tmp_path, split)] == targets
@@ -135,20 +113,18 @@ ANSWERS = [
     ("The answer is: $5", "$5"), ("\\boxed{7} The answer is: 8.", "8"), ("the answer is 4", ""),
     ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
     ("\\boxed 9$ and", "9"), ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""),
-    ("\\boxed", ""), ("}{\\boxed}{", ""), ("", ""),
-    # github.com/hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
+    ("}{\\boxed}{", ""), ("", ""),
+    # hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
     ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
     ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
-    ("\\boxed{10\\text{ units}}", "10"), ("\\boxed{10 }", "10"), ("\\boxed{\\$10}", "10"),
-    ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"), ("\\boxed{.1}", "0.1"), ("\\boxed{10\\%}", "10"),
-    ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"),
-    ("\\boxed{10\\sqrt3 + \\sqrt{4}}", "10\\sqrt{3}+\\sqrt{4}"), ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
-    ("\\boxed{\\tfrac83}", "\\frac{8}{3}"), ("\\boxed{1/2}", "\\frac{1}{2}"), ("\\boxed{0.5}", "\\frac{1}{2}"),
+    ("\\boxed{10\\text{ units}}", "10"), ("\\boxed{\\$10}", "10"), ("\\boxed{.1}", "0.1"), ("\\boxed{10\\%}", "10"),
+    ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"), ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
+    ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"), ("\\boxed{1/2}", "\\frac{1}{2}"),
+    ("\\boxed{0.5}", "\\frac{1}{2}"),
     # and other rules of its math_equivalence.py
-    ("\\boxed{x = 5}", "5"), ("\\boxed{abc=5}", "abc=5"), ("\\boxed{5x - 7y + 11z + 4 = 0}", "5x-7y+11z+4=0"),
-    ("\\boxed{90^\\circ}", "90"), ("\\boxed{45^{\\circ}}", "45"), ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"),
-    ("\\boxed{-3/4}", "\\frac{-3}{4}"), ("\\boxed{03/4}", "03/4"), ("\\boxed{1/2/3}", "1/2/3"),
-    ("\\boxed{\\frac}", "\\frac"), ("\\boxed{\\sqrt}", "\\sqrt")]
+    ("\\boxed{x = 5}", "5"), ("\\boxed{abc=5}", "abc=5"), ("\\boxed{90^\\circ}", "90"), ("\\boxed{45^{\\circ}}", "45"),
+    ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"), ("\\boxed{-3/4}", "\\frac{-3}{4}"),
+    ("\\boxed{03/4}", "03/4"), ("\\boxed{\\frac}", "\\frac"), ("\\boxed{\\sqrt}", "\\sqrt")]
 
 
 @pytest.mark.parametrize("text, expected", ANSWERS)
@@ -156,48 +132,32 @@ def test_final_answer(text, expected):
     assert tasks.final_answer(text) == data.extract_answer(text, tasks.final_answer) == expected
 
 
-def test_a_reference_solution_has_its_answer_in_its_own_place():
-    assert tasks.final_answer("The answer is: 8. \\boxed{7}", reference=True) == "7"
-    assert [data.last_number(f"5 of 7{end}", reference=True) for end in (" #### 1,000", "")] == ["1000", ""]
-
-
-def food():
-    names = {"train": ["waffles/1", "pizza/20", "waffles/3"], "test": ["pizza/4"]}
-    files = {f"images/{name}.jpg": jpg(i) for i, name in enumerate(sum(names.values(), []))}
-    return files | {f"meta/{split}.txt": "\n".join(lines) for split, lines in names.items()} | {"meta/classes.txt": "x"}
-
-
-def resisc():
-    names = {"train": ["dense_residential_100.jpg", "airplane_001.jpg", "airplane_002.jpg"],
-             "test": ["airplane_003.jpg"], "val": ["airplane_004.jpg"]}
-    numbered = enumerate(sum(names.values(), []))
-    files = {f"NWPU-RESISC45/{name.rpartition('_')[0]}/{name}": jpg(i) for i, name in numbered}
-    return files | {f"resisc45-{split}.txt": "\n".join(lines) for split, lines in names.items()}
-
-
-def flowers():
-    scipy, files = pytest.importorskip("scipy.io"), {f"jpg/image_{i:05}.jpg": jpg(i) for i in (1, 2, 3, 4, 5)}
+def photo_set(name):
+    """(files of a set as they are distributed, {split: labels and widths of its photos})."""
+    if name == "food101":
+        names = ("waffles/1", "pizza/20", "waffles/3", "pizza/4")
+        photos = {f"images/{name}.jpg": jpg(i) for i, name in enumerate(names)}
+        return (photos | {"meta/train.txt": "waffles/1\npizza/20\nwaffles/3", "meta/test.txt": "pizza/4"},
+                {"train": [("waffles", 6), ("pizza", 7), ("waffles", 8)], "dev": [("pizza", 9)]})
+    if name == "resisc45":
+        photos = {f"NWPU-RESISC45/airplane/airplane_00{i}.jpg": jpg(i) for i in (1, 2, 3)}
+        return (photos | {"NWPU-RESISC45/dense_residential/dense_residential_100.jpg": jpg(0),
+                          "resisc45-train.txt": "dense_residential_100.jpg\nairplane_001.jpg\nairplane_002.jpg",
+                          "resisc45-test.txt": "airplane_003.jpg"},
+                {"train": [("dense_residential", 6), ("airplane", 7), ("airplane", 8)], "dev": [("airplane", 9)]})
+    scipy, photos = pytest.importorskip("scipy.io"), {f"jpg/image_{i:05}.jpg": jpg(i) for i in (1, 2, 3, 4, 5)}
+    labels = {"labels": np.array([[77, 102, 3, 1, 102]], np.uint8)}
     ids = {"trnid": np.array([[2, 5]], np.uint16), "valid": np.array([[1]], np.uint16), "tstid": np.array([[4, 3]])}
-    for name, arrays in (("imagelabels", {"labels": np.array([[77, 102, 3, 1, 102]], np.uint8)}), ("setid", ids)):
-        buffer = io.BytesIO()
-        scipy.savemat(buffer, {**arrays, "labels" if name == "imagelabels" else "trnid": next(iter(arrays.values()))},
-                      do_compression=True)
-        files[f"{name}.mat"] = buffer.getvalue()
-    return files
+    return (photos | {"imagelabels.mat": bytes_of(scipy.savemat, labels, do_compression=True),
+                      "setid.mat": bytes_of(scipy.savemat, ids)},
+            {"train": [("102", 8), ("102", 11)], "dev": [("1", 10), ("3", 9)]})
 
 
-# task: (its files, {split: labels and widths of its photos}), as they are distributed
-PHOTO_SETS = {"food101": (food, {"train": [("waffles", 6), ("pizza", 7), ("waffles", 8)], "dev": [("pizza", 9)]}),
-              "resisc45": (resisc, {"train": [("dense_residential", 6), ("airplane", 7), ("airplane", 8)],
-                                    "dev": [("airplane", 9)]}),
-              "flowers102": (flowers, {"train": [("102", 8), ("102", 11)], "dev": [("1", 10), ("3", 9)]})}
-
-
-@pytest.mark.parametrize("name", PHOTO_SETS)
+@pytest.mark.parametrize("name", ["food101", "resisc45", "flowers102"])
 def test_photo_sets(tmp_path, mirror, name):
-    """Archives and lists are fetched once, also where the first try ends before all are there; then read as --data."""
-    files, expected = PHOTO_SETS[name]
-    members = {path: text if isinstance(text, bytes) else text.encode() for path, text in files().items()}
+    """Fetched once, also where the first try ends before all is there; then read as --data."""
+    files, expected = photo_set(name)
+    members = {path: text if isinstance(text, bytes) else text.encode() for path, text in files.items()}
     names = [address.rpartition("/")[2] for _, address, _ in TASKS[name].sources]
     assert all(sha256 and len(sha256) == 64 for _, _, sha256 in TASKS[name].sources) or name == "resisc45"
     inner = "food-101/" * (name == "food101")
@@ -215,23 +175,17 @@ def test_photo_sets(tmp_path, mirror, name):
             rows = [row for _, row in task.reader(task, where, split)]
             assert [(row["label"], data.read_image(row["pixels"]).shape[2]) for row in rows] == expected[split]
     assert mirror.asked.count(last) == 2
-    task = find(name, cache)
+    task = data.find_task(f"{FILE}:{name}", cache)
     assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, cache, "dev")
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-def published(name, row, pattern):
-    """Case: this row in the file of a published set."""
-    return name, {TASKS[name].files["dev"][0].replace("*", "flan"): jsonl([row])}, pattern
-
-
 BAD = [
-    published("math", {"problem": "a", "solution": "4"}, "line 1: answer '', expected one marked as math's are"),
-    published("ultrafeedback", {"instruction": "a", "completions": ["b"]}, "'completions' is str 'b'"),
-    published("ultrafeedback", {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2},
-              "line 1: 'overall_score' is str 'N/A'"),
-    published("mbpp", {"text": "a", "code": "b", "task_id": 11, "test_list": []}, "line 1: no column 0"),
+    ("math", {"test.jsonl": {"problem": "a", "solution": "4"}}, "line 1: answer '', expected one marked"),
+    ("gsm8k", {"test.jsonl": {"question": "a", "answer": "5 of 7"}}, "line 1: answer '', expected one marked"),
+    ("ultrafeedback", {"x.jsonl": {"instruction": "a", "completions": ["b"]}}, "'completions' is str 'b'"),
+    ("ultrafeedback", {"x.jsonl": {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}},
+     "line 1: 'overall_score' is str 'N/A'"),
+    ("mbpp", {"mbpp.jsonl": {"text": "a", "code": "b", "task_id": 11, "test_list": []}}, "line 1: no column 0"),
     ("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
     ("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
     ("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"}, "a/1.jpg: not an image .*No such"),
@@ -241,7 +195,7 @@ BAD = [
 
 @pytest.mark.parametrize("name, content, pattern", BAD)
 def test_bad_input(tmp_path, name, content, pattern):
-    read_bad(tmp_path, f"{FILE}:{name}", content, pattern, "dev")
+    read_bad(tmp_path, name if name in data.TASKS else f"{FILE}:{name}", content, pattern, "dev")
 
 
 def test_scipy_is_named_where_it_is_missing(tmp_path, monkeypatch):

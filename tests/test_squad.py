@@ -1,4 +1,4 @@
-"""SQuAD against transformers' tokenizers and models, run_qa.py's rules and those of the official evaluation scripts."""
+"""SQuAD against transformers' tokenizers and models, the rules of run_qa.py and of the official scripts."""
 
 import json
 import random
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import make_tokenizer, read_bad, write
+from test_model import saved
 
 import data
 import eval as evaluation
@@ -22,7 +23,7 @@ WORDS = "the river runs north of an old town where Zoë's 12 mills, grinding cor
 
 
 def questions(split, version2, rng=random.Random(0)):
-    """SQuAD's layout: which words follow one, in contexts of one and of several windows; a question is very long."""
+    """SQuAD's layout, with contexts of one and of several windows; a question is very long."""
     paragraphs = []
     for n, length in enumerate((40, 160, 90)):
         words, asked = rng.choices(WORDS, k=length), []
@@ -40,24 +41,19 @@ def questions(split, version2, rng=random.Random(0)):
 
 
 def prepare(folder, family, version2):
-    """The data, and a small random model with a word-piece, byte-level or SentencePiece-like tokenizer: that, fast."""
+    """Write data and a small model; returns its tokenizer: word-piece, byte-level or like SentencePiece's."""
     for split in ("train", "dev"):
         write(folder / "data" / f"{split}.json", questions(split, version2))
-    prefix = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}[family]
-    make_tokenizer(folder / "model", prefix, texts=[" ".join(WORDS) + " What is after."])
+    kind = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}[family]
+    make_tokenizer(folder / "model", kind, texts=[" ".join(WORDS) + " What is after."])
     fast = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    torch.manual_seed(0)
-    relative = dict(relative_attention=True, pos_att_type="c2p|p2c", share_att_key=True, position_buckets=32)
-    config = getattr(transformers, prefix + "Config")(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=300, pad_token_id=0, **(relative if family == "deberta" else {}))
-    getattr(transformers, prefix + "Model")(config).save_pretrained(folder / "model")
+    saved(family, folder / "model", vocab_size=len(fast), max_position_embeddings=300, pad_token_id=0)
     return fast
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_windows_and_labels(family, tmp_path):
-    """Ids, types, offsets and labels are those of transformers' tokenizer with run_qa.py's settings and rules."""
+    """Ids, types, offsets and labels are those of transformers' tokenizer and run_qa.py."""
     fast = prepare(tmp_path, family, True)
     rows = data.read(squad.squad2, tmp_path / "data", "train")
     split = data.encode(squad.squad2, rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
@@ -82,7 +78,7 @@ def test_windows_and_labels(family, tmp_path):
 
 
 def best_answer(windows, context, version2):
-    """utils_qa.py's rules in plain loops: 20 likeliest starts and ends, at most 30 tokens, null threshold 0."""
+    """utils_qa.py's rules in plain loops: 20 likeliest starts and ends, up to 30 tokens, threshold 0."""
     found, null = [(-np.inf, "")], min(start[0] + end[0] for start, end, _ in windows)
     for start, end, offsets in windows:
         for i in sorted(range(len(start)), key=lambda n: -start[n])[:20]:
@@ -125,8 +121,9 @@ def test_scores_are_those_of_the_official_scripts(version2):
 
 @pytest.mark.parametrize("family, name", [("bert", "squad"), ("roberta", "squad2"), ("deberta", "squad2")])
 def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
-    """A run loaded in PEFT as its card says: the logits, and from them by the rules above the run's scores."""
-    prepare(tmp_path, family, name == "squad2")
+    """In PEFT as the run's card says: its logits, and from them by the rules above its scores."""
+    version2 = name == "squad2"
+    prepare(tmp_path, family, version2)
     train.main(["--model", str(tmp_path / "model"), "--task", f"{squad.__file__}:{name}", "--steps", "12", "--data",
                 str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--batch-size", "8", "--lr", "0.02",
                 "--max-length", "256"])
@@ -144,7 +141,8 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
                 output = theirs(inputs["tokens"], attention_mask=inputs["mask"].long(), **types)
                 torch.testing.assert_close(ours(**inputs)[..., 1], output.end_logits, rtol=0, atol=1e-4)
             windows.append((output.start_logits[0].numpy(), output.end_logits[0].numpy(), split.offsets[i]))
-        scores.append(official(best_answer(windows, row["pair"], name == "squad2"), row["answers"], name == "squad2"))
+        found = best_answer(windows, row["pair"], version2)
+        scores.append(official(found, row["answers"], version2))
     assert (result["exact_match"], result["f1"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
     assert result["before"]["f1"] != result["f1"] > 0 and result["eval_rows"] == len(rows) == 18
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
@@ -152,7 +150,7 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
 
 
 def test_best_span():
-    """By the rules above, of random logits whose best pair may run backwards or begin in the question, or be none."""
+    """Of random logits, whose best pair may run backwards, begin in the question, or be none."""
     rng, context = np.random.default_rng(0), "".join(map(chr, range(200, 300)))  # no character twice
     for length in [0, 1, 2, 15, 25, *rng.integers(30, 100, 90)]:
         inside = [[n // 2, n // 2 + 1] for n in range(length)]  # as of bytes: two tokens are one character
@@ -166,8 +164,8 @@ def test_best_span():
 
 @pytest.mark.parametrize("change, part", [
     (dict(id="dev00"), "twice"), (dict(answers=[]), "squad2"), (dict(question=None), "question"),
-    (dict(answers=[3]), "int"), (dict(id=5), "id"), (dict(answers=[{"answer_start": 3}]), "text"),
-    (dict(answers=5), "SQuAD's layout"), (dict(answers=[{"text": "a", "answer_start": "3"}]), "answer_start")])
+    (dict(answers=[{"answer_start": 3}]), "text"), (dict(answers=5), "SQuAD's layout"),
+    (dict(answers=[{"text": "a", "answer_start": "3"}]), "answer_start")])
 def test_bad_files_are_one_line(change, part, tmp_path):
     file = questions("dev", False)
     file["data"][0]["paragraphs"][0]["qas"][3].update(change)

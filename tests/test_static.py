@@ -1,15 +1,13 @@
 """Static shapes: ranks against the Adaptive LoRA paper's formulas in exact fractions, and exact parameter counts."""
 
 from fractions import Fraction
-from math import floor
+from math import floor, sqrt
 
 import pytest
 from tiny import Tiny, settings
 
 import allocators
 import lora
-
-SHAPES = ["linear-decay", "attention-heavy", "empirical"]
 
 
 def paper(method, i, L, attention, r_base, r_min, r_max, depth="text"):
@@ -31,14 +29,15 @@ def paper(method, i, L, attention, r_base, r_min, r_max, depth="text"):
     return min(max(floor(rank), r_min), r_max)
 
 
-@pytest.mark.parametrize("method, depth", [*((method, "text") for method in SHAPES), ("empirical", "code")])
-@pytest.mark.parametrize("r_base,r_min,r_max",
-                         [(16, 4, 32), (8, 4, 32), (5, 1, 32), (30, 4, 32), (7, 2, 6), (3, 4, 32)])
-def test_ranks_are_the_papers_at_every_depth(method, depth, r_base, r_min, r_max, monkeypatch):
+@pytest.mark.parametrize("method, depth, scaling", [
+    ("linear-decay", "text", "nominal"), ("attention-heavy", "text", "own"), ("empirical", "text", "rslora"),
+    ("empirical", "code", "nominal")])
+@pytest.mark.parametrize("r_base,r_min,r_max", [(16, 4, 32), (5, 1, 32), (7, 2, 6), (3, 4, 32)])
+def test_ranks_and_scales_are_the_papers_at_every_depth(method, depth, scaling, r_base, r_min, r_max, monkeypatch):
     monkeypatch.setattr(lora.nn.init, "kaiming_uniform_", lambda *_, **__: None)  # the shapes are what is looked at
     deep, model = Tiny(blocks=48, dim=38, hidden=38), Tiny(blocks=0)
     s = settings(method=method, targets=["query", "up"], rank=r_base, r_min=r_min, r_max=r_max,
-                 empirical_depth=depth)
+                 empirical_depth=depth, alpha=8.0, scaling=scaling)
     for L in range(1, 49):
         model.blocks = deep.blocks[:L]
         allocator = allocators.METHODS[method](model, s, steps=10)
@@ -46,17 +45,9 @@ def test_ranks_are_the_papers_at_every_depth(method, depth, r_base, r_min, r_max
                  for i in range(L) for kind in s.targets}
         assert {name: layer.A.shape[0] for name, layer in allocator.layers.items()} == ranks == allocator.ranks()
         expected = sum(ranks.values()) * 2 * 38
-        assert sum(p.numel() for p in allocator.parameters()) == allocator.budget() == expected
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected and not allocator.dynamic
-        for name in ranks:
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == allocator.budget() == expected
+        assert sum(p.numel() for p in allocator.parameters()) == expected and not allocator.dynamic
+        for name, rank in ranks.items():
+            over = {"nominal": r_base, "own": rank, "rslora": sqrt(r_base)}[scaling]
+            assert allocator.layers[name].scale == pytest.approx(8 / over)
             lora.detach(model, name)
-
-
-@pytest.mark.parametrize("scaling,scale", [("nominal", lambda r: 8 / 12), ("own", lambda r: 8 / r),
-                                           ("rslora", lambda r: 8 / 12 ** 0.5)])
-def test_scale_is_alpha_over_the_nominal_rank_unless_asked_otherwise(scaling, scale):
-    s = settings(method="linear-decay", rank=12, r_min=3, alpha=8.0, scaling=scaling)
-    layers = allocators.METHODS["linear-decay"](Tiny(blocks=4), s, 10).layers
-    assert len({layer.rank for layer in layers.values()}) == 4
-    for layer in layers.values():
-        assert layer.scale == pytest.approx(scale(layer.rank))
