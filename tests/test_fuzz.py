@@ -15,7 +15,7 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from extras import adapter_files
+from extras import adapter_files, images, tokenizer
 from papers import tasks
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -182,8 +182,8 @@ FILES |= {
     "bert adapter/adapter_model.safetensors": (st.dictionaries(names, tensors, max_size=4).map(save), load_adapter),
     "bert run.json": (st.one_of(values, st.sampled_from(NO_JSON), st.fixed_dictionaries(
         {"settings": dicts(RUN, values, min_size=8), "labels": values})), evaluation.evaluate_run),
-    "vit preprocessor_config.json": (dicts(" ".join((*data.VIT, *data.NO_STEPS)), steps, max_size=2), prepare)}
-SETTINGS = " ".join(sorted(data.TOKENIZER_SETTINGS))
+    "vit preprocessor_config.json": (dicts(" ".join((*images.VIT, *images.NO_STEPS)), steps, max_size=2), prepare)}
+SETTINGS = " ".join(sorted(tokenizer.TOKENIZER_SETTINGS))
 FILES |= {f"{kind} tokenizer_config.json": (dicts(SETTINGS, tokens, max_size=4), tokenize) for kind in TOKENIZERS}
 FILES |= {f"WordLevel {file}": (dicts(IDS, values), tokenize) for file in ("config.json", "generation_config.json")}
 FILES |= {f"image 1.{form}": (

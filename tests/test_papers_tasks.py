@@ -1,12 +1,13 @@
 """papers/tasks.py: the published files as they come, answers of MATH, photos fetched on loopback, errors."""
 
 import gzip
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
-from test_data import (bytes_of, jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad,  # noqa: F401
+from test_data import (jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad,  # noqa: F401
                        serve, write)
 from tiny import refused
 
@@ -130,6 +131,12 @@ ANSWERS = [
 @pytest.mark.parametrize("text, expected", ANSWERS)
 def test_final_answer(text, expected):
     assert tasks.final_answer(text) == data.extract_answer(text, tasks.final_answer) == expected
+
+
+def bytes_of(save, *arrays, **options):
+    buffer = io.BytesIO()
+    save(buffer, *arrays, **options)
+    return buffer.getvalue()
 
 
 def photo_set(name):
