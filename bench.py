@@ -686,7 +686,7 @@ def scores(runs, metric=None):
                 metrics[task] = metrics[task] or known[0]
                 value = numbers.get(metrics[task])
                 values[run.row].setdefault(task, {})[run.seed] = math.nan if value is None else value
-    if len(tasks) > 1:
+    if len(tasks) > 1 and len({metrics[task] in LOSSES for task in tasks}) == 1:  # else there is none
         metrics["average"] = ""
         for row in values.values():
             seeds = set.intersection(*(set(row.get(task, ())) for task in tasks))

@@ -30,7 +30,8 @@ def comparison(about):
         cell = {"method": name}
         for column, metric in metrics.items():
             means = [other[column]["mean"] for other in about["rows"].values() if column in other]
-            text = score_text(row[column], means, metrics) if column in row else ""
+            less = (metric or next(iter(metrics.values()))) in LOSSES  # an average is of its columns' kind
+            text = score_text(row[column], means, less) if column in row else ""
             cell[f"{column}, {metric}" if metric else column] = text
             tests += column in row and row[column]["p"] is not None
         sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
@@ -48,9 +49,8 @@ def comparison(about):
     return text
 
 
-def score_text(score, means, metrics):
-    """One cell: mean ± standard deviation, the best of the column's `means` bold, an arrow if p is at most LEVEL."""
-    less = next(iter(metrics.values())) in LOSSES
+def score_text(score, means, less):
+    """One cell: mean ± standard deviation, the best of `means` (the least if `less`) bold, an arrow if p <= LEVEL."""
     scale, digits = (1, 3) if less else (100, 1)
     text = f"{scale * score['mean']:.{digits}f}"
     best = (min if less else max)((mean for mean in means if not math.isnan(mean)), default=None)

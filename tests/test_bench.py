@@ -307,10 +307,12 @@ def test_summary():
     assert rows["ours"]["rte"]["seeds"] == 1 and rows["ours"]["rte"]["p"] is None and rows["ours"]["against"] == "LoRA"
     assert "| ours | 60.0 ± 15.8 ↓ | nan | nan | 800 |" in text and "| LoRA |\n" in text
     assert "| LoRA | **70.0** ± 15.8 | **50.0** ± 0.0 | **57.5** ± 6.5 | 800 |" in text
-    about = bench.summarise([run_with(method, f"{method} --model llama2-7b", "loss", loss, "gsm8k")
-                             for method, loss in (("lora", 1.5), ("random", 1.25))])
-    text = report.comparison(about)  # less is better, and no percent
-    assert "| method | gsm8k, loss |" in text and "| random | **1.250** |" in text and "| lora | 1.500 |" in text
+    runs = [run_with(method, f"{method} --model llama2-7b", name, value, task)
+            for task, name, values in (("sst2", "accuracy", (0.5, 0.25)), ("gsm8k", "loss", (1.5, 1.25)))
+            for method, value in zip(("lora", "random"), values)]
+    text = report.comparison(bench.summarise(runs))  # of losses less is better, and they are no percent
+    assert "| method | sst2, accuracy | gsm8k, loss | trainable" in text  # and no average
+    assert "| lora | **50.0** | 1.500 | 800 |" in text and "| random | 25.0 | **1.250** | 800 |" in text
 
 
 TABLES = json.loads(tables.TABLES.read_text())
