@@ -49,7 +49,7 @@ class Slow(Allocator):
 
 @pytest.mark.parametrize("line, found, expected", [
     ("return bool(self.current.sum() < 0)", "waits", "item, tolist or bool at train.py"),
-    ("self.current += torch.ones(len(self.current))", "error", "same device")])
+    ("self.current += torch.ones(len(self.current))", "error", "cuda:0")])  # as both torch 2.11 and 2.13 name it
 def test_a_wait_and_a_tensor_on_the_wrong_device_are_noticed(line, found, expected, tmp_path):
     (tmp_path / "policy.py").write_text(SLOW.format(line))
     assert expected in str(fake("run", "llama", "--method", f"{tmp_path / 'policy.py'}:Slow")[found])
