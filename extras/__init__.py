@@ -1,1 +1,1 @@
-"""What needs packages beside requirements.txt, and what few readers look for: cards, DeBERTa, 8 bits."""
+"""What can wait: file formats (tokenizers, images, adapters), downloads, devices, processes, tables, cards, DeBERTa."""
