@@ -534,11 +534,16 @@ def number(kind, low=0, high=2**63):
     def read(text):
         value = kind(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to below {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: {expected(low, high)}")
         return value
 
     read.__name__ = kind.__name__  # as errors have it
     return read
+
+
+def expected(low, high):
+    """What a number out of its bounds should have been, for a message."""
+    return f"must be from {low} to below {high:g}"
 
 
 def check_bounds(settings):
@@ -546,7 +551,7 @@ def check_bounds(settings):
     for f in fields(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
         if isinstance(value, (int, float)) and not low <= value < high:
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to below {high:g}")
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: {expected(low, high)}")
 
 
 def command(main):
