@@ -167,7 +167,9 @@ class Watch(TorchDispatchMode):
         kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
         leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_gpu = any(t.device.type == "cuda" for t in leaves)
-        generator = kwargs.pop("generator", None)
+        generator = kwargs.get("generator")
+        if generator is not None:
+            kwargs["generator"] = None
         if generator is not None and leaves:
             assert generator.device.type == leaves[0].device.type, f"{name}: generator of {generator.device.type}"
         if name == "_local_scalar_dense":
