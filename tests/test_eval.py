@@ -330,7 +330,7 @@ def test_samples_for_other_programs(checkpoints, tmp_path, capsys):
 
 
 def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, capsys):
-    """Trained on one set, scored by likelihood; evaluated on another one, with samples, merged or not."""
+    """Trained on one set, scored by likelihood; evaluated on another one, with samples."""
     out, written = tmp_path / "run", tmp_path / "all.jsonl"
     result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
                   "--max-length", 64, "--limit-eval", 30, "--batch-size", 8, "--out", out, "--device", "cpu",
