@@ -26,7 +26,7 @@ def read_squad(task, data, split):
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:
-        _, whole = next(read_json(path))
+        _, whole = next(read_json(path), (path, {}))  # an empty list has none
         for article in whole["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:

@@ -170,3 +170,7 @@ def test_bad_files_are_one_line(change, part, tmp_path):
     file = questions("dev", False)
     file["data"][0]["paragraphs"][0]["qas"][3].update(change)
     read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file}, f"dev.json.*{part}", "dev")
+
+
+def test_a_list_without_anything_is_no_squad(tmp_path):
+    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": []}, "dev.json.*SQuAD's layout", "dev")
