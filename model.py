@@ -265,7 +265,7 @@ def read_json(path):
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a JSON object ({error}); download it again") from None
+        raise UserError(f"{path}: not a JSON object ({error}); mend it, or download it again") from None
     return raw
 
 

@@ -119,7 +119,7 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
         torch.testing.assert_close(mine.delta().to(dtype), layer.get_delta_weight("default"), rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps, changes", [*((steps, {}) for steps in (2, 3, 4, 7)), (30, dict(adalora_init_ratio=1.0))])
+@pytest.mark.parametrize("steps, changes", [(2, {}), (3, {}), (4, {}), (7, {}), (30, dict(adalora_init_ratio=1.0))])
 def test_very_short_runs_and_those_without_pruning_allocate(steps, changes):
     allocator = AdaLora(Tiny(), settings(method="adalora", **changes), steps)
     train(training_of(allocator), batches(steps))

@@ -66,8 +66,7 @@ def test_inference(folder, capsys):
 
 def test_memory(folder, capsys):
     """A row per shape and method, measured in a fresh process: at least the weights, and no imports."""
-    rows = bench_run(capsys, bench.main, "memory", "--model", folder, "--methods", "lora", "--no-peft", "--batch-size",
-                     1)
+    rows = bench_run(capsys, bench.main, *f"memory --model {folder} --methods lora --no-peft --batch-size 1".split())
     assert [(row["contender"], row["batch"], row["length"]) for row in rows] == [
         (name, 1, length) for length in (12, 6) for name in ("floor", "lora")]
     assert all(row["step_ms"] > 0 and 0.1 < row["weights_mb"] < row["peak_mb"] < 200 for row in rows)

@@ -1,4 +1,4 @@
-"""On a GPU that does not exist (tests/fake_gpu.py): no step waits for it, few launches, and the headline run fits it."""
+"""On a GPU that does not exist (extras/fake_gpu.py): no step waits for it, few launches, the headline run fits."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the fake GPU needs g++")
-PROGRAM = Path(__file__).with_name("fake_gpu.py")
+PROGRAM = Path(__file__).parents[1] / "extras" / "fake_gpu.py"
 
 
 def fake(*words):
@@ -29,8 +29,9 @@ MANY = [(family, f"--method {method}") for method in METHODS for family in ("lla
         if (family, method) != ("llama", "bitfit")]
 MANY += [("llama", words) for words in (
     "--init pissa", "--init milora", "--freeze-a", "--accumulate 2", "--clip 0", "--dtype float32", "--forward-rows 3",
-    "--optimizer sgd", "--optimizer muon --method lalora", "--method lalora --lalora-score fisher", "--method lalora --dora",
-    "--method lelora --lelora-ablate rank", "--method lelora --lelora-every 3")] + [("gemma", "--method lelora")]
+    "--optimizer sgd", "--optimizer muon --method lalora", "--method lalora --lalora-score fisher",
+    "--method lalora --dora", "--method lelora --lelora-ablate rank", "--method lelora --lelora-every 3")]
+MANY += [("gemma", "--method lelora")]
 
 
 @pytest.mark.parametrize("family, words", FEW + (MANY if os.environ.get("SLOW") else []))
@@ -56,7 +57,8 @@ def test_a_wait_and_a_tensor_on_the_wrong_device_are_noticed(line, found, expect
 
 
 # launches of a step, LLaMA2-7B's shape, 8 x 512, rank 32 on five projections: in all, and of the optimizer
-CEILING = {"lora": (5200, 20), "lalora": (5800, 150), "lelora": (6000, 150), "adalora": (6000, 20), "weightlora+": (5200, 20)}
+CEILING = {"lora": (5200, 20), "lalora": (5800, 150), "lelora": (6000, 150), "adalora": (6000, 20),
+           "weightlora+": (5200, 20)}
 
 
 @pytest.mark.parametrize("method", CEILING if os.environ.get("SLOW") else ["lelora"])

@@ -46,8 +46,6 @@ def own_cache(tmp_path, monkeypatch):
     data.note.cache_clear()
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
 LAYOUTS = {
     "cola": ("CoLA", 'gj04\t1\t\tHe said "go.\ngj04\t0\t*\tHim \u2028 went\x85\r\x1c off.\r\n',
              [('He said "go.', 1), ("Him \u2028 went\x85\r\x1c off.", 0)]),
@@ -249,8 +247,6 @@ def test_answers_are_the_last_number_or_the_first_word(text, number):
         assert data.extract_answer(text, ("true", "false", "a+b", "a.b")) == word
 
 
-# ------------------------------------------------------------------------------------------------------------- images
-
 def some_images(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -392,8 +388,6 @@ def test_an_image_that_is_not_resized_must_fit_and_does_without_pillow(tmp_path,
     junk = {"train/a/1.png": "junk", "train/b/1.png": "junk"}
     read_bad(tmp_path, "image-folder", junk, "1.png: reading or resizing images needs Pillow")
 
-
-# --------------------------------------------------------------------------------------------------------- tokenizing
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "the dog", "", "naïve café — 42 %", "fox " * 40,
          "unseen žluťoučký", "中文 The\tFOX\n [SEP] </s> fox", " Fox  dog"]
@@ -599,8 +593,6 @@ def test_batches_properties(count, size):
         assert longest[:40] != sorted(longest[:40], reverse=True)  # grouped, yet in random order
 
 
-# ---------------------------------------------------------------------------------- hyperparameters and tasks in a file
-
 # task, model's family and hidden size, changes of the method, what is chosen
 PAPERS = [
     ("cola", "roberta", 768, {}, dict(lr=4e-4, batch_size=64, epochs=80, warmup=0.06, weight_decay=0.1)),  # lelora 5
@@ -730,8 +722,6 @@ def read_bad(folder, name, content, pattern, split="train"):
 def test_bad_input_is_one_line(tmp_path, case):
     read_bad(tmp_path, *case)
 
-
-# ----------------------------------------------------------------------------------------------------------- fetching
 
 def place(address):
     return "/" + address.partition("://")[2]

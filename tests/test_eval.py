@@ -19,8 +19,7 @@ import eval as evaluation
 import lora
 import model as models
 import train
-from extras import pictures
-from extras import adapter_files, devices
+from extras import adapter_files, devices, pictures
 from papers import figures
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -51,9 +50,6 @@ def test_metrics_equal_scikit_learns_and_scipys():
     one_row = {"a": evaluation.pearson(X[:1], X[:1]), "b": [1.5, math.inf]}
     assert math.isnan(one_row["a"])
     assert json.loads(evaluation.to_json(one_row)) == {"a": None, "b": [1.5, None]}  # it has no word for them
-
-
-# ---------------------------------------- losses and batches
 
 
 @pytest.fixture
@@ -120,9 +116,6 @@ def test_rows_at_a_time_on_a_gpu_leave_room_for_the_longest(monkeypatch, new_tok
     assert devices.rows_at_once(s, task, model, splits) == expected < (40 << 30) / keys_and_values
 
 
-# ---------------------------------------- heads
-
-
 MOOD, UNNAMED, DIGITS = ["negative", "neutral", "positive"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["1", "2", "3"]
 
 
@@ -176,9 +169,6 @@ def test_a_head_of_other_labels_is_named_and_not_evaluated(tmp_path, caplog):
         evaluation.main(flags)
     assert "its 2 outputs (negative, positive) are not this task's (bad, good)" in caplog.text
     evaluation.main([*flags, "--random-head"])  # asked for
-
-
-# ---------------------------------------- answers
 
 
 def instructions(root, name, rows):
@@ -349,6 +339,9 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, capsys
     assert samples == [{"prompt": data.prompt(row["question"]), "completion": sample["completion"], "target": "5",
                         "answer": data.last_number(sample["completion"])} for row, sample in zip(rows, samples)]
     assert again["exact_match"] == np.mean([sample["answer"] == "5" for sample in samples])
+    assert not any(layer.merged for layer in lora.adapters(model).values())
+    evaluation.evaluate_loaded(s, task, processor, model)
+    assert all(layer.merged for layer in lora.adapters(model).values())     # a token costs what the plain model's does
     with refused("use --score generation"):     # the run's own way of scoring does not fit
         shell(capsys, out, *other)
     with refused("was trained on boolq"):
@@ -380,9 +373,6 @@ def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
         for call in calls:
             with refused("in --dtype bfloat16 are not finite: try --dtype float32"):
                 call()
-
-
-# ---------------------------------------- pictures
 
 
 def test_sparsity_is_equation_1_of_the_increments_block_by_block(tmp_path):

@@ -46,29 +46,40 @@ def changed(config, keys, values):
     return st.builds(change, changes, st.sampled_from([None, *config])) | st.sampled_from(NO_JSON)
 
 
-def loads_or_says_why(call):
-    """Run call(); an error must be one of the project's, in one line."""
-    try:
-        call()
-    except UserError as error:
-        message = str(error)
-        assert message and len(message.splitlines()) == 1 and len(message) < 2000, message
-
-
 cell = st.one_of(st.text(max_size=12), st.sampled_from(
     ["0", "1", "2.5", "", '"', "nan", "a\x85b", "\x0c", "sentence", "label", "x\r"]))
-heads = ["sentence\tlabel", "text\tpair\tlabel", "sentence1\tsentence2\tscore", "#1 String\t#2 String\tQuality",
-         "question\tsentence\tlabel", "text,label", "label", ""]
-cells = st.lists(st.lists(cell, min_size=1, max_size=4).map("\t".join), max_size=8)
-tables = st.one_of(st.binary(max_size=60), st.builds(lambda head, rows, end: end.join([head, *rows]).encode(
-    "utf-8", "surrogatepass"), st.sampled_from(heads), cells, st.sampled_from(["\n", "\r\n", "\r"])))
-rows = dicts("instruction input output answer question text sentence label score pair context system history premise "
-             "hypothesis gold_label chosen prompt",
+TABLES = {  # head and a good row, but for its label
+    "text-classification": ("text\tpair\tlabel", "a\tb\t{}"), "text-regression": ("text,score", "a,1.{}"),
+    "cola": ("gj04\t1\t\tGood.", "gj04\t{}\t\tGood."), "mrpc": ("#1 String\t#2 String\tQuality", "a\tb\t{}")}
+
+
+def tables(task):
+    """Files of good rows and odd ones, sometimes under another head."""
+    def table(head, odd, end):
+        return end.join([head, *(good.format(i % 2) for i in range(12)), *odd]).encode("utf-8", "surrogatepass")
+
+    own, good = TABLES[task]
+    odd = st.lists(st.lists(cell, min_size=1, max_size=4).map("\t".join), max_size=2)
+    heads, ends = st.sampled_from([own, own, "sentence\tlabel", ""]), st.sampled_from(["\n", "\r\n", "\r"])
+    return st.builds(table, heads, odd, ends) | st.binary(max_size=60)
+
+
+def some_json(answer, odd, form):
+    """A file of good rows and odd ones, as one list or as lines."""
+    good = dict(instruction="a", input="", output="the correct answer is true", answer=answer, text="t", score=1,
+                question="a")
+    every = [good | {"label": i % 2} for i in range(12)] + odd
+    return (json.dumps(every) if form == "list" else "\n".join(map(json.dumps, every))).encode()
+
+
+rows = dicts("instruction input output answer question text label score pair context system history chosen prompt",
              st.one_of(values, st.sampled_from(["true", "#### 5", "no ####", "\ud800", "a"])), max_size=5)
-texts = st.one_of(st.lists(st.one_of(rows, values), max_size=5).map(lambda items: "\n".join(map(json.dumps, items))),
-                  st.lists(rows, max_size=4).map(json.dumps), st.text(max_size=40),
+files = st.builds(some_json, st.sampled_from(["true", "#### 5"]), st.lists(st.one_of(rows, values), max_size=1),
+                  st.sampled_from(["list", "lines"]))
+texts = st.one_of(st.lists(rows, max_size=4).map(json.dumps), st.text(max_size=40),
                   st.text(alphabet='{}[]":,0aen\\ \n', max_size=40))
-lines = texts.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.sampled_from(NO_JSON)
+encoded = texts.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.sampled_from(NO_JSON)
+encoded = st.booleans().flatmap(lambda good: files if good else encoded)
 
 
 def read(name, folder):
@@ -87,7 +98,6 @@ KEYS = " ".join(SIZES) + """ hidden_act head_dim pad_token_id id2label num_label
     rope_parameters tie_word_embeddings sliding_window use_sliding_window max_window_layers layer_types qkv_bias
     attention_bias mlp_bias rms_norm_eps layer_norm_eps hidden_dropout_prob attention_dropout classifier_dropout
     type_vocab_size is_decoder quantization_config image_size patch_size num_channels"""
-
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["query"],
            "bias": "none", "alpha_pattern": {"0.attention.self.query": 3}, "rank_pattern": {}, "use_rslora": False,
            "modules_to_save": None}
@@ -172,7 +182,7 @@ def open_image(form, folder):
 
 
 # a family or something else, and the file: (its bytes or what JSON it is, what loads the folder with it)
-FILES = {f"{task} {file}": (lines if "json" in file else tables, partial(read, task)) for task, file in (
+FILES = {f"{task} {file}": (encoded if "json" in file else tables(task), partial(read, task)) for task, file in (
     ("text-classification", "train.tsv"), ("text-regression", "train.csv"), ("cola", "train.tsv"),
     ("mrpc", "train.tsv"), ("instructions", "train.jsonl"), ("text-classification", "train.jsonl"),
     ("gsm8k", "train.jsonl"), ("text-regression", "train.json"), ("boolq", "train.json"))}
@@ -200,4 +210,8 @@ def test_files(name, generated, folder, caplog):
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
     (folder / name.split()[1]).write_bytes(content)
     caplog.set_level(logging.CRITICAL)
-    loads_or_says_why(lambda: load(folder))
+    try:
+        load(folder)
+    except UserError as error:
+        message = str(error)
+        assert message and len(message.splitlines()) == 1 and len(message) < 2000, message

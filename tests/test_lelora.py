@@ -51,9 +51,6 @@ def windows(m, R):
     return [*range(R), *range(m // 2, m // 2 + R), *range(m - R, m)]
 
 
-# ---------------------------------------------------------------------------------------------- decomposition
-
-
 @pytest.mark.parametrize("dim", [8, 31, 32])
 def test_decomposed_model_computes_the_original(dim):
     original, x = fresh(3, dim), torch.randn(20, dim)
@@ -103,9 +100,6 @@ def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
     u, s, v = np.linalg.svd(W.double().numpy())
     expected = torch.from_numpy((u[:, -8:] * s[-8:]) @ v[-8:])
     assert (B[:, -8:] @ A[-8:] - expected).norm() < 1e-5 * expected.norm()
-
-
-# ---------------------------------------------------------------------------------------------- what may move
 
 
 def test_only_the_sampled_components_move_and_count_for_clipping():
@@ -165,9 +159,6 @@ def test_candidate_sets(changes, dims, locations):
     assert {allocators.WINDOWS[i] for i in log["location"].values()} <= set(locations)
     assert ("entropy_rank" in log, "entropy_location" in log) == (len(dims) > 1, len(locations) > 1)
     assert allocator.warning() is None
-
-
-# ---------------------------------------------------------------------------------------------- policy
 
 
 def test_policy_sees_norms_and_current_singular_values():

@@ -76,7 +76,8 @@ def same_in_peft(model, base, folder, family, tolerance=1e-4):
     real = inputs["mask"] if family == "llama" else slice(None)
     loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
     ranks = {name: len(layer.lora_A.default.weight) for name, layer in peft_layers(loaded, model).items()}
-    layers, dropout = adapter_files.load_adapter(again, folder), max(layer.dropout for layer in lora.adapters(model).values())
+    layers = adapter_files.load_adapter(again, folder)
+    dropout = max(layer.dropout for layer in lora.adapters(model).values())
     assert {name: layer.rank for name, layer in layers.items()} == ranks
     assert all(layer.dropout == dropout for layer in layers.values())
     with torch.no_grad():

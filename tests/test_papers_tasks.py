@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from test_data import (jpg, jsonl, make_tar, make_zip, mirror, own_cache, place, read_bad,  # noqa: F401
-                       serve, write)
+                       serve, some_images, write)
 from tiny import refused
 
 import data
@@ -184,6 +184,19 @@ def test_photo_sets(tmp_path, mirror, name):
     assert mirror.asked.count(last) == 2
     task = data.find_task(f"{FILE}:{name}", cache)
     assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, cache, "dev")
+
+
+def test_cifar100s_binary_files(tmp_path, mirror):
+    """Coarse label, fine label, then 1,024 numbers each of red, green and blue, row by row, as its page says."""
+    pictures, fine = some_images((9, 32, 32, 3)), [5, 99, 0, 7, 5, 1, 2, 3, 98]
+    rows = [bytes([i, label]) + b"".join(picture[:, :, channel].tobytes() for channel in range(3))
+            for i, (label, picture) in enumerate(zip(fine, pictures))]
+    packed = make_tar({f"cifar-100-binary/{name}.bin": b"".join(some) for name, some in (
+        ("train", rows[:6]), ("test", rows[6:]))})
+    task = serve(mirror, tasks.cifar100, [packed])
+    read = data.read(task, None, "train") + data.read(task, None, "dev")
+    assert [row["label"] for row in read] == fine     # names are those numbers
+    assert all(np.array_equal(row["pixels"].transpose(1, 2, 0), picture) for row, picture in zip(read, pictures))
 
 
 BAD = [

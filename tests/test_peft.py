@@ -103,8 +103,6 @@ def test_gpt2_adapters_made_by_peft(options, tmp_path):
     assert {"blocks.0.query", "blocks.0.key", "blocks.2.value"} <= layers.keys()
 
 
-# ---------------------------------------------------------------------------------------------- adapters that PEFT made
-
 MADE = {
     "regex targets, normal start": dict(target_modules=r".*layer\.[02]\.attention\.self\.(query|value)",
                                         init_lora_weights="gaussian"),
@@ -219,21 +217,17 @@ def test_what_does_not_fit_is_one_line(key, shape, tmp_path):
         adapter_files.load_adapter(model, tmp_path / "adapter")
 
 
-# ---------------------------------------------------------------------------------------------- command lines
-
-DIGITS = ["--limit-train", 200, "--limit-eval", 100, "--batch-size", 32]  # of the embedded demo
-
-
 @pytest.mark.parametrize("made, then", [
     ([], []), (["--dora"], ["--lora-plus-ratio", 2]), (["--init", "pissa"], ["--freeze-a"])])
 def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     """It starts at the adapter's score, keeps its ranks and places, improves, can be evaluated and resumed."""
-    first = main(*DIGITS, "--method", "empirical", "--targets", "query,down", "--epochs", 4, *made,
+    digits = "--limit-train 200 --limit-eval 100 --batch-size 32".split()  # of the embedded demo
+    first = main(*digits, "--method", "empirical", "--targets", "query,down", "--epochs", 4, *made,
                  "--out", tmp_path / "first")
     adapter = tmp_path / "first" / "adapter"
     evaluation.main(["vit-digits", "--task", "digits-rot90", "--limit-eval", "100", "--adapter", str(adapter)])
     assert json.loads(capsys.readouterr().out)["accuracy"] == first["accuracy"]
-    second = main(*DIGITS, "--adapter", adapter, "--epochs", 6, "--out", tmp_path / "second", *then)
+    second = main(*digits, "--adapter", adapter, "--epochs", 6, "--out", tmp_path / "second", *then)
     assert second["before"]["accuracy"] == first["accuracy"] < second["accuracy"]
     ranks = [lines(tmp_path / run / "ranks.jsonl")[-1]["ranks"] for run in ("first", "second")]
     twice = 2 if "pissa" in made else 1  # the saved difference has twice the rank
@@ -247,10 +241,3 @@ def test_a_run_that_starts_from_an_adapter(made, then, tmp_path, capsys):
     train.main(["--resume", str(tmp_path / "second")])
     assert json.loads(capsys.readouterr().out)["accuracy"] == second["accuracy"]
 
-
-@pytest.mark.parametrize("flag", ["--method lalora", "--method full", "--rank 4", "--targets key", "--dropout 0",
-                                  "--scaling rslora", "--init pissa", "--dora"])
-def test_adapter_goes_with_plain_lora_alone(flag, tmp_path):
-    with refused(flag.split()[0]):
-        main(*flag.split(), "--adapter", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()

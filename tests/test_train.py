@@ -312,6 +312,9 @@ BAD = """
 --ranks up.json                             | blocks.0.up is no target
 --ranks zero.json                           | all ranks are 0
 --ranks full --method lalora                | goes with --method lora
+--adapter full --init pissa --rank 4 --dora | its own: leave out --rank, --init, --dora
+--adapter full --targets key --dropout 0    | its own: leave out --dropout, --targets
+--adapter full --method full --ranks x       | own: leave out --method, --ranks
 --task digit                                | digits
 --task boolq                                | boolq
 --task npz --data file                      | npz

@@ -1,14 +1,14 @@
-"""Run the program on a CUDA device that does not exist: fake tensors, real device rules, every wait of the host reported.
+"""Run the program on a CUDA device that does not exist: fake tensors, real device rules, every wait reported.
 
-    python tests/fake_gpu.py run FAMILY [train.py's flags]     # a small run, stopped and resumed
-    python tests/fake_gpu.py count METHOD MODEL ROWS LENGTH    # a step of a decoder: kernel launches and peak memory
-    python tests/fake_gpu.py fit METHOD MODEL ROWS LENGTH GIB  # how a batch is split to fit so much memory
-    python tests/fake_gpu.py decode MODEL ROWS                 # launches per generated token
+    python extras/fake_gpu.py run llama|gemma|roberta|vit [train.py's flags]  # a small run, stopped and resumed
+    python extras/fake_gpu.py count METHOD MODEL ROWS LENGTH [int8]  # a decoder's step: kernel launches, peak memory
+    python extras/fake_gpu.py fit METHOD MODEL ROWS LENGTH GIB       # how a batch is split to fit so much memory
+    python extras/fake_gpu.py decode MODEL ROWS                      # launches per generated token
 
-FakeTensorMode gives tensors with a device and no data: mixing devices raises as on a GPU, reading a value (item, tolist,
-bool, nonzero) has no answer. `Watch` lies on top: it counts what would make the host wait, answers with a number that
-lets the run go on, counts launches, and adds up what is alive. The last line on stdout is a JSON object. Not checked:
-kernels, numbers, torch.compile, nccl, FSDP, streams.
+FakeTensorMode gives tensors with a device and no data: mixing devices raises as on a GPU, reading a value (item,
+tolist, bool, nonzero) has no answer. `Watch` lies on top: it counts what would make the host wait, answers with a
+number that lets the run go on, counts launches, and adds up what is alive. The last line on stdout is a JSON object.
+Not checked: kernels, numbers, torch.compile, nccl, FSDP, streams.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +72,8 @@ namespace { C10_REGISTER_GUARD_IMPL(CUDA, Guard); }
 def shim():
     """Give torch a "cuda" device for autograd and generators, without a driver; before torch is imported."""
     assert "torch" not in sys.modules, "at::getCUDAHooks looks for its hooks once"
+    if not shutil.which("g++"):
+        sys.exit("error: the fake GPU is compiled: install g++")
     root = Path(importlib.util.find_spec("torch").origin).parent
     key = hashlib.sha256("".join((str(root), (root / "version.py").read_text(), SHIM)).encode()).hexdigest()[:12]
     out = Path(tempfile.gettempdir()) / f"fake-gpu-{key}.so"
@@ -77,15 +81,15 @@ def shim():
         source = out.with_suffix(f".{os.getpid()}.cpp")
         source.write_text(SHIM)
         subprocess.run(["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), "-o", f"{source}.so",
-                        f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+                        f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"],
+                       check=True)
         os.replace(f"{source}.so", out)
         source.unlink()
     ctypes.CDLL(str(out), ctypes.RTLD_GLOBAL)
 
 
 shim()
-sys.path.insert(0, str(ROOT))
-import pytest  # noqa: E402
+sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torch.nn.utils.clip_grad as clip_grad  # noqa: E402
@@ -103,7 +107,6 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
-import tiny  # noqa: E402
 import train  # noqa: E402
 from extras import adapter_files, devices  # noqa: E402
 
@@ -111,18 +114,19 @@ foreach_utils._foreach_supported_types.append(FakeTensor)  # take the branches t
 clip_grad._has_foreach_support = lambda tensors, device: True
 fake_tensor.CONSTANT_NUMEL_LIMIT = 1 << 14  # torch.tensor([...]) keeps its values while nothing is computed from it
 # kernels that copy a size or a flag to the host before they return
-WAITING = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal", "bincount", "linalg_eig",
-           "_linalg_svd", "_linalg_eigh", "linalg_svd", "histc", "repeat_interleave", "multinomial", "linalg_inv_ex_"}
+WAITING = set("""nonzero masked_select unique_dim _unique2 unique_consecutive equal bincount linalg_eig _linalg_svd
+    _linalg_eigh linalg_svd histc repeat_interleave multinomial linalg_inv_ex_""".split())
 # operators that launch nothing, and those that launch several kernels
 FREE = set("""empty empty_strided empty_like new_empty new_empty_strided device _unsafe_view lift_fresh is_pinned detach
     _reshape_alias _local_scalar_dense set_ _has_compatible_shallow_copy_type is_same_size resize_ view unbind split
     split_with_sizes chunk _assert_async""".split())
-MANY = {"sort": 5, "argsort": 5, "topk": 3, "index_put": 6, "index_put_": 6, "_index_put_impl_": 6, "_unsafe_index_put": 6,
-        "embedding_dense_backward": 2}
+MANY = {"sort": 5, "argsort": 5, "topk": 3, "index_put": 6, "index_put_": 6, "_index_put_impl_": 6,
+        "_unsafe_index_put": 6, "embedding_dense_backward": 2}
 
 
 def tensor_lists(args, kwargs):
-    return [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
+    lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and a]
+    return [a for a in lists if isinstance(a[0], torch.Tensor)]
 
 
 def launches(func, args, kwargs):
@@ -140,7 +144,7 @@ def launches(func, args, kwargs):
 
 
 class Watch(TorchDispatchMode):
-    """Every operator: `waits` counts what happened where in steps, `launched` each phase's kernels; most bytes alive."""
+    """Every operator: `waits` counts what happened where in steps, `launched` each phase's kernels, `peak` the bytes."""
 
     def __init__(self, capacity=math.inf):
         super().__init__()
@@ -262,7 +266,8 @@ class Opened:
 def plain_windows(weight, R):
     """singular_windows without the decomposition, which a fake tensor cannot have at this size."""
     n_out, n_in = weight.shape
-    return tuple(torch.empty(shape, device=weight.device) for shape in ((min(n_out, n_in),), (3 * R, n_in), (n_out, 3 * R)))
+    shapes = (min(n_out, n_in),), (3 * R, n_in), (n_out, 3 * R)
+    return tuple(torch.empty(shape, device=weight.device) for shape in shapes)
 
 
 def move(network, device):
@@ -296,10 +301,11 @@ def fake_gpu(capacity=math.inf):
         "get_rng_state": torch.ones(16, dtype=torch.uint8), "set_rng_state": None, "is_bf16_supported": True,
         "get_device_properties": SimpleNamespace(total_memory=80 * 2**30)}.items()]
     math_only = sdpa_kernel(SDPBackend.MATH)  # the others ask the driver
-    with pytest.MonkeyPatch.context() as patch, math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
+    with contextlib.ExitStack() as patched:
         for place, name, new in patches:
-            patch.setattr(place, name, new)
-        yield watch
+            patched.enter_context(mock.patch.object(place, name, new))
+        with math_only, FakeTensorMode(allow_non_fake_inputs=True), watch:
+            yield watch
 
 
 # ---------------------------------------------------------------------------------------------- small runs
@@ -335,11 +341,18 @@ SHORT = """--init-weights random --device cuda --rank 4 --batch-size 4 --limit-t
 
 def small_run(family, *extra):
     """train.main on the fake GPU, broken off after its checkpoint and resumed: {"error", "waits"}."""
+    count = train.Training.count
+
+    def until_step_7(training, *args):
+        count(training, *args)
+        if training.steps == 7:
+            raise KeyboardInterrupt
+
     with tempfile.TemporaryDirectory() as made, fake_gpu() as watch:
         os.environ["RANKS_CACHE"], out, error = f"{made}/cache", f"{made}/run", None
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                with tiny.interrupted_after(7):
+                with mock.patch.object(train.Training, "count", until_step_7), contextlib.suppress(KeyboardInterrupt):
                     train.main([*prepare(Path(made), family), *SHORT, "--out", out, *extra])
                 train.main(["--resume", out])
         except (Exception, SystemExit) as found:  # whatever it is, it is the finding
@@ -352,7 +365,7 @@ def small_run(family, *extra):
 
 
 def one_kernel(backward):
-    """An activation or attention that is one kernel forward and `backward` kernels backward, as CUDA's fused ones are."""
+    """An activation or attention of one kernel forward and `backward` kernels backward, as CUDA's fused ones are."""
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -427,7 +440,7 @@ def fit(method, model, rows, length, gib):
 
 
 def decode(model, rows):
-    """Launches per generated token, with adapters merged as evaluation does, before the first look for finished rows."""
+    """Launches per generated token, adapters merged as evaluation does, before the first look for finished rows."""
     with fake_gpu() as watch:
         training = full_size(watch, "lora", model, rows, 128)
         lora.merge_adapters(training.model)
@@ -440,7 +453,10 @@ def decode(model, rows):
 
 
 if __name__ == "__main__":
-    what, *words = sys.argv[1:]
+    what, *words = sys.argv[1:] or ["nothing"]
+    commands = {"run": small_run, "count": count, "fit": fit, "decode": decode}
+    if what not in commands:
+        sys.exit(f"error: {what}: no command\n\n{__doc__}")
     if what != "run":
         words = [int(word) if word.isdigit() else word for word in words]
-    print(json.dumps({"run": small_run, "count": count, "fit": fit, "decode": decode}[what](*words)))
+    print(json.dumps(commands[what](*words)))
