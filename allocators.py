@@ -90,7 +90,7 @@ class Allocator:
         return type(self).penalty not in (Allocator.penalty, AdaLora.penalty)
 
     def after_backward(self, step):
-        """Gradients of step `step` (from 1) are there, at the stacks, unclipped; nothing has moved yet."""
+        """The gradients of step `step` (from 1) are there, unclipped: `self.gradients(name)`; nothing has moved yet."""
 
     def after_step(self, step):
         """The optimizer has moved the weights; returns True when adapters came or went, which it then must follow."""
@@ -182,6 +182,11 @@ class Allocator:
     def in_model_order(self, parts):
         """The rows of `parts`, one tensor (n_i, ...) for each of `stacks`, as one (n, ...) in the order of `layers`."""
         return torch.cat(parts)[self.order]
+
+    def gradients(self, name):
+        """Gradients of the matrix's A (R, in) and B (out, R), live parts of the stacks'; None for a frozen A."""
+        layer = self.layers[name]
+        return tuple(None if whole.grad is None else whole.grad[i] for whole, i in (layer.A.place, layer.B.place))
 
     # ------------------------------------------------------------------ what the loop asks
 
