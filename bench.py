@@ -173,7 +173,7 @@ class Contender:
         outputs = evaluation.logits(self.model, inputs)
         evaluation.criterion(t.kind, outputs, labels).backward()
         lora.gather_gradients([*t.params, *a.own])
-        outputs = outputs.detach()
+        outputs = outputs.detach().requires_grad_()  # a penalty's own backward pass ends there
         if a.validation_loss:
             loss, a.validation_loss = a.validation_loss(), lambda: loss
         for i in range(times):

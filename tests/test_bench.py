@@ -43,8 +43,9 @@ def bench_run(capsys, main, *flags):
 
 @pytest.mark.parametrize("folder", CONFIGS, indirect=True)
 def test_speed(folder, capsys):
-    """All methods, and one in a file, on all kinds of model; PEFT's first loss is ours."""
-    (folder / "mine.py").write_text("from allocators import LeLora\n\n\nclass Mine(LeLora):\n    pass\n")
+    """All methods, and one in a file with a penalty of the outputs, on all models; PEFT's first loss is ours."""
+    (folder / "mine.py").write_text("from allocators import LeLora\n\n\nclass Mine(LeLora):\n    "
+                                    "def penalty(self, inputs, labels, outputs):\n        return outputs.sum()\n")
     methods = [*bench.allocators.METHODS.keys() - {"bitfit"}, "dora", f"{folder}/mine.py:Mine"]  # no biases in a LLaMA
     rows = bench_run(capsys, bench.main, "speed", "--model", folder, "--methods", ",".join(methods), "--batch-size", 2)
     rows = {row["contender"]: row for row in rows}
