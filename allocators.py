@@ -279,7 +279,7 @@ class Direct(Allocator):
         method, head = self.settings.method, self.model.head_kind != "lm"  # every method trains a new head, apart
         self.sites, self.names, self.current = [], [], self.current[:0]
         self.trained = [p for name, p in self.model.named_parameters() if not (head and name.startswith("head."))
-                        and (method == "full" or name.endswith("bias"))]
+                        and (method != "bitfit" or name.endswith("bias"))]
         if not self.trained:
             raise UserError(f"--method {method}: a {self.model.family} model has no biases to train")
         self.size = torch.tensor(sum(p.numel() for p in self.trained), dtype=torch.float64, device=self.device)
@@ -778,3 +778,10 @@ def policy(method):
     if not (isinstance(found, type) and issubclass(found, Allocator)):
         raise UserError(f"--method {method}: the file has no class {name} that is an allocators.Allocator")
     return found
+
+
+def base_method(method):
+    """The name in METHODS whose settings a method takes: itself, or the first of the class that it is derived from."""
+    if method in METHODS:
+        return method
+    return next(name for cls in policy(method).__mro__ for name, known in METHODS.items() if known is cls)

@@ -587,7 +587,7 @@ def match_budget(cells, q):
     uniform = {(cell.task, cell.point): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
-    told = {cell: cell.filled() for cell in cells if cell.s.method not in ("full", "bitfit")}
+    told = {cell: cell.filled() for cell in cells if allocators.base_method(cell.s.method) not in ("full", "bitfit")}
     tried, ranks = {cell: [] for cell in told}, {cell: s.rank for cell, s in told.items()}  # ranks: to try next
 
     def budget(run):

@@ -153,14 +153,13 @@ BROUGHT = ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
-    policy = allocators.policy(s.method)
     targets, default, takes = DEFAULTS[config.kind]
     s.task = s.task or default
     task = data.find_task(s.task, s.data)
     if task.kind not in takes:
         raise UserError(f"--task {s.task}: {s.model} does {', '.join(takes)}, not '{task.kind}': choose another")
-    chosen, reasons = data.hyperparameters(task, config.family, config.hidden_size, s.method, s.rank,
-                                           s.adalora_init_ratio)
+    chosen, reasons = data.hyperparameters(task, config.family, config.hidden_size, allocators.base_method(s.method),
+                                           s.rank, s.adalora_init_ratio)
     chosen["targets"] = targets
     settled = {"epochs", "steps"} if s.epochs or s.steps else set()
     if s.adapter:
@@ -176,7 +175,7 @@ def settle(s, config):
     if dist.is_initialized() and cuda:
         s.device = devices.own_device()
     if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
-        adapters = cuda and s.method not in ("full", "bitfit")
+        adapters = cuda and allocators.base_method(s.method) not in ("full", "bitfit")
         s.dtype = "bfloat16" if adapters and torch.cuda.is_bf16_supported() else "float32"
     if cuda and s.dtype == "float32":
         torch.set_float32_matmul_precision("high")  # TF32: on a GPU several times as fast
@@ -186,7 +185,7 @@ def settle(s, config):
         stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}"
         names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
         s.out = next(name for name in names if not Path(name).exists())
-    check(s, policy)
+    check(s, allocators.policy(s.method))
     return task
 
 
@@ -197,19 +196,20 @@ def check(s, policy):
         """Flags of those settings that are not the defaults, for a message."""
         return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(Settings, name))
 
-    method, itself = f"--method {s.method}", s.method in ("full", "bitfit")  # the model's own weights are trained
+    method, base = f"--method {s.method}", allocators.base_method(s.method)
+    itself = base in ("full", "bitfit")  # the model's own weights are trained
     foreign, brought = told(policy.refuses), told(BROUGHT) if s.adapter and not s.resume else ""
     rules = [
         (brought, f"--adapter {s.adapter}: for --method lora, with ranks of its own: leave out {brought}"),
         (s.r_min > s.r_max, f"--r-min {s.r_min} is above --r-max {s.r_max}"),
         (foreign, f"{foreign}: has no meaning with {method}; leave it out"),
-        (s.freeze_a and (s.lora_plus_ratio != 1 or s.method == "lalora" and s.lalora_score == "fisher"),
+        (s.freeze_a and (s.lora_plus_ratio != 1 or base == "lalora" and s.lalora_score == "fisher"),
          "--freeze-a: --lora-plus-ratio and --lalora-score fisher need a trained A; leave them out"),
         (s.ranks and s.method != "lora" or s.ranks_shuffled and not s.ranks,
          "--ranks goes with --method lora, --ranks-shuffled with --ranks"),
         (s.sample_train and not s.limit_train, "--sample-train: how many rows? say --limit-train, too"),
         (s.optimizer == "muon" and itself, f"--optimizer muon: is for adapters' A and B, which {method} has not"),
-        (s.weights == "int8" and (s.shard or itself or s.method == "lelora" or s.init != "lora"),
+        (s.weights == "int8" and (s.shard or itself or base == "lelora" or s.init != "lora"),
          "--weights int8: is for adapters beside W, on one device: not for --shard, --init, full, bitfit or lelora"),
         (s.shard and (itself or not dist.is_initialized()),
          "--shard spreads frozen weights over processes: torchrun --nproc-per-node N ..., not for full or bitfit"),

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from test_lora import batch, pair
 from test_readme import code
-from tiny import (Tiny, batches, checkpoint, refused, resumed, resumes_to_the_same_bits, settings, train,
-                  training_of)
+from test_train import settled
+from tiny import Tiny, batches, checkpoint, refused, resumed, resumes_to_the_same_bits, settings, train, training_of
 
 import allocators
 import lora
@@ -31,6 +31,13 @@ def test_ranks_that_differ_from_the_adapters_are_found():
     again = resumed(Late(Tiny(), settings(), 10), checkpoint(training))
     with refused("has rank 2, but its g lets 4 .* `saved`"):
         again.allocator.check_ranks()
+
+
+def test_a_policy_derived_from_another_takes_its_settings(tmp_path):
+    (tmp_path / "own.py").write_text("from allocators import AdaLora\nclass Own(AdaLora): pass\n")
+    own, theirs = (vars(settled("--method", method, "--out", tmp_path / "run")[0])
+                   for method in (f"{tmp_path}/own.py:Own", "adalora"))
+    assert theirs["alpha"] == 16 * 12 and own | {"method": "adalora"} == theirs
 
 
 class Keeps(allocators.Allocator):

@@ -66,8 +66,7 @@ def tables(task):
 
 def some_json(answer, odd, form):
     """A file of good rows and odd ones, as one list or as lines."""
-    good = dict(instruction="a", input="", output="the correct answer is true", answer=answer, text="t", score=1,
-                question="a")
+    good = dict(instruction="a", question="a", output="the correct answer is true", answer=answer, text="t", score=1)
     every = [good | {"label": i % 2} for i in range(12)] + odd
     return (json.dumps(every) if form == "list" else "\n".join(map(json.dumps, every))).encode()
 

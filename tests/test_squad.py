@@ -167,7 +167,6 @@ def test_best_span():
     (dict(answers=[{"answer_start": 3}]), "text"), (dict(answers=5), "SQuAD's layout"),
     (dict(answers=[{"text": "a", "answer_start": "3"}]), "answer_start"), (None, "SQuAD's layout")])
 def test_bad_files_are_one_line(change, part, tmp_path):
-    file = questions("dev", False) if change else []
-    if change:
-        file["data"][0]["paragraphs"][0]["qas"][3].update(change)
-    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file}, f"dev.json.*{part}", "dev")
+    file = questions("dev", False)
+    file["data"][0]["paragraphs"][0]["qas"][3].update(change or {})
+    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file if change else []}, f"dev.json.*{part}", "dev")
