@@ -11,7 +11,7 @@ import lora
 
 
 def paper(method, i, L, attention, r_base, r_min, r_max, depth="text"):
-    """The paper's section 3.1, exact, floored, then clamped; block i's depth: i / L, in the authors' code i / (L - 1)."""
+    """The paper's section 3.1, exact, floored, then clamped; depth of block i: i / L, in its code i / (L - 1)."""
     L -= depth == "code" and method == "empirical"
     if method == "linear-decay":
         rank = max(Fraction(r_min), r_base - Fraction(r_base - r_min) * i / max(L - 1, 1))
