@@ -29,14 +29,15 @@ def write_cards(folder, train_rows):
     s, labels = read_run(folder)
     log, ranks = read_log(folder / "metrics.jsonl"), read_log(folder / "ranks.jsonl")[-1]
     task, adapter, base = data.task_row(s.task), (folder / "adapter").is_dir(), models.HUB.get(s.model, s.model)
+    method = s.method.rpartition(":")[2]  # of one in a file: without the path, which is nobody's business
     on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII) and not Path(s.model).is_dir()
     front = {"base_model": base} if on_hub else {}  # the Hub refuses names that are not its own
     front |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": AUTO[task.kind][1],
-              "tags": list(dict.fromkeys(["lora"] * adapter + [s.method, task.name]))}
+              "tags": list(dict.fromkeys(["lora"] * adapter + [method, task.name]))}
     name = " ".join((base if on_hub else Path(base).name).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))  # longer than any in the name
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "",
-             f"# {s.method} on {task.name}, from {fence} {name} {fence}", ""]
+             f"# {method} on {task.name}, from {fence} {name} {fence}", ""]
     before, after = log[0].get("eval", {}) if log[0]["step"] == 0 else {}, log[-1]["eval"]
     rows = [[key, *("" if m.get(key) is None else f"{m[key]:.4f}" for m in (before, after))]
             for key in after if key != "eval_rows"]

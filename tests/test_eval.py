@@ -47,9 +47,8 @@ def test_metrics_equal_scikit_learns_and_scipys():
     for x, y in NUMBERS:
         assert evaluation.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, nan_ok=True, abs=1e-8)
         assert evaluation.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True, abs=1e-10)
-    one_row = {"a": evaluation.pearson(X[:1], X[:1]), "b": [1.5, math.inf]}
-    assert math.isnan(one_row["a"])
-    assert json.loads(evaluation.to_json(one_row)) == {"a": None, "b": [1.5, None]}  # it has no word for them
+    one_row = {"a": evaluation.pearson(X[:1], X[:1]), "b": [1.5, math.inf]}  # JSON has no word for them
+    assert math.isnan(one_row["a"]) and json.loads(evaluation.to_json(one_row)) == {"a": None, "b": [1.5, None]}
 
 
 @pytest.fixture

@@ -153,13 +153,14 @@ def test_no_name_breaks_the_card(name, on_hub, short, tmp_path):
     for file in ("metrics.jsonl", "ranks.jsonl"):
         shutil.copy(short / file, tmp_path)
     run, label = json.loads((short / "run.json").read_text()), f"is {name}"
-    run["settings"]["model"], run["labels"] = name, [label, "other", *map(str, range(8))]
+    run["settings"] |= {"model": name, "method": f"{name}/own.py:Own"}
+    run["labels"] = [label, "other", *map(str, range(8))]
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "adapter").mkdir()
     cards.write_cards(tmp_path, 64)
     _, front, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     front = yaml.safe_load(front)
-    assert front.get("base_model") == on_hub and front["library_name"] == "peft"
+    assert front.get("base_model") == on_hub and front["tags"] == ["lora", "Own", "digits-rot90"]
     assert [line for line in body.splitlines() if line.startswith("#")] == [body.splitlines()[1]]
     assert len(re.findall("^```", body, re.M)) == 2 and body.rstrip().endswith("```")
     (code,) = re.findall(r"^```python\n(.*?)^```", body, re.S | re.M)
