@@ -6,6 +6,7 @@ returns its metrics, which `metrics` names. A Split's subclass may keep what onl
 head the model has and what it learns: "span", the two ends of the answer.
 """
 
+import functools
 import math
 import re
 import string
@@ -21,8 +22,8 @@ from eval import logits
 from model import UserError, require_finite
 
 
-def read_squad(task, data, split):
-    """SQuAD's own layout, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
+def read_squad(version2, task, data, split):
+    """SQuAD's own layout, where in version 2 some questions have no answer, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:
@@ -34,7 +35,7 @@ def read_squad(task, data, split):
                     row = {"id": get(asked, "id", where), "text": get(asked, "question", where),
                            "pair": get(paragraph, "context", where),
                            "answers": [get(answer, "text", where) for answer in asked["answers"]]}
-                    if row["id"] in ids or not row["answers"] and task.name == "squad":
+                    if row["id"] in ids or not (row["answers"] or version2):
                         raise UserError(f"{where} is there twice, or has no answer: remove it, or --task "
                                         "papers/squad.py:squad2, where some have none")
                     if row["answers"]:
@@ -131,7 +132,7 @@ def answer_scores(found, answers, version2=False):
     return float(found in rights), max(f1s)
 
 
-def evaluate_windows(model, task, split, batches):
+def evaluate_windows(version2, model, task, split, batches):
     """Exact match and F1 of the best answer in all windows of a question; squad2: or of none, if that scores more.
 
     No answer scores what it does in the window that finds it least likely (transformers' utils_qa.py, threshold 0).
@@ -146,7 +147,7 @@ def evaluate_windows(model, task, split, batches):
             score, start, end = best_span(output, split.offsets[i])
             best[row["id"]] = max(best.get(row["id"], (-math.inf,)), (score, row["pair"][start:end], row["answers"]))
             none[row["id"]] = min(none.get(row["id"], math.inf), output[0].sum())
-    scores, version2 = [], task.name == "squad2"
+    scores = []
     for name, (score, text, answers) in best.items():
         text = "" if version2 and none[name] > score else text
         scores.append(answer_scores(text, answers, version2))
@@ -160,10 +161,10 @@ def version(name, number, epochs):
     files = {split: (f"{split}-{number}.json", f"{split}.json") for split in ("train", "dev")}
     sources = tuple((split, f"https://rajpurkar.github.io/SQuAD-explorer/dataset/{names[0]}", None)
                     for split, names in files.items())
-    base = (3e-4, 32, epochs)
-    return Task(name, "span", ("exact_match", "f1"), read_squad, (), files, name, sources, base=base, large=base,
+    base, reader = (3e-4, 32, epochs), functools.partial(read_squad, number == "v2.0")
+    return Task(name, "span", ("exact_match", "f1"), reader, (), files, name, sources, base=base, large=base,
                 settings=dict(warmup=100, weight_decay=1e-4, alpha=32, dropout=0.05), max_length=384,
-                encode=encode_windows, evaluate=evaluate_windows)
+                encode=encode_windows, evaluate=functools.partial(evaluate_windows, number == "v2.0"))
 
 
 squad = version("squad", "v1.1", 10)
