@@ -178,6 +178,10 @@ def configure(backend, names, kind, tokens):
         backend.pre_tokenizer = before.BertPreTokenizer()
         backend.decoder = tokenizers.decoders.WordPiece()
         backend.post_processor = tokenizers.processors.BertProcessing(*ends)
+    elif kind == "Qwen2Tokenizer" and space is not None and isinstance(backend.pre_tokenizer, before.Sequence):
+        for step in backend.pre_tokenizer:
+            if isinstance(step, before.ByteLevel):
+                step.add_prefix_space = bool(space)
     elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
         if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
             backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
