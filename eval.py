@@ -283,6 +283,9 @@ def load(s, task, adapted=False):
     count = {"lm": None, "span": None, "regress": 1}.get(task.kind, len(task.labels))
     saved, outputs, remark = config.raw.get("id2label") or {}, None, None
     names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]
+    others = config.raw.get("label2id") or {}
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names) and sorted(others.values()) == list(range(len(names))):
+        names = sorted(others, key=others.get)
     if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
         outputs, remark = match_labels(names, task.labels)
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
@@ -300,6 +303,7 @@ def load(s, task, adapted=False):
             data.note(f"{', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}")
         elif remark:
             data.note(f"the head of {s.model}: {remark}")
+    model.labels, model.head_rows, model.head_remark = task.labels, outputs or None, remark
     positions = getattr(model, "max_length", s.max_length)
     if s.max_length > positions:
         data.note(f"{s.model} has {positions} positions: --max-length {s.max_length} is cut to that")
@@ -338,6 +342,12 @@ def scoring(s, task):
     samples = getattr(s, "samples", None)
     if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
         raise UserError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
+    known = ["pearson", "spearman"] if task.kind == "regress" else ["accuracy", "matthews"]
+    known += ["f1"] if len(task.labels) == 2 else []
+    wrong = [name for name in task.metrics if name not in known]
+    if wrong and task.kind in ("classify", "image", "regress") and not task.evaluate:
+        raise UserError(f"task {task.name} of {len(task.labels)} labels: its metrics may be {', '.join(known)}, not "
+                        f"{', '.join(wrong)}: correct its row, or give it an evaluate of its own")
     if task.sample and samples is None:
         raise UserError(f"{task.name} is scored by another program; name the file for its input by --samples")
     if samples is not None and (score == "likelihood" or not task.new_tokens):
@@ -391,6 +401,7 @@ def load_run(folder, changes, shard=None):
         model, processor = load(SimpleNamespace(**vars(s) | where), task)
     elif (folder / "adapter").is_dir():
         model, processor = load(s, task, adapted=True)
+        model.head_rows = None  # the run's head has its labels' order
         load_adapter(model, folder / "adapter")
         if shard:
             shard(model, s.device)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora import TARGETS, DoraLinear, LoraLinear, adapters
-from model import UserError, as_stored, open_weights, publish, read_json, stored_names
+from model import UserError, as_stored, note, open_weights, publish, read_json, stored_names
 
 
 def save_adapter(model, folder, base, task_type=None, head=True):
@@ -49,8 +49,9 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "modules_to_save": sorted(heads) or None,
     }
     tensors = {f"base_model.model.{path}": tensor.contiguous().cpu() for path, tensor in tensors.items()}
+    labels = {"labels": json.dumps(model.labels)} if heads and getattr(model, "labels", ()) else {}
     with publish(Path(folder)) as part:
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"} | labels)
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -87,13 +88,16 @@ def load_adapter(model, folder):
     names = stored_names(model, every_spelling=True)
     if model.tied:
         names["lm_head.weight"] = ["embed.weight"]
-    found, layers, changed = {}, {}, set()
+    found, layers, changed, rows = {}, {}, set(), rows_of_head(model, config["labels"], file)
     for key, tensor in tensors.items():
         path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
         path = re.sub(r"^(base_model\.model\.)+", "", path)
         match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector(?:\.weight)?)", path)
         ours = names.get(f"{match[1]}.weight" if match else path, [""])
         base = as_stored(model, ours) if ours[0] and not match else None
+        of_outputs = re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0]) and not (match and match[2] == "A")
+        if of_outputs and rows and max(rows) < len(tensor):
+            tensor = tensor[rows]
         if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
             found.setdefault(tuple(ours), {})[match[2] or match[3]] = tensor
         elif base is not None and ours[0].startswith(top) and base.shape == tensor.shape:
@@ -190,4 +194,24 @@ def read_adapter(folder):
         raise UserError(f"{file}: {error}: lora_alpha and lora_dropout must be numbers, the latter from 0 to below 1, "
                         "and alpha_pattern {regular expression: number}") from None
     with open_weights(weights) as opened:
+        try:
+            config["labels"] = [str(label) for label in json.loads((opened.metadata() or {}).get("labels", "[]"))]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{weights}: its metadata's labels are no list ({error}): save it again") from None
         return config, {key: opened.get_tensor(key) for key in opened.keys()}
+
+
+def rows_of_head(model, labels, file):
+    """Which rows of an adapter's head are the model's outputs, or None for all as they are.
+
+    `labels` are those of its outputs, in order, if this project wrote it; else they are the base model's.
+    """
+    wanted = list(getattr(model, "labels", ()))
+    if not (labels and wanted):
+        if getattr(model, "head_remark", None) and model.head_rows:
+            note(f"{file}: the adapter's head: {model.head_remark}")
+        return getattr(model, "head_rows", None)
+    if not set(wanted) <= set(labels):
+        raise UserError(f"{file}: its head tells {', '.join(labels)} apart, the task's labels are {', '.join(wanted)}: "
+                        "name the task that it was trained on")
+    return [labels.index(label) for label in wanted]

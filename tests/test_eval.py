@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_data import jsonl, write
 from test_model import saved
+from test_peft import made_by_peft
 from test_train import BERT, LLAMA, WORDS, checkpoints, lines, main, parse, texts, tokenizer_into  # noqa: F401
 from tiny import ROOT, Tiny, refused
 
@@ -148,16 +149,26 @@ def loaded(model, task, folder, **changes):
     return task, model, processor.tokenizer, processor.evaluation(s)
 
 
-def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(tmp_path):
-    theirs, file = bert(tmp_path, MOOD, ["positive", "negative"])
+@pytest.mark.parametrize("names, rows", [(MOOD, [2, 1, 0]), (MOOD[::2], [2, 0])])
+def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(names, rows, tmp_path):
+    """The base's, and an adapter's on it, made by PEFT or saved here."""
+    theirs, file = bert(tmp_path, MOOD[::-1], names)
     _, model, _, splits = loaded(tmp_path, "text-classification", file)
     inputs, _ = data.collate(splits["dev"], list(range(6)))
     texts = [row["text"] for row in splits["dev"].rows]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():
-        expected = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, [0, 2]]
+        expected = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, rows]
         torch.testing.assert_close(evaluation.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
-    assert model.fresh == [] and model.config.num_labels == 2
+        assert model.fresh == [] and model.config.num_labels == len(rows)
+        wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
+        adapter_files.load_adapter(model, tmp_path / "adapter")     # whose head has the base's order, ours the data's
+        adapter_files.save_adapter(model, tmp_path / "ours", "base")
+        again = loaded(tmp_path, "text-classification", file)[1]
+        adapter_files.load_adapter(again, tmp_path / "ours")
+        expected = wrapped(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, rows]
+        for ours in (model, again):
+            torch.testing.assert_close(evaluation.logits(ours, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_head_of_other_labels_is_named_and_not_evaluated(tmp_path, caplog):
@@ -356,6 +367,12 @@ def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, changes, me
     """Found before the model is loaded, and in training before the run folder exists."""
     with refused(message):
         loaded(checkpoints / "llama", task, texts, **changes)
+
+
+def test_metrics_have_to_fit_the_task():
+    for name, metrics in (("mnli", ("accuracy", "f1")), ("stsb", ("accuracy",)), ("digits", ("top5",))):
+        with refused(f"{name} of .* labels: its metrics may be .*, not {metrics[-1]}"):
+            evaluation.scoring(SimpleNamespace(), data.replace(data.TASKS[name], metrics=metrics))
 
 
 def test_outputs_that_are_not_finite_are_no_result(checkpoints, texts):
