@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +45,11 @@ def own_module(flag, place):
     file, _, name = place.rpartition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError(f"{flag} {place}: there is no file {file}; name it as in my_file.py:Name")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # after ours: what the file imports from beside it
+    spec = importlib.util.spec_from_file_location(file, file)  # a name that hides no other module
+    module = sys.modules[file] = importlib.util.module_from_spec(spec)  # where dataclasses look themselves up
     spec.loader.exec_module(module)
     return module, name
 
@@ -307,7 +311,7 @@ def normalise(raw, path):
     unread = [key for key, value in raw.items() if value not in (None, False, 0, "", [], {})
               and key not in known and not IRRELEVANT.fullmatch(key)]
     if unread:
-        note(f"{path}: not read, as in transformers' {family} models: {', '.join(unread)}")
+        note(f"{path}: not read, as no family here computes with it: {', '.join(unread)}")
 
     if c.problem_type == "multi_label_classification":
         refuse("problem_type", "one label per row: several are not supported; set it to null to train a head anew")
@@ -602,6 +606,8 @@ class Transformer(nn.Module):
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
+        self.labels = ()  # of a classifier's outputs, and which of the base's they are; eval.load sets all three
+        self.head_rows = self.head_remark = None
         self.decoding = None  # what `generate` says about the checkpoint's own settings
 
     def hf_name(self, name, module=False):
