@@ -47,6 +47,7 @@ class Allocator:
     # finite; they are then zeros and no weight moves, and a policy learns nothing from the step
     rate = 1.0  # the loop sets it: the learning rate of this step over its peak
     real = None  # the loop sets it: which tokens of the batch are no padding, (B, T) bool, or None
+    watching = True  # and this: False for a row that fills a process without any, and in the backward pass
 
     def __init__(self, model, settings, steps):
         self.model, self.settings, self.steps = model, settings, steps
@@ -63,6 +64,7 @@ class Allocator:
         self.made = {name: [0, 0] for name in self.names}  # an adapter's R, and which call of `add` made it
         self.layers, self.stacks, self.calls = {}, [], 0
         self.setup()
+        lora.state_of(self, "policy")  # what cannot be kept over a restart is said now, not at the first checkpoint
 
     # ------------------------------------------------------------------ what policies override
 
@@ -78,11 +80,14 @@ class Allocator:
         """See the input x (B, T, in) of the matrix `name` in a training pass; real (B, T): no padding, None = all.
 
         Add to tensors named in `summed`, whose sums over all rows of the step `after_backward` then finds. Runs inside
-        compiled code and, with --checkpointing, twice.
+        compiled code, without gradients, once for a pass.
         """
 
     def penalty(self, inputs, labels, outputs):
-        """Extra loss term of one forward pass, a 0-d tensor or 0; `inputs` are the model's, `outputs` its logits."""
+        """Extra loss term of one forward pass, a 0-d tensor or 0; `inputs` are the model's, `outputs` its logits.
+
+        It counts by the pass's share of the step's labels: a mean over rows is the step's, however that is split.
+        """
         return 0
 
     def reads_outputs(self):
@@ -108,7 +113,7 @@ class Allocator:
         """One line about a failure of the policy itself, for the run's result, or None."""
 
     def restored(self):
-        """After a restart all of `saved` is back and the adapters are there: make again what follows from it."""
+        """After a restart all of `saved` is back, the adapters are there, their weights not yet: make what follows."""
 
     # ------------------------------------------------------------------ adapters
 
@@ -147,8 +152,9 @@ class Allocator:
 
     def see(self, name, layer, inputs):
         """A hook that calls `watch` in training passes."""
-        if layer.training and layer.enabled:
-            self.watch(name, inputs[0], self.real)
+        if layer.training and layer.enabled and self.watching:
+            with torch.no_grad():
+                self.watch(name, inputs[0], self.real)
 
     def drop(self, names):
         """Give the matrices `names` their plain frozen layers back, at no cost left."""
@@ -166,8 +172,8 @@ class Allocator:
         order = [self.names.index(name) for stack in self.stacks for name in stack.layers]
         self.order = torch.tensor(order, device=self.device).argsort()
 
-    def match_adapters(self):
-        """After a restart: drop and add adapters until they are those that `made` names."""
+    def match_adapters(self, state):
+        """After a restart: drop and add adapters until they are those that `made` names; a g set since `setup`, too."""
         now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
         wrong = {name: made for name, made in self.made.items() if made != now.get(name, [0, 0])}
         current, calls = self.current.clone(), self.calls
@@ -178,6 +184,9 @@ class Allocator:
             self.add({name: made[0] for name, made in wrong.items() if made[1] == generation})
         self.current.copy_(current)
         self.calls = calls
+        for name, layer in self.layers.items():
+            if layer.g is None and f"run.vectors.{name}.g" in state:
+                layer.g = state[f"run.vectors.{name}.g"].to(self.device, copy=True)
 
     def in_model_order(self, parts):
         """The rows of `parts`, one tensor (n_i, ...) for each of `stacks`, as one (n, ...) in the order of `layers`."""
@@ -195,9 +204,10 @@ class Allocator:
         return [p for stack in self.stacks for p in stack.parameters if p.requires_grad]
 
     def vectors(self):
-        """Every g and every mask of updates that the layers hold: live tensors, for checkpoints."""
-        held = [(layer.g, getattr(layer.A, "active", None)) for layer in self.layers.values()]
-        return [t.data for pair in held for t in pair if t is not None]
+        """Every g and every mask of updates that the layers hold, {name: live tensor}, for checkpoints."""
+        held = {f"{name}.g": layer.g for name, layer in self.layers.items()}
+        held |= {f"{name}.mask": getattr(layer.A, "active", None) for name, layer in self.layers.items()}
+        return {name: t.data for name, t in held.items() if t is not None}
 
     @torch.no_grad()
     def squared_norms(self, key):
@@ -234,9 +244,9 @@ def given_ranks(s, names):
     try:
         text = file.read_text(encoding="utf-8")
         ranks = json.loads(text.splitlines()[-1])["ranks"] if path.is_dir() else json.loads(text)
-        ranks = {name: int(rank) for name, rank in ranks.items()}
-        if not ranks.keys() <= set(names) or not any(ranks.values()):
-            raise ValueError(f"{', '.join(ranks.keys() - set(names))} is no target, or all ranks are 0")
+        wrong = [name for name, rank in ranks.items() if name not in names or type(rank) is not int or rank < 0]
+        if wrong or not any(ranks.values()):
+            raise ValueError(f"{', '.join(wrong)} is no target or has no whole rank from 0, or all ranks are 0")
     except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"--ranks {file}: no ranks in it for this run ({error!r}): name a run's folder or a file of "
                         '{"blocks.0.query": 4, ...}, and --targets to fit') from None
@@ -259,7 +269,7 @@ class Static(Allocator):
 
     def shape(self, i, kind, L, r_base):
         """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
-        if self.settings.method == "linear-decay":  # falls linearly with depth (section 3.1.1)
+        if base_method(self.settings.method) == "linear-decay":  # falls linearly with depth (section 3.1.1)
             return r_base - (r_base - self.settings.r_min) * i / (L - 1) if L > 1 else r_base
         if self.settings.method == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
             return r_base if kind in ("query", "key", "value", "out") else r_base / 2
@@ -423,7 +433,7 @@ class LaLora(Allocator):
             self.budget_rank.mul_(1 + s.lalora_gamma * growth).clamp_(L, r * L)  # Eq. 5
         c = self.contribution(new, old, initial, norms[:, :, -1])
         if s.lalora_softmax == "relative" or s.lalora_score == "fisher":  # which has no natural scale
-            c /= c.mean().clamp_min(1e-300)
+            c = c / c.mean().clamp_min(1e-300)
         ranks = whole_ranks(c.softmax(0) * self.budget_rank, self.budget_rank, r)  # Eq. 8
         self.block_ranks.copy_(torch.where(self.ok, ranks, self.block_ranks))
         self.norms.copy_(norms)

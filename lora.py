@@ -246,14 +246,14 @@ def merge_adapters(model):
 @contextlib.contextmanager
 def disabled(model):
     """Inside this context the model computes what its base model does, as if there were no adapters."""
-    layers = adapters(model).values()
-    for layer in layers:
+    before = {layer: layer.enabled for layer in adapters(model).values()}
+    for layer in before:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, enabled in before.items():
+            layer.enabled = enabled
 
 
 # ---------------------------------------------------------------------------------------------- components of W
@@ -445,7 +445,7 @@ def optimizers_for(s, params):
         return [hold_still(torch.optim.SGD(groups[0], momentum=0.9))]
     if s.optimizer == "muon":
         muon = torch.optim.Muon(groups[0], adjust_lr_fn="match_rms_adamw")  # learning rates as AdamW's
-        return [hold_still(on_parts(muon)), *map(adamw, groups[1:])]
+        return [hold_still(on_parts(muon)), *(adamw(some) for some in groups[1:] if some)]
     optimizer = adamw(groups[0])
     if not masked:
         optimizer.register_step_pre_hook(refuse_masks)
@@ -458,7 +458,7 @@ def groups_for(s, params):
     if s.optimizer == "muon":  # which takes matrices: the stacks' parts
         sets = [[part for p in params if p.dim() == 3 for part in p.parts], [p for p in params if p.dim() != 3]]
     result = []
-    for some in filter(None, sets):
+    for some in sets:
         groups = {}
         for p in some:
             first = getattr(p, "parts", [p])[0]  # the others are like it
@@ -524,6 +524,8 @@ def state_of(thing, name="run"):
 def restore(thing, state, name="run"):
     """Put back what `state_of` gave, in place: whoever holds a view of a tensor goes on seeing it."""
     if isinstance(thing, torch.Tensor):
+        if state[name].is_floating_point() > thing.is_floating_point():
+            raise TypeError(f"{name}: was saved with fractions, but begins as a tensor of whole numbers")
         thing.detach().copy_(state[name])
     elif isinstance(thing, torch.Generator):
         thing.set_state(state[name].cpu())
@@ -539,8 +541,13 @@ def restore(thing, state, name="run"):
             at = f"{name}.{child}"
             if isinstance(part, (bool, int, float)):
                 put = thing.__setitem__ if isinstance(thing, (dict, list)) else functools.partial(setattr, thing)
-                put(child, type(part)(state[at].item()))
+                value = state[at].item()
+                put(child, type(part)(value) if type(part)(value) == value else value)  # it may have become a float
             elif part is not None:
                 restore(part, state, at)
             elif any(key == at or key.startswith(f"{at}.") for key in state):
                 raise TypeError(f"{at}: was saved, but is None before the restart's first step: make it in setup")
+        known = tuple(f"{name}.{child}" for child in children(thing, name))
+        late = [key for key in state if key.startswith(f"{name}.") and not key.startswith(known)]
+        if late:
+            raise TypeError(f"{late[0]}: was saved, but is not there before the restart's first step: make it in setup")

@@ -237,7 +237,7 @@ class Training:
         self.s, self.model, self.kind, self.allocator = s, model, kind, allocator
         self.device = torch.device(s.device)
         self.head = [] if kind == "lm" else list(model.head.parameters())
-        self.params = allocator.parameters() + self.head
+        self.stacks, self.params = allocator.stacks, allocator.parameters() + self.head
         for p in self.params:
             p.requires_grad_(True)
         self.optimizers, self.steps = lora.optimizers_for(s, self.params), 0
@@ -257,7 +257,7 @@ class Training:
 
     def follow(self):
         """Make the optimizers hold the parameters that there are now, after adapters came or went."""
-        self.params = self.allocator.parameters() + self.head
+        self.stacks, self.params = self.allocator.stacks, self.allocator.parameters() + self.head
         for optimizer, groups in zip(self.optimizers, lora.groups_for(self.s, self.params)):
             lora.follow(optimizer, groups)
 
@@ -268,7 +268,7 @@ class Training:
     def restore(self, state):
         """Put back what `state` gave: the policy first, which says what adapters there are."""
         lora.restore(self.allocator, state, "policy")
-        self.allocator.match_adapters()
+        self.allocator.match_adapters(state)
         self.allocator.restored()
         self.follow()
         lora.restore(self, state)
@@ -277,13 +277,14 @@ class Training:
         """Leave the gradients of the loss at the layers; returns it, a 0-d tensor."""
         loss = torch.zeros((), device=self.device)
         for inputs, labels, weight in passes:
-            self.allocator.real = inputs.get("mask")
+            self.allocator.real, self.allocator.watching = inputs.get("mask"), weight > 0
             if self.kind == "lm" and not self.allocator.reads_outputs():
                 outputs, part = None, evaluation.token_loss(self.model, inputs, labels) * weight
             else:
                 outputs = evaluation.logits(self.model, inputs)
                 part = criterion(self.kind, outputs, labels) * weight
-            penalty = self.allocator.penalty(inputs, labels, outputs) / (len(passes) * process_and_count()[1])
+            penalty = self.allocator.penalty(inputs, labels, outputs) * (labels.numel() * weight)
+            self.allocator.watching = False  # --checkpointing computes a pass again in its backward pass
             (part + penalty).backward()
             loss += part.detach()
         return loss
@@ -319,7 +320,7 @@ class Training:
             optimizer.step()
         self.count(ok, loss)
 
-        if allocator.after_step(step):
+        if allocator.after_step(step) or allocator.stacks is not self.stacks:
             self.follow()
             start_alike(s, step, self.moving)
         for p in moved:
@@ -392,7 +393,7 @@ def train(training, batches, task, alive, evaluate):
             if logged or step <= 10:  # warm-up phases are short
                 own = allocator.log()
                 by_matrix = {name: value for name, value in own.items() if isinstance(value, dict)}
-                alive.log("ranks.jsonl", {"step": step, "ranks": allocator.ranks()} | by_matrix)
+                alive.log("ranks.jsonl", by_matrix | {"step": step, "ranks": allocator.ranks()})
             if logged:
                 total, good = training.loss.tolist()
                 training.loss.zero_()
@@ -402,7 +403,7 @@ def train(training, batches, task, alive, evaluate):
                 numbers = {"step": step, "epoch": round(step / batches.steps_per_epoch, 3), "loss": loss,
                            "lr": s.lr * rate, "grad_norm": norm.item(), "skipped_steps": skipped,
                            "examples_per_second": speed, "trainable_params": size}
-                alive.log("metrics.jsonl", numbers | {k: v for k, v in own.items() if k not in by_matrix})
+                alive.log("metrics.jsonl", {k: v for k, v in own.items() if k not in by_matrix} | numbers)
             if saved:
                 alive.save(training, batches, step, time.time() - started)
             if stopping:
@@ -620,8 +621,7 @@ def set_up(s, alive):
     splits, batches = processor.evaluation(s), data.Batches(s, split, process, count)
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is for longer runs
         s.warmup = min(s.warmup, math.ceil(0.1 * batches.total_steps))
-    # a regression head starts at the mean label: from 0, adapters push the features along it until the pooler's tanh
-    # saturates, and STS-B (mean 2.7) is not learned at rate 2e-3
+    # a regression head starts at the mean label: from 0 STS-B (mean 2.7) is not learned at rate 2e-3 (RESULTS.md)
     for name in model.fresh if task.kind == "regress" else ():
         if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
             model.get_parameter(name).data.fill_(split.labels.mean())
