@@ -45,7 +45,7 @@ import model as models
 import train
 from eval import parser_of, say, setting
 from extras import devices, images
-from extras.report import LOSSES, comparison, table, write_csv
+from extras.report import LOSSES, comparison, sign_flip, table, write_csv
 from model import UserError
 
 
@@ -456,17 +456,17 @@ def changed(settings):
 
 
 def finished(q):
-    """The lines of the results by their runs' keys, and by the settings alone: the first of several.
+    """The lines of the results by their runs' keys, and by the settings alone: the last of several.
 
     What is no such line, or half of one, is skipped.
     """
     lines, file = {}, Path(q.results)
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
             told = json.dumps(line["settings"], sort_keys=True)
-            lines[told, line["source"]] = line
-            lines.setdefault(told, line)
+            if line.keys() >= {"settled", "trainable_params", "seconds", "peak_memory_mb"}:
+                lines[told, line["source"]] = lines[told] = line
     return lines
 
 
@@ -539,13 +539,26 @@ def quality(argv):
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
     grid = grid_of(q.tune)
-    if q.match_budget and "--rank" in grid[0]:
-        raise UserError("--tune rank: the rank is what --match-budget chooses; leave one of them out")
+    axes = {"--steps": q.steps, "--rank": q.budgets or q.match_budget}
+    twice = [flag for flag in grid[0][::2] if axes.get(flag)]
+    if twice:
+        raise UserError(f"--tune {twice[0][2:]}: what --match-budget, --budgets or --steps choose; leave one of them out")
+    if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
+        raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, which no table reports: change it")
+    for file in filter(None, (q.csv, q.picture)):
+        if not Path(file).absolute().parent.is_dir():
+            raise UserError(f"{file}: there is no such folder; name another place")
     methods = list(allocators.METHODS)
     if q.methods != "all":  # a comma may be part of a flag
         names = "|".join(map(re.escape, allocators.METHODS))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     rows = {method: shlex.split(method) for method in methods}
+    axes["--rank"] = q.budgets  # --match-budget goes on from a row's own
+    for row, words in rows.items():
+        own = {word.partition("=")[0] for word in words} & {*grid[0][::2], *(flag for flag in axes if axes[flag])}
+        if own:
+            raise UserError(f"row {row!r}: its {', '.join(sorted(own))} would be that of --tune, --budgets or --steps: "
+                            "leave one of them out")
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
         if values:
             rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
@@ -654,7 +667,7 @@ def tune(cells, q):
         if means:
             best = max(means, key=means.get)
             tuned.append(cell.again(0, *best))
-            tries = len(choices) * q.tune_seeds
+            tries = sum(run.line is not None for runs in choices.values() for run in runs)
             chosen.setdefault(cell.row, {})[cell.task] = f"{' '.join(best)} (of {tries} runs)"
         else:
             failed[f"{cell.row}, {cell.task}"] = "left out: no choice of --tune has finished with all its seeds"
@@ -679,8 +692,9 @@ def scores(runs, metric=None):
     metrics, values = dict.fromkeys(tasks, metric), {run.row: {} for run in runs}
     for run in runs:
         for task, numbers in run.numbers(run.line).items() if run.line else ():
-            if metric and metric not in numbers:
-                raise UserError(f"--metric {metric}: not in the results on {task}: {', '.join(numbers)}")
+            measured = [name for name, value in numbers.items() if type(value) is float and "second" not in name]
+            if metric and metric not in measured:
+                raise UserError(f"--metric {metric}: not measured on {task}, only {', '.join(measured)}")
             known = [name for name in (*data.task_row(task).metrics, "loss") if name in numbers]
             if known:  # else another program scores the task
                 metrics[task] = metrics[task] or known[0]
@@ -744,7 +758,8 @@ def summarise(runs, metric=None, free=()):
         for column, mine in columns.items():
             theirs = values.get(row["against"], {}).get(column, {})
             pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-            row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "p": None,
+            asked = sum(run.row == name and column in run.columns for run in runs)
+            row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "asked": asked, "p": None,
                            "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
             if pairs and not math.isnan(sum(pairs)):
                 row[column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
@@ -755,16 +770,6 @@ def summarise(runs, metric=None, free=()):
                     "seconds": statistics.fmean(line["seconds"] for line in lines),
                     "peak_memory_mb": max(line["peak_memory_mb"] for line in lines)}
     return {"metrics": metrics, "rows": rows}
-
-
-def sign_flip(differences):
-    """Two-sided p of the paired permutation test: how often random signs give a sum as far from 0; exact up to 16."""
-    d = np.asarray(differences, dtype=np.float64)
-    if len(d) <= 16:
-        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)  # a row for each choice of signs
-    else:
-        signs = np.random.default_rng(0).choice([-1, 1], (2 ** 16, len(d)))
-    return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)))
 
 
 # ---------------------------------------------------------------------------------------------- command line

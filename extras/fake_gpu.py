@@ -144,7 +144,7 @@ def launches(func, args, kwargs):
 
 
 class Watch(TorchDispatchMode):
-    """Every operator: `waits` counts what happened where in steps, `launched` each phase's kernels, `peak` the bytes."""
+    """Every operator: `waits` counts what happened where in steps, `launched` a phase's kernels, `peak` the bytes."""
 
     def __init__(self, capacity=math.inf):
         super().__init__()
@@ -253,7 +253,7 @@ class Opened:
 
     def __init__(self, *args, **kwargs):
         self.file = safetensors.safe_open(*args, **kwargs)
-        self.keys, self.get_slice = self.file.keys, self.file.get_slice
+        self.keys, self.get_slice, self.metadata = self.file.keys, self.file.get_slice, self.file.metadata
 
     def get_tensor(self, key):
         with unset_fake_temporarily():

@@ -202,7 +202,7 @@ def alike(runs, *ignored):
         other = first.setdefault((run.s.task, run.s.method), run.s)
         varied |= {(run.s.method, key) for key, value in vars(run.s).items() if value != getattr(other, key, value)}
     for run in runs:
-        label = run.s.method
+        label = run.s.method.rpartition(":")[2]
         for key, value in vars(run.s).items():
             if (run.s.method, key) in varied and key not in ignored:
                 name = re.sub("^(adalora|lalora|weightlora|lelora)_", "", key).replace("_", " ")

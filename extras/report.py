@@ -1,7 +1,11 @@
-"""Tables of what bench.py measured, as Markdown and as CSV."""
+"""Tables of what bench.py measured, as Markdown and as CSV, and the test of their differences."""
 
 import csv
 import math
+
+import numpy as np
+
+from model import UserError
 
 LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
 LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
@@ -58,6 +62,8 @@ def score_text(score, means, less):
         text = f"**{text}**"
     if score["std"] is not None:
         text += f" ± {scale * score['std']:.{digits}f}"
+    if score["seeds"] < score["asked"]:
+        text += f" ({score['seeds']} of {score['asked']} seeds)"
     if score["p"] is not None and score["p"] <= LEVEL:
         text += " ↑" if score["difference"] > 0 else " ↓"
     return text
@@ -74,3 +80,20 @@ def write_csv(path, runs):
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def sign_flip(differences):
+    """Two-sided p of the paired permutation test: the share of all choices of signs whose sum is as far from 0.
+
+    Exact for up to 40 pairs: the sums of either half, 2^20 at most, are matched in order.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) > 40:
+        raise UserError(f"{len(d)} pairs of seeds: the sign-flip test is exact, for 40 at most")
+    halves = [np.zeros(1), np.zeros(1)]
+    for i, value in enumerate(d):
+        halves[i % 2] = np.concatenate((halves[i % 2] - value, halves[i % 2] + value))
+    first, second = halves[0], np.sort(halves[1])
+    far = abs(d.sum()) * (1 - 1e-9)
+    inside = np.searchsorted(second, far - first) - np.searchsorted(second, -far - first, side="right")
+    return float(1 - np.maximum(inside, 0).sum() / 2.0 ** len(d))
