@@ -542,9 +542,9 @@ def quality(argv):
     axes = {"--steps": q.steps, "--rank": q.budgets or q.match_budget}
     twice = [flag for flag in grid[0][::2] if axes.get(flag)]
     if twice:
-        raise UserError(f"--tune {twice[0][2:]}: what --match-budget, --budgets or --steps choose; leave one of them out")
+        raise UserError(f"--tune {twice[0][2:]}: what --match-budget, --budgets or --steps choose; leave one out")
     if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
-        raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, which no table reports: change it")
+        raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, never reported: lower it")
     for file in filter(None, (q.csv, q.picture)):
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"{file}: there is no such folder; name another place")
