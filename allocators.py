@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lora
-from model import UserError, own_module
+from model import UserError, note, own_module
 
 # a progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B
 decomposing = functools.partial(tqdm, desc="singular values", unit="matrix", leave=False, disable=None)
@@ -597,6 +597,8 @@ class Credit(WeightLora):
         s = self.settings
         costs = self.cost.tolist() if s.credit_budget == "parameters" else [1.0] * len(self.names)
         shares = [max(credit, 0.0) ** s.credit_power / cost for credit, cost in zip(self.credit.tolist(), costs)]
+        if max(shares) <= 0:
+            note("credit: no matrix has gained in the warm-up, so all get the same rank: lower --lr or --credit-power")
         most = [min(*size, int(s.credit_cap * s.rank)) for size in self.sizes]
         return dict(zip(self.names, dealt_units(shares, costs, most, s.credit_share * s.rank * sum(costs))))
 

@@ -258,7 +258,7 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds: 0: must be"),
     ("quality --methods lora,nothing", "choose from"), ("quality --methods lalora --match-budget", "add lora"),
-    ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"), ("quality --csv no/x", "no such fold"),
+    ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"), ("quality --csv no/x", "no such fol"),
     ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --nonsense 1", "unrecognized"),
     ("quality --tune speed=1,2", "--tune speed=1,2"),
     ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
