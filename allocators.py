@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lora
-from model import UserError, note, own_module
+from extras.own_files import own_module
+from model import UserError, note
 
 # a progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B
 decomposing = functools.partial(tqdm, desc="singular values", unit="matrix", leave=False, disable=None)

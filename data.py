@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from extras.fetch import fetch
 from extras.images import channels_first, fit, image_settings, read_image
+from extras.own_files import own_module
 from extras.tokenizer import Tokenizer
-from model import UserError, cache_folder, note, own_module
+from model import UserError, cache_folder, note
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""

@@ -6,7 +6,6 @@ In every block the projections that can be adapted are called  query key value o
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -14,7 +13,6 @@ import operator
 import os
 import re
 import shutil
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,21 +35,6 @@ note = functools.cache(logging.getLogger("model").warning)  # to stderr, each di
 def cache_folder():
     """The folder for what is fetched or computed once: $RANKS_CACHE, else ~/.cache/adaptive-lora."""
     return Path(os.environ.get("RANKS_CACHE") or Path.home() / ".cache" / "adaptive-lora")
-
-
-@functools.cache
-def own_module(flag, place):
-    """(module, name) of `file.py:Name`, a place in a Python file of the user's own, which runs; UserError: no file."""
-    file, _, name = place.rpartition(":")
-    if not (file.endswith(".py") and Path(file).is_file()):
-        raise UserError(f"{flag} {place}: there is no file {file}; name it as in my_file.py:Name")
-    folder = str(Path(file).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # after ours: what the file imports from beside it
-    spec = importlib.util.spec_from_file_location(file, file)  # a name that hides no other module
-    module = sys.modules[file] = importlib.util.module_from_spec(spec)  # where dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module, name
 
 
 @contextlib.contextmanager
