@@ -83,7 +83,8 @@ def suffix(path):
 def read_table(path, header=None, skip_short=False, quoted=False):
     """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
-    header: column names of a file without such a line. quoted: quotes in a tab-separated file may be CSV's, not text.
+    header: column names of a file without such a line. quoted: quotes in a tab-separated file may be CSV's, not text,
+    which they are where each line is a row and CSV would join some.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
     comma = suffix(path) == ".csv"
@@ -94,7 +95,9 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     try:
         if comma or quoted and '"' in text:
             parsed = [(reader.line_num, cells) for cells in reader if cells]
-            rows = parsed if comma or len({len(cells) for _, cells in parsed}) == 1 else rows
+            tabs = [line.count("\t") for line in lines if line.strip("\r")]
+            joined = len({*tabs}) == 1 and len(parsed) != len(tabs)
+            rows = parsed if comma or len({len(cells) for _, cells in parsed}) == 1 and not joined else rows
     except csv.Error as error:
         if comma:
             raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None

@@ -148,6 +148,9 @@ READ = {
     "quotes that are no CSV are text": (
         {"train.tsv": 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n', "dev.tsv": "text\tlabel\na\ta\n"},
         ['"so" he said', '"bad', '"" '], [0, 1, 0], "3 train rows"),
+    "quotes that CSV would join rows at are text": (
+        {"train.tsv": 'text\tlabel\n"Stop it, she said.\t0\nGo on.\t1\nHe left for good."\t0\n',
+         "dev.tsv": "text\tlabel\na\t0\n"}, ['"Stop it, she said.', "Go on.", 'He left for good."'], [0, 1, 0], "3 train"),
     "a second file of the same name": (
         {"train.csv": "text,label\na,x\nb,y\n", "train.tsv": "text\tlabel\nc\tx\nd\ty\n", "train.tsv.gz": b"an older",
          "dev.tsv": "text\tlabel\nc\tx\n"}, ["c", "d"], [0, 1], ": train.tsv is read, not train.tsv.gz, train.csv"),
