@@ -188,13 +188,15 @@ def locate(task, data, split):
 def held_out(task, data, split, rows):
     """Return a split's rows; where one file is both training and dev file, 10 % (at most 1,000 rows) are dev.
 
-    Evenly spread ones (files are often sorted by label); the last ones of instructions.
+    One of each tenth (files are often sorted by label), in another place of it each time (or labels alternate); the
+    last ones of instructions.
     """
     if find_files(task, data, "train") != find_files(task, data, "dev" if split == "train" else split):
         return rows
     rows = list(rows)
     count = min(math.ceil(len(rows) / 10), 1000)
-    how, dev = "evenly spread", {(2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
+    ends = [i * len(rows) // max(count, 1) for i in range(count + 1)]
+    how, dev = "evenly spread", {start + 7 * i % (end - start) for i, (start, end) in enumerate(zip(ends, ends[1:]))}
     if task.kind == "lm":
         how, dev = "the last", set(range(len(rows) - count, len(rows)))
     note(f"{data or task.name}: no dev file: {count} of {len(rows)} rows are dev ({how})")
