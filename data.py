@@ -40,8 +40,8 @@ from model import UserError, cache_folder, note
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
     id idx index guid uid uuid pid qid qid1 qid2 pairid promptid captionid prompt_id example_id task_id unique_id
-    url link source source1 source2 source_file dataset filename file split fold genre year old_index mark language lang
-    license author date created_at timestamp type level subject topic category resource tags metadata meta
+    url link source source1 source2 source_file dataset filename file genre year old_index mark language lang
+    license author date created_at timestamp type level topic category resource tags metadata meta
     model models generator annotator annotators annotator_labels annotations label_text label_name label1 label2 label3
     label4 label5 sentence1_parse sentence2_parse sentence1_binary_parse sentence2_binary_parse original_question
     correct_answers incorrect_answers rejected score_chosen score_rejected entry_point test test_list test_imports
@@ -338,7 +338,8 @@ def instruction(task, where, row):
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
     extra = next((name for name in ("input", "context") if row.get(name)), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    name_unread(where, row, (asks, says, extra, system, "answer"))
+    known = "subject" if task.sources else None     # of MATH; of an own file it may be an e-mail's
+    name_unread(where, row, (asks, says, extra, system, "answer", known))
     answer = last_message(row, says, where) if isinstance(row.get(says), list) else get(row, says, where)
     text = task.template(get(row, asks, where), get(row, extra, where) if extra else "")
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}

@@ -113,7 +113,7 @@ def table(form, rows):
 def test_own_classification(tmp_path, caplog, form, columns):
     """Whatever texts are called; blank last lines are no rows; what is not read is named."""
     texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if form == "tsv" else "two\n\tlines"]
-    rows = [{columns[-1]: text[::-1], columns[0]: text, "label": label, "remark": "more", "uid": "x", "n": "5"}
+    rows = [{columns[-1]: text[::-1], columns[0]: text, "label": label, "split": "more", "uid": "x", "n": "5"}
             for text, label in zip(texts, ["pos", "neg", "neutral", "neg"])]
     ending = form.removeprefix("quoted.")
     paths = [write(tmp_path / f"train.{ending}", table(form, rows)),
@@ -126,7 +126,7 @@ def test_own_classification(tmp_path, caplog, form, columns):
         assert len(columns) == 1 or [row["pair"] for row in read] == [text[::-1] for text in texts]
         assert f"{tmp_path}: 4 {split} rows: 2 'neg', 1 'neutral', 1 'pos'" in caplog.text
     named = {record.message for record in caplog.records if "not read" in record.message}
-    assert named == {f"{path}: not read: column 'remark'" for path in paths}
+    assert named == {f"{path}: not read: column 'split'" for path in paths}
 
 
 LONG = "word " * 100_000
