@@ -276,8 +276,6 @@ def read_commonsense(task, data, split):
 
 def read_arrays(task, data, split):
     """.npz with x_train y_train x_test y_test, or images labels [split: 0 train, 1 test]."""
-    if data is None and task.labels == DIGITS:  # what is embedded
-        data = Path(__file__).parent / "assets" / "digits.npz"
     path, keys = locate(task, data, split)[0], ("images", "labels")
     try:
         with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
@@ -301,9 +299,14 @@ def read_arrays(task, data, split):
         yield where, {"pixels": channels_first(images[i], where), "label": str(labels.flat[i])}
 
 
+def read_digits(task, data, split):
+    """As `read_arrays`; without data the digits that are embedded."""
+    return read_arrays(task, data or Path(__file__).parent / "assets" / "digits.npz", split)
+
+
 def read_turned(task, data, split):
-    """The images of `read_arrays`, turned to the left."""
-    for where, row in read_arrays(task, data, split):
+    """The images of `read_digits`, turned to the left."""
+    for where, row in read_digits(task, data, split):
         yield where, row | {"pixels": np.rot90(row["pixels"], axes=(1, 2))}
 
 
@@ -502,7 +505,7 @@ TASKS = {task.name: task for task in (
     Task("image-folder", "image", ("accuracy",), read_image_folder, (),
          {"train": ("train",), "dev": ("dev", "val", "valid", "validation", "test")}),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
-    Task("digits", "image", ("accuracy",), read_arrays, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
+    Task("digits", "image", ("accuracy",), read_digits, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
     Task("digits-rot90", "image", ("accuracy",), read_turned, DIGITS, own(".npz"), base=(5e-3, 32, 15)),
 )}
 

@@ -289,6 +289,8 @@ def test_digits_are_embedded_and_turn():
         assert a["label"] == b["label"] and np.array_equal(np.rot90(a["pixels"][0]), b["pixels"][0])
 
 
+    with refused("--task mine needs --data"):
+        data.read(data.Task("mine", "image", ("accuracy",), data.read_arrays, data.DIGITS, data.own(".npz")))
 def jpg(i):
     """Bytes of a small image of size 8 x (6 + i)."""
     buffer = io.BytesIO()
