@@ -371,7 +371,7 @@ def extract_answer(text, answers):
     """Return the answer in a text, "" where there is none: the first of the words (LLM-Adapters), or by a function."""
     if callable(answers):
         return answers(text)
-    found = re.search("|".join(map(re.escape, answers)), text)
+    found = re.search("|".join(map(re.escape, sorted(answers, key=len, reverse=True))), text)   # answer1 in answer10
     return found.group() if found else ""
 
 

@@ -250,6 +250,7 @@ def test_answers_are_the_last_number_or_the_first_word(text, number):
     for text, word in (("false, not true", "false"), ("True", ""), ("axb a.b", "a.b")):
         assert data.extract_answer(text, ("true", "false", "a+b", "a.b")) == word
 
+    assert data.extract_answer("so answer10 is right", ("answer1", "answer10")) == "answer10"
 
 def some_images(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
