@@ -219,7 +219,7 @@ def read_texts(task, data, split):
     if suffix(path).startswith(".json"):
         rows = read_json(path)
     else:
-        rows = read_table(path, task.header, skip_short=task.name == "qqp", quoted=not task.sources)
+        rows = read_table(path, task.header, skip_short=task.skip_short, quoted=not task.sources)
     if path.name == "msr_paraphrase_train.txt":
         ids = ("#1 ID", "#2 ID")
         dev = {tuple(row.values()) for _, row in read_table(path.with_name("mrpc_dev_ids.tsv"), ids)}
@@ -408,6 +408,7 @@ class Task:
     sources: tuple = ()              # (split it is for or "", address, SHA-256 or None where it is not known)
     columns: tuple = ()              # text, pair or None, label
     header: tuple | None = None      # column names of files without a header line
+    skip_short: bool = False         # rows of too few cells are left out, as of QQP, which has some
     span: tuple = (-math.inf, math.inf)         # what a regression's scores lie in
     template: object = prompt        # lm: template(question, more) returns the prompt
     answers: object = None           # lm: what a generated text is searched for: words, or by a function of the text
@@ -473,7 +474,8 @@ TASKS = {task.name: task for task in (
          "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85", (4e-4, 128, 40), (3e-4, 16, 30), 256,
          kind="regress", span=(0, 5)),
     glue("qqp", "QQP", ("accuracy", "f1"), ("question1", "question2", "is_duplicate"), BINARY, "QQP-clean.zip",
-         "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0", (4e-4, 128, 25), (3e-4, 32, 20), 1024),
+         "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0", (4e-4, 128, 25), (3e-4, 32, 20), 1024,
+         skip_short=True),
     glue("mnli", "MNLI", ("accuracy",), ("sentence1", "sentence2", "gold_label"),
          ("entailment", "neutral", "contradiction"), "MNLI.zip",
          "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633", (5e-4, 128, 30), (1e-4, 32, 10), 256,
