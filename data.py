@@ -495,7 +495,7 @@ TASKS = {task.name: task for task in (
     choose("obqa", "openbookqa", *ANSWERS),
     Task("commonsense", "lm", ("accuracy",), read_commonsense, (), {"train": ("commonsense_170k.json",)},
          "ft-training_set", (("train", ADAPTERS + "ft-training_set/commonsense_170k.json", None),), new_tokens=32,
-         max_length=256),
+         eval_splits=COMMONSENSE, max_length=256),
     Task("gsm8k", "lm", ("exact_match",), read_instructions, (), {"train": ("train.jsonl",), "dev": ("test.jsonl",)},
          "gsm8k", (("train", GSM8K + "train.jsonl", None), ("dev", GSM8K + "test.jsonl", None)), answers=last_number,
          new_tokens=400, stop=NEXT),
@@ -533,9 +533,9 @@ def find_task(name, data=None, labels=None):
     labels: an earlier run's; without them a task of the user's own gets its training file's, sorted.
     """
     task = task_row(name)
-    if name == "commonsense":
-        there = tuple(other for other in COMMONSENSE if data and find_files(TASKS[other], data, "dev"))
-        return replace(task, eval_splits=there or COMMONSENSE)
+    if task.reader is read_commonsense:
+        there = tuple(other for other in task.eval_splits if data and find_files(TASKS[other], data, "dev"))
+        return replace(task, eval_splits=there or task.eval_splits)
     if task.kind in ("classify", "image") and not (labels or task.labels):
         whole = replace(task, files={"train": task.files.get("train", ())})     # nothing held out: a rare class may be
         found = {row["label"] for _, row in labelled(whole, data, "train")}

@@ -150,7 +150,7 @@ READ = {
         ['"so" he said', '"bad', '"" '], [0, 1, 0], "3 train rows"),
     "quotes that CSV would join rows at are text": (
         {"train.tsv": 'text\tlabel\n"Stop it, she said.\t0\nGo on.\t1\nHe left for good."\t0\n',
-         "dev.tsv": "text\tlabel\na\t0\n"}, ['"Stop it, she said.', "Go on.", 'He left for good."'], [0, 1, 0], "3 train"),
+         "dev.tsv": "text\tlabel\na\t0\n"}, ['"Stop it, she said.', "Go on.", 'He left for good."'], [0, 1, 0], "3 tr"),
     "a second file of the same name": (
         {"train.csv": "text,label\na,x\nb,y\n", "train.tsv": "text\tlabel\nc\tx\nd\ty\n", "train.tsv.gz": b"an older",
          "dev.tsv": "text\tlabel\nc\tx\n"}, ["c", "d"], [0, 1], ": train.tsv is read, not train.tsv.gz, train.csv"),
@@ -184,7 +184,7 @@ def test_held_out_rows_of_a_sorted_file(tmp_path, rows):
     assert sorted(int(row["text"]) for row in train + dev) == list(range(rows))
     assert len(dev) == min(-(-rows // 10), 1000)
     assert rows < 25 or {row["label"] for row in dev} == {0, 1, 2}
-    assert rows < 25 or {int(row["text"]) % 2 for row in dev} == {0, 1}     # nor do labels that alternate all go one way
+    assert rows < 25 or {int(row["text"]) % 2 for row in dev} == {0, 1}     # as labels may be that alternate
 
 
 def test_limits_look_at_the_rows_that_are_used(tmp_path):
@@ -228,8 +228,9 @@ def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
                  "output": f"the correct answer is {answer}"} for answer in TASKS[name].answers]
         for file in ("train.json", "test.json"):
             write(tmp_path / TASKS[name].folder / file, json.dumps(rows, indent=1))
+    derived = write(tmp_path / "mine.py", "import data\nMINE = data.replace(data.TASKS['commonsense'], name='x')")
     task = data.find_task("commonsense", tmp_path)
-    assert task.eval_splits == ("boolq", "siqa")
+    assert task.eval_splits == data.find_task(f"{derived}:MINE", tmp_path).eval_splits == ("boolq", "siqa")
     read = data.read(task, tmp_path, "siqa")
     listed, known = ["answer1", "answer2", "answer3"], [f"answer{i}" for i in (1, 2, 3, 4, 5)]
     assert [row["target"] for row in read] == known
@@ -249,8 +250,8 @@ def test_answers_are_the_last_number_or_the_first_word(text, number):
     assert data.extract_answer(text, data.last_number) == number
     for text, word in (("false, not true", "false"), ("True", ""), ("axb a.b", "a.b")):
         assert data.extract_answer(text, ("true", "false", "a+b", "a.b")) == word
-
     assert data.extract_answer("so answer10 is right", ("answer1", "answer10")) == "answer10"
+
 
 def some_images(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -288,10 +289,10 @@ def test_digits_are_embedded_and_turn():
     assert 0.24 < shares.min() and shares.max() < 0.26
     for a, b in zip(dev, data.read(replace(TASKS["digits-rot90"], name="mine"), None, "dev")):
         assert a["label"] == b["label"] and np.array_equal(np.rot90(a["pixels"][0]), b["pixels"][0])
-
-
     with refused("--task mine needs --data"):
         data.read(data.Task("mine", "image", ("accuracy",), data.read_arrays, data.DIGITS, data.own(".npz")))
+
+
 def jpg(i):
     """Bytes of a small image of size 8 x (6 + i)."""
     buffer = io.BytesIO()
