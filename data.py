@@ -25,6 +25,7 @@ import re
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,12 @@ from model import UserError, cache_folder, note
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
-    id idx index guid uid uuid pid qid qid1 qid2 pairid promptid captionid prompt_id example_id task_id unique_id
-    url link source source1 source2 source_file dataset filename file genre year old_index mark language lang
-    license author date created_at timestamp type level topic category resource tags metadata meta
-    model models generator annotator annotators annotator_labels annotations label_text label_name label1 label2 label3
-    label4 label5 sentence1_parse sentence2_parse sentence1_binary_parse sentence2_binary_parse original_question
-    correct_answers incorrect_answers rejected score_chosen score_rejected entry_point test test_list test_imports
-    test_setup_code challenge_test_list
+    id idx index guid uid uuid pid qid qid1 qid2 pairid promptid captionid prompt_id example_id task_id unique_id url
+    link source source1 source2 source_file dataset filename file genre year old_index mark language lang license author
+    date created_at timestamp type level topic category resource tags metadata meta model models generator annotator
+    annotators annotator_labels annotations label_text label_name label1 label2 label3 label4 label5 sentence1_parse
+    sentence2_parse sentence1_binary_parse sentence2_binary_parse original_question correct_answers incorrect_answers
+    rejected score_chosen score_rejected entry_point test test_list test_imports test_setup_code challenge_test_list
 """.split())
 # what stands where a label is missing
 MISSING = {"", "-", "-1", "?", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "None", "null", "NULL"}
@@ -83,8 +83,7 @@ def suffix(path):
 def read_table(path, header=None, skip_short=False, quoted=False):
     """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
-    header: column names of a file without such a line. quoted: quotes in a tab-separated file may be CSV's, not text,
-    which they are where each line is a row and CSV would join some.
+    header: column names of a file without such a line. quoted: quotes in a tab-separated file may be CSV's, not text.
     """
     text, skipped = read_text(path).rstrip("\r\n"), 0
     comma = suffix(path) == ".csv"
@@ -96,7 +95,7 @@ def read_table(path, header=None, skip_short=False, quoted=False):
         if comma or quoted and '"' in text:
             parsed = [(reader.line_num, cells) for cells in reader if cells]
             tabs = [line.count("\t") for line in lines if line.strip("\r")]
-            joined = len({*tabs}) == 1 and len(parsed) != len(tabs)
+            joined = len({*tabs}) == 1 and len(parsed) != len(tabs)     # lines that are rows as they stand
             rows = parsed if comma or len({len(cells) for _, cells in parsed}) == 1 and not joined else rows
     except csv.Error as error:
         if comma:
@@ -188,8 +187,7 @@ def locate(task, data, split):
 def held_out(task, data, split, rows):
     """Return a split's rows; where one file is both training and dev file, 10 % (at most 1,000 rows) are dev.
 
-    One of each tenth (files are often sorted by label), in another place of it each time (or labels alternate); the
-    last ones of instructions.
+    One of each tenth (files are often sorted), in changing places (labels may alternate); the last of instructions.
     """
     if find_files(task, data, "train") != find_files(task, data, "dev" if split == "train" else split):
         return rows
@@ -299,15 +297,10 @@ def read_arrays(task, data, split):
         yield where, {"pixels": channels_first(images[i], where), "label": str(labels.flat[i])}
 
 
-def read_digits(task, data, split):
-    """As `read_arrays`; without data the digits that are embedded."""
-    return read_arrays(task, data or Path(__file__).parent / "assets" / "digits.npz", split)
-
-
-def read_turned(task, data, split):
-    """The images of `read_digits`, turned to the left."""
-    for where, row in read_digits(task, data, split):
-        yield where, row | {"pixels": np.rot90(row["pixels"], axes=(1, 2))}
+def read_digits(task, data, split, turns=0):
+    """As `read_arrays`, turned to the left so many times; without data the digits that are embedded."""
+    for where, row in read_arrays(task, data or Path(__file__).parent / "assets" / "digits.npz", split):
+        yield where, row | {"pixels": np.rot90(row["pixels"], turns, axes=(1, 2))}
 
 
 def read_image_folder(task, data, split):
@@ -341,8 +334,7 @@ def instruction(task, where, row):
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
     extra = next((name for name in ("input", "context") if row.get(name)), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    known = "subject" if task.sources else None     # of MATH; of an own file it may be an e-mail's
-    name_unread(where, row, (asks, says, extra, system, "answer", known))
+    name_unread(where, row, (asks, says, extra, system, "answer", "subject" if task.sources else None))    # MATH's
     answer = last_message(row, says, where) if isinstance(row.get(says), list) else get(row, says, where)
     text = task.template(get(row, asks, where), get(row, extra, where) if extra else "")
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
@@ -508,7 +500,8 @@ TASKS = {task.name: task for task in (
          {"train": ("train",), "dev": ("dev", "val", "valid", "validation", "test")}),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
     Task("digits", "image", ("accuracy",), read_digits, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
-    Task("digits-rot90", "image", ("accuracy",), read_turned, DIGITS, own(".npz"), base=(5e-3, 32, 15)),
+    Task("digits-rot90", "image", ("accuracy",), partial(read_digits, turns=1), DIGITS, own(".npz"),
+         base=(5e-3, 32, 15)),
 )}
 
 
@@ -591,7 +584,6 @@ def read(task, data=None, split="train", limit=0):
 
 
 # ------------------------------------------------------------------------------------------------ encoding and batches
-
 
 @dataclass
 class Split:
