@@ -80,6 +80,14 @@ def suffix(path):
     return Path(Path(path).name.removesuffix(".gz")).suffix
 
 
+def distinct(pairs, where=""):
+    """Return the dict of (name, value) pairs. UserError: a name is there twice, so one of the values would be lost."""
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise UserError(f"{where}{max(names, key=names.count)[:40]!a} is there twice: rename or remove one")
+    return dict(pairs)
+
+
 def read_table(path, header=None, skip_short=False, quoted=False):
     """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
@@ -103,6 +111,7 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     for number, cells in rows:
         if header is None:
             header = [name.strip() for name in cells]
+            distinct([(name, None) for name in header if name], f"{path} line {number}: ")
         elif len(cells) == len(header):
             yield f"{path} line {number}", dict(zip(header, cells))
         elif len(cells) < len(header) and skip_short:
@@ -119,10 +128,11 @@ def read_json(path):
     one_a_line = re.match(r"\s*\{.*\}\s*?(\n|$)", text)
     for number, part in enumerate(text.split("\n") if one_a_line else [text], 1):
         try:
-            value = json.loads(part) if part.strip() else []
+            value = json.loads(part, object_pairs_hook=distinct) if part.strip() else []
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            line = number + getattr(error, "lineno", 1) - 1
-            raise UserError(f"{path} line {line}: not JSON ({error}): mend the file") from None
+            known = one_a_line or hasattr(error, "lineno")
+            line = f"line {number + getattr(error, 'lineno', 1) - 1}" if known else "in some row"
+            raise UserError(f"{path} {line}: not JSON ({error}): mend the file") from None
         for row, item in enumerate(value if isinstance(value, list) else [value], 1):
             where = f"{path} {f'row {row}' if isinstance(value, list) else f'line {number}'}"
             if not isinstance(item, dict):

@@ -701,6 +701,8 @@ BAD = [
     ("text-classification", {"train.csv": TWO, "dev.csv": "text,label\nc,z\n"}, "dev.csv line 2: label 'z'", "dev"),
     ("text-classification", {"train.csv": "words,label\na,1\n"}, "line 2: no column 'text'"),
     ("text-classification", {"train.csv": 'text,label\n"a"b,1\n'}, "train.csv line 2: .*mend the CSV quoting"),
+    ("text-classification", {"train.csv": "text,label,text\na,1,b\n"}, "line 1: 'text' is there twice: rename"),
+    ("text-classification", {"train.jsonl": '{"text": "a", "label": 1, "label": 2}'}, "line 1: .*'label' is there twi"),
     ("text-classification", {"train.jsonl": jsonl([{"text": 3, "label": 1}])}, "line 1: 'text' is int"),
     ("instructions", {"train.jsonl": jsonl([{"question": "\ud800", "answer": "b"}])}, "line 1: 'question' is"),
     ("instructions", {"train.json": '[{"question": "a",\n "answer": }]'}, "train.json line 2: not JSON"),
