@@ -623,7 +623,7 @@ class Processor:
     """
 
     def __init__(self, task, folder, config):
-        self.task, self.folder, self.config, self.tokenizer, self.image = task, folder, config, None, None
+        self.task, self.folder, self.config, self.tokenizer, self.image, self.first = task, folder, config, *[None] * 3
         if task.kind == "image":
             self.image = image_settings(folder, config.image_size)
             return
@@ -645,8 +645,15 @@ class Processor:
                 for name in self.task.eval_splits}
 
     def training(self, rows, max_length):
-        """Split of rows, cut to `max_length`. UserError: a row without tokens, or ids without an embedding."""
+        """Split of rows, cut to `max_length`. UserError: no token, ids without embedding, only some rows are pairs."""
+        self.first = self.first or rows[0]  # of all splits
+        odd = [row for row in rows if (row.get("pair") is None) != (self.first.get("pair") is None)]
+        if odd and not self.task.encode:
+            raise UserError(f"{self.task.name}, row {str(odd[0])[:60]!a}: only some rows are pairs: mend the files")
         split = encode(self.task, rows, self.tokenizer, max_length, self.image)
+        full = 0 if self.task.encode else sum(len(ids) == max_length for ids in split.tokens or ())
+        if full:
+            note(f"{self.task.name}: {full} of {len(rows)} rows have {max_length} tokens or more: cut to --max-length")
         longest = self.tokenizer and self.tokenizer.longest
         if isinstance(longest, int) and max_length and max_length > longest:
             note(f"{self.folder}: --max-length {max_length} is above its model_max_length, {longest}")
@@ -699,7 +706,7 @@ def encode(task, rows, tokenizer=None, max_length=None, image=None):
         labels = torch.tensor([row["label"] for row in rows])
         return Split(task.kind, [], [pixels[0].size] * len(rows), labels, pixels=torch.from_numpy(pixels), image=image)
     if task.kind != "lm":
-        pairs = [row["pair"] for row in rows] if "pair" in rows[0] else None
+        pairs = [row["pair"] for row in rows] if rows[0].get("pair") is not None else None
         tokens, types = tokenizer.encode([row["text"] for row in rows], pairs, max_length)
         labels = torch.tensor([row["label"] for row in rows])   # float or long, as the labels are
         return Split(task.kind, rows, [len(ids) for ids in tokens], labels, tokens, types if tokenizer.types else None,

@@ -515,7 +515,10 @@ def test_settings_of_a_tokenizer_that_are_not_followed_are_named(tmp_path, caplo
 def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     size = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "Bert")).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
-    assert len(processor(tmp_path, vocab_size=size).training(rows, 32)) == 1
+    ready = processor(tmp_path, vocab_size=size)
+    assert len(ready.training(rows, 32)) == len(ready.training(rows, 4)) == 1
+    with refused("row .*'text': 'fox'.*: only some rows are pairs"):    # as another split's may be
+        ready.training([{"text": "fox", "label": 0}], 32)
     for model, length, message in (
             ({"vocab_size": 20}, 32, "row 'the dog': token .* has id .*: fetch the model's own tokenizer"),
             ({"vocab_size": 999}, 32, f"the tokenizer has {size} tokens, the model 999"),
@@ -528,7 +531,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     make_tokenizer(tmp_path, **FAST, pad_token="<|pad|>")
     size = data.Tokenizer.from_folder(tmp_path).pad_id
     assert processor(tmp_path, "sst2", size).tokenizer.pad_id == 3
-    assert f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text
+    assert f"pad token '<|pad|>' has id {size}, the model only {size}" in caplog.text and "1 of 1 rows" in caplog.text
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     write(tmp_path / "tokenizer.json", content | {"post_processor": None})
     with refused("sst2, row '': no token: remove the row"):
