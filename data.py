@@ -361,12 +361,11 @@ def instruction(task, where, row):
 
 
 def last_message(row, says, where):
-    """Return what the last message of a conversation says."""
+    """Return what the last message of a conversation says, "" if there is none or it is the user's."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
     if len(parts) > 2:
-        file = where.rsplit(" ", 2)[0]
-        note(f"{file}: conversations of more than two messages: only prompt and last message are read")
-    return get(parts[-1], "content", where) if parts else ""
+        note(f"{where.rsplit(' ', 2)[0]}: conversations of more than two messages: only prompt and last one are read")
+    return get(parts[-1], "content", where) if parts and parts[-1].get("role") not in ("user", "system") else ""
 
 
 def extract_answer(text, answers):

@@ -208,7 +208,8 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
             {"question": "Q", "response": "R", "system_prompt": "Be kind.", "id": "flan.1"},
             {"instruction": "Q", "output": "R", "history": [["q1", "a1"], ["q2", "a2"]]},
             {"prompt": "Q", "completion": "R", "turns": [{"text": "more"}], "scores": [1, 2], "n": "17"},
-            {"prompt": "Q", "chosen": [{"role": "user", "content": name} for name in "QAR"]}]
+            {"prompt": "Q", "chosen": [{"role": role, "content": role[0]} for role in ("Q", "A", "R")]},
+            {"prompt": "Q", "chosen": [{"role": role, "content": role} for role in ("assistant", "user")]}]
     path = write(tmp_path / "rows.jsonl", jsonl(rows * 5))
     read = data.read(TASKS["instructions"], path)
     task = "Below is an instruction that describes a task"
@@ -219,7 +220,7 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
     assert {row["answer"] for row in read} == {"R"}
     notes = [record.message for record in caplog.records]
     assert notes[:3] == [f"{path}: not read: column '{name}'" for name in ("hint", "history", "turns")]
-    assert len(notes) == 5 and "more than two messages" in notes[3] and "rows are dev" in notes[4]
+    assert len(notes) == 6 and "two messages" in notes[3] and "skipped 5" in notes[4] and "rows are dev" in notes[5]
 
 
 def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
