@@ -546,11 +546,14 @@ def find_task(name, data=None, labels=None):
 
 
 def labelled(task, data, split):
-    """Yield a reader's (where, row); class labels lose stray spaces and a number's .0. UserError: a missing label."""
+    """Yield a reader's (where, row); class labels lose stray spaces and a number's .0. UserError: no text or label."""
     for where, row in task.reader(task, data, split):
-        if task.kind in ("classify", "image"):
-            row["label"] = re.sub(r"^(-?\d+)\.0+$", r"\1", row["label"].strip())
-            if row["label"] in MISSING:
+        row = {**row}   # the reader's own stays as it is: it may give it again
+        for name in () if task.encode else {"lm": ("prompt", "answer"), "image": ()}.get(task.kind, ("text",)):
+            get(row, name, where)
+        if task.kind in ("classify", "regress", "image"):
+            row["label"] = re.sub(r"^(-?\d+)\.0+$", r"\1", str(get(row, "label", where, object)).strip())
+            if row["label"] in MISSING and task.kind != "regress":
                 raise UserError(f"{where}: label {row['label']!r} stands for a missing one: remove the row or name it")
         yield where, row
 
@@ -574,9 +577,8 @@ def read(task, data=None, split="train", limit=0):
                 score = float(row["label"])
             except ValueError:
                 score = math.nan
-            low, high = task.span
-            if not (low <= score <= high and math.isfinite(score)):
-                raise UserError(f"{where}: score {row['label'][:40]!r} is no number in [{low}, {high}]: mend the row")
+            if not (task.span[0] <= score <= task.span[1] and math.isfinite(score)):
+                raise UserError(f"{where}: score {row['label'][:40]!r} is no number in {[*task.span]}: mend the row")
             row["label"] = score
         rows.append(row)
     if not rows:

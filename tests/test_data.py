@@ -632,7 +632,7 @@ from data import TASKS, Task, own, read_texts
 LIKED = Task("liked", "classify", ("accuracy",), read_texts, files=own(".tsv"), columns=("said", None, "liked"))
 COUNT = replace(TASKS["digits-rot90"], name="digits-count", metrics=("count",), base=(1e-3, 16, 3),
                 settings={"alpha": 7}, evaluate=lambda model, task, split, batches: {"count": sum(map(len, batches))})
-ROWS = [("row 1", {"text": "a", "label": "no"}), ("row 2", {"text": "b", "label": "yes"})]
+ROWS = [("row 1", {"text": "a", "label": 0}), ("row 2", {"text": "b", "label": 1})]
 BARE = Task("bare", "classify", ("accuracy",), lambda task, data, split: ROWS)
 """
 
@@ -645,7 +645,10 @@ def test_a_task_in_a_file(tmp_path):
         task = data.find_task(name, tmp_path)
         assert (task.name, task.labels) == ("liked", ("no", "yes"))
         assert data.read(task, tmp_path, "dev") == [{"text": "good", "label": 1}]
-    assert data.find_task(f"{file}:BARE").labels == ("no", "yes")
+    bare = data.find_task(f"{file}:BARE")
+    assert bare.labels == ("0", "1") and data.read(bare) == data.read(bare)
+    with refused("row 3: no column 'text'"):
+        data.read(replace(bare, reader=lambda *_: [("row 3", {"label": 0})]))
     for name, message in (("none.py:LIKED", "--task none.py:LIKED: there is no file none.py"),
                           (f"{file}:Task", "no data.Task Task: .*, or name one of .'LIKED', 'COUNT', 'BARE'"),
                           ("squad", "no task 'squad': choose from .*, papers/squad.py:squad")):
