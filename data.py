@@ -150,9 +150,10 @@ def get(row, key, where, kinds=str):
 
 
 def name_unread(where, row, read):
-    """Note the columns of a row that hold a letter, are not among those read and not IRRELEVANT."""
-    names = [name for name, value in row.items() if isinstance(value, (str, list, dict))
-             and name not in read and name.lower() not in IRRELEVANT and re.search(r"[^\W\d_]", str(value))]
+    """Note the columns of a row that are not among those read: those in NAMES or, if not IRRELEVANT, with a letter."""
+    names = [name for name, value in row.items() if name not in read and value not in (None, "") and (
+        name in NAMES or isinstance(value, (str, list, dict)) and name.lower() not in IRRELEVANT
+        and re.search(r"[^\W\d_]", str(value)))]
     if names:
         file, columns = where.rsplit(" ", 2)[0], ", ".join(map(ascii, names))[:200]
         note(f"{file}: not read: column{'s' * (len(names) > 1)} {columns}")
@@ -293,10 +294,13 @@ def read_arrays(task, data, split):
     if "x_train" in arrays:
         keys = ("x_train", "y_train") if split == "train" else ("x_test", "y_test")
     images, labels = (get(arrays, key, path, np.ndarray) for key in keys)
-    part = arrays.get("split", labels)
-    if images.ndim not in (3, 4) or not len(images) == labels.size == part.size or labels.dtype.kind not in "iuU":
+    part = arrays.get("split", np.zeros(labels.size))
+    if (images.ndim not in (3, 4) or not len(images) == labels.size == part.size or labels.dtype.kind not in "iuU"
+            or part.dtype.kind not in "biuf" or not np.isin(part, (0, 1)).all()):
         raise UserError(f"{path}: {keys[0]} {images.shape}, {keys[1]} {labels.shape} {labels.dtype} and split "
-                        f"{part.shape}: expected (N, H, W) or (N, H, W, C), N whole numbers or names: write it again")
+                        f"{part.shape}: expected (N, H, W[, C]), N integers or names, N times 0 or 1: write it again")
+    for name in sorted(arrays.keys() - {"x_train", "y_train", "x_test", "y_test", *keys, "split"}):
+        note(f"{path}: not read: array {name[:40]!a}")
     chosen = range(len(images))
     if "split" in arrays:
         chosen = np.flatnonzero((part != 0) == (split != "train"))

@@ -721,6 +721,7 @@ BAD = [
     ("npz", npz(images=np.full((3, 4, 4), 1.5)), r"images\[.\]: float64 from 0.0 to 1.5"),
     ("npz", npz(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\)"),
     ("npz", npz(split=np.zeros(4)), r"and split \(4,\): expected"),
+    ("npz", npz(split=np.array(["train", "test", "test"])), "N times 0 or 1"),
     ("image-folder", {"train/a/1.ppm": "P6 65536 32768 255\n", "train/b/1.ppm": ""}, "1.ppm: .*2147483648 pixels"),
 ]
 
