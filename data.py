@@ -167,15 +167,20 @@ def find_files(task, data, split):
     shared = set.intersection(*map(set, task.files.values())) if names else ()
     if data.is_file() and suffix(data)[:5] in {suffix(name)[:5] for name in shared}:    # .json is as good as .jsonl
         return [data]
-    for folder in (data / task.folder, data):
-        found = [sorted(folder.glob(name + end)) for name in names for end in ("", ".gz")]
-        first, *others = [paths for paths in found if paths] or [[]]
-        others = [path.name for path, *_ in others if path.name.partition(".")[0] == first[0].name.partition(".")[0]]
+    found = (sorted(folder.glob(name + end)) for folder in (data / task.folder, data) for name in names
+             for end in ("", ".gz"))
+    return next(filter(None, found), [])
+
+
+def name_others(task, data):
+    """Note what else in a folder has an ending that the task reads; of a published set only a read file's .gz."""
+    read = {path for split in task.files for path in find_files(task, data, split)}
+    names, endings = {path.name for path in read}, {suffix(name) for name in sum(task.files.values(), ())}
+    for folder in {path.parent for path in read if Path(data or cache_folder()).is_dir()}:
+        others = [path.name for path in sorted(folder.glob("[!.]*")) if path not in read and suffix(path) in endings
+                  and (suffix(path) or path.is_dir()) and (not task.sources or path.with_suffix("") in read)]
         if others:
-            note(f"{folder}: {first[0].name} is read, not {', '.join(others)}")
-        if first:
-            return first
-    return []
+            note(f"{folder}: rows are read from {', '.join(sorted(names))[:200]}, not {', '.join(others)[:200]!a}")
 
 
 def locate(task, data, split):
@@ -191,7 +196,7 @@ def locate(task, data, split):
         folder = Path(data or cache_folder())
         there = ", ".join(ascii(path.name) for path in sorted(folder.glob("[!.]*")))[:200] or "no files"
         raise UserError(f"{folder / task.folder / task.files[split][0]}: no such file, in {folder} there are {there}: "
-                        "correct --data to name a file or its folder")
+                        f"correct --data to name a file or its folder, with {' or '.join(task.files[split])[:200]}")
     return paths
 
 
@@ -220,6 +225,8 @@ TEXTS = [names.split("+") for names in """
     question1+question2 premise+hypothesis text+pair text+text_pair question+sentence question+passage question+context
     question+answer query+passage query+document claim+evidence sentence+context text+context
     sentence text content review tweet comment""".split()]
+LABELS = ["label", "gold_label", "score"]
+NAMES = {*sum(TEXTS, LABELS)}
 
 
 def read_texts(task, data, split):
@@ -238,7 +245,7 @@ def read_texts(task, data, split):
     for where, row in rows:
         if not columns:
             text, *pair = next((names for names in TEXTS if {*names} <= {*row}), ["text"])
-            label = next((name for name in ("label", "gold_label", "score") if name in row), "label")
+            label = next((name for name in LABELS if name in row), "label")
             columns = (text, pair[0] if pair else None, label)
         text, pair, label = columns
         name_unread(where, row, columns)
@@ -320,9 +327,13 @@ def read_digits(task, data, split, turns=0):
 def read_image_folder(task, data, split):
     """data/train/<class>/* and data/{dev,val,valid,validation,test}/<class>/*: .npy, or whatever Pillow opens."""
     root = locate(task, data, split)[0]
-    for path in sorted(root.glob("*/**/*")):
-        if path.is_file() and path.name[0] != "." and path.name.lower() not in ("thumbs.db", "desktop.ini"):
-            yield str(path), {"pixels": path, "label": path.relative_to(root).parts[0]}
+    for path in sorted(root.glob("**/*")):
+        parts = path.relative_to(root).parts
+        hidden = any(part[0] == "." for part in parts) or path.name.lower() in ("thumbs.db", "desktop.ini")
+        if path.is_file() and not hidden and len(parts) > 1:
+            yield str(path), {"pixels": path, "label": parts[0]}
+        elif path.is_file() and not hidden:
+            note(f"{root}: not read: *{path.suffix} in no class's folder")
 
 
 # -------------------------------------------------------------------------------------------------- prompts and answers
@@ -570,6 +581,7 @@ def read(task, data=None, split="train", limit=0):
     data: the folder with the task's files, its parent, or a file; None: the cache, fetched into if need be.
     """
     place, index, rows = data or task.name, {label: i for i, label in enumerate(task.labels)}, []
+    name_others(task, data)
     for where, row in itertools.islice(labelled(task, data, split), limit or None):
         if task.kind in ("classify", "image"):
             if row["label"] not in index:

@@ -148,12 +148,14 @@ READ = {
     "quotes that are no CSV are text": (
         {"train.tsv": 'text\tlabel\n"so" he said\ta\n"bad\tb\n"" \ta\n', "dev.tsv": "text\tlabel\na\ta\n"},
         ['"so" he said', '"bad', '"" '], [0, 1, 0], "3 train rows"),
-    "quotes that CSV would join rows at are text": (
-        {"train.tsv": 'text\tlabel\n"Stop it, she said.\t0\nGo on.\t1\nHe left for good."\t0\n',
-         "dev.tsv": "text\tlabel\na\t0\n"}, ['"Stop it, she said.', "Go on.", 'He left for good."'], [0, 1, 0], "3 tr"),
-    "a second file of the same name": (
-        {"train.csv": "text,label\na,x\nb,y\n", "train.tsv": "text\tlabel\nc\tx\nd\ty\n", "train.tsv.gz": b"an older",
-         "dev.tsv": "text\tlabel\nc\tx\n"}, ["c", "d"], [0, 1], ": train.tsv is read, not train.tsv.gz, train.csv"),
+    "quotes in two rows": (dict.fromkeys(("train.tsv", "dev.tsv"), 'text\tlabel\n"Stop\t0\nGo\t1\nOn"\t0\n'),
+                           ['"Stop', "Go", 'On"'], [0, 1, 0], "3 train rows"),
+    "a second text, a second label": (
+        {"train.jsonl": jsonl({"text": "t", "tweet": "5", "label": n, "score": n} for n in (1, 2, 3))},
+        ["t"] * 2, [1, 2], "train.jsonl: not read: columns 'tweet', 'score'"),
+    "files that are not read": (dict.fromkeys(("train.tsv", "dev.tsv"), "text\tlabel\nc\tx\nd\ty\n") | dict.fromkeys(
+        ("train.csv", "train.tsv.gz", "test.csv", "README.txt"), "x"), ["c", "d"], [0, 1],
+        ": rows are read from dev.tsv, train.tsv, not 'test.csv, train.csv, train.tsv.gz'"),
 }
 
 
@@ -165,7 +167,7 @@ def test_files_of_all_sorts(tmp_path, caplog, name):
     task = data.find_task(name if name in TASKS else "text-classification", tmp_path)
     rows = data.read(task, tmp_path)
     assert [row["text"] for row in rows] == texts and [row["label"] for row in rows] == labels
-    assert noted in caplog.text and "not read" not in caplog.text
+    assert noted in caplog.text and ("not read" in caplog.text) == ("not read" in noted)
     if name == "mrpc":
         assert [row["text"] for row in data.read(task, tmp_path, "dev")] == ["left 1", "left 4"]
 
@@ -263,7 +265,7 @@ def encoded(image, *pictures):
     return data.encode(TASKS["digits"], [{"pixels": pixels, "label": 0} for pixels in pictures], image=image)
 
 
-def test_npz_layouts(tmp_path):
+def test_npz_layouts(tmp_path, caplog):
     images, labels = some_images((20, 6, 5, 3)), np.arange(20) % 4 + 7
     np.savez(tmp_path / "a.npz", x_train=images[:12], y_train=labels[:12, None], x_test=images[12:], y_test=labels[12:])
     np.savez(tmp_path / "b.npz", images=images / 255, labels=labels, split=np.arange(20) >= 12)
@@ -276,6 +278,7 @@ def test_npz_layouts(tmp_path):
         for split in ("train", "dev"):
             found = [(row["label"], row["pixels"].tolist()) for row in data.read(task, path, split)]
             assert found == [row for i, row in enumerate(expected) if (i in held_out) == (split == "dev")]
+    assert f"{path}: not read: array 'x_val'" in caplog.text
 
 
 def test_digits_are_embedded_and_turn():
@@ -307,9 +310,9 @@ def settings(folder, **processor):
     return data.image_settings(folder, (3, 24, 24))
 
 
-def test_photos_of_every_mode_and_size(tmp_path):
-    """Upright, grey as three channels, resized to the model's size; hidden files are left out."""
-    for file in ("a/.DS_Store", "a/Thumbs.db", "b/deep/er/1.jpg"):
+def test_photos_of_every_mode_and_size(tmp_path, caplog):
+    """Upright, grey as three channels, resized to the model's size; what is hidden, or beside the classes, is left."""
+    for file in ("a/.DS_Store", "a/Thumbs.db", "b/deep/er/1.jpg", ".ipynb_checkpoints/1.jpg", "2.jpg"):
         write(tmp_path / "train" / file, jpg(0) if file.endswith(".jpg") else "junk")
     folder, ramp = tmp_path / "train" / "a", np.linspace(40, 215, 48 * 36).reshape(48, 36)
     grey = ramp.astype(np.uint8)
@@ -331,7 +334,7 @@ def test_photos_of_every_mode_and_size(tmp_path):
     expected["turned.png"] = np.rot90(np.asarray(colour), -1)
     task = data.find_task("image-folder", tmp_path)
     *rows, last = data.read(task, tmp_path)
-    assert task.labels == ("a", "b") and last["label"] == 1
+    assert task.labels == ("a", "b") and last["label"] == 1 and "not read: *.jpg in no class's folder" in caplog.text
     assert {row["pixels"].name for row in rows if row["label"] == 0} == expected.keys()
     for row in rows:
         file, pixels = row["pixels"].name, data.read_image(row["pixels"]).transpose(1, 2, 0)
@@ -697,7 +700,7 @@ TWO = "text,label\na,x\nb,y\n"
 # task, its files, what the line says, and the split that is read
 BAD = [
     ("text-classification", {"a.tsv": "x", "b.xlsx": "y", ".c": "z"},
-     "train.tsv: no such file, in .* there are 'a.tsv', 'b.xlsx': correct --data"),
+     "train.tsv: no such file, in .* there are 'a.tsv', 'b.xlsx': correct --data .*, with train.tsv or train.csv or"),
     ("mrpc", {"msr_paraphrase_train.txt": "Quality\t#1 ID\n1\t2\n"}, "_dev_ids.tsv: no such file"),
     ("sst2", {"train.tsv": "sentence\tlabel\n"}, "no train rows"),
     ("cola", {"train.tsv": COLA.encode() + b"x\t1\t\tna\xefve\n"}, r"train.tsv line 3: byte \d+ is not UTF-8"),
