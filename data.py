@@ -318,10 +318,10 @@ def read_arrays(task, data, split):
         yield where, {"pixels": channels_first(images[i], where), "label": str(labels.flat[i])}
 
 
-def read_digits(task, data, split, turns=0):
+def read_digits(task, data, split, turn=0):
     """As `read_arrays`, turned to the left so many times; without data the digits that are embedded."""
     for where, row in read_arrays(task, data or Path(__file__).parent / "assets" / "digits.npz", split):
-        yield where, row | {"pixels": np.rot90(row["pixels"], turns, axes=(1, 2))}
+        yield where, row | {"pixels": np.rot90(row["pixels"], turn, axes=(1, 2))}
 
 
 def read_image_folder(task, data, split):
@@ -524,8 +524,7 @@ TASKS = {task.name: task for task in (
          {"train": ("train",), "dev": ("dev", "val", "valid", "validation", "test")}),
     Task("npz", "image", ("accuracy",), read_arrays, (), own(".npz")),
     Task("digits", "image", ("accuracy",), read_digits, DIGITS, own(".npz"), base=(2e-3, 32, 10)),
-    Task("digits-rot90", "image", ("accuracy",), partial(read_digits, turns=1), DIGITS, own(".npz"),
-         base=(5e-3, 32, 15)),
+    Task("digits-rot90", "image", ("accuracy",), partial(read_digits, turn=1), DIGITS, own(".npz"), base=(5e-3, 32, 15))
 )}
 
 
@@ -822,8 +821,7 @@ class Batches:
     saved = ("drawn",)  # batches so far
 
     def __init__(self, s, split, process=0, processes=1):
-        self.s, self.split, self.drawn, self.epoch = s, split, 0, None
-        self.process, self.processes = process, processes
+        self.s, self.split, self.process, self.processes, self.drawn, self.epoch = s, split, process, processes, 0, None
         self.per_epoch = math.ceil(len(split) / s.batch_size)
         self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
         self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
