@@ -151,7 +151,7 @@ def get(row, key, where, kinds=str):
 
 def name_unread(where, row, read):
     """Note the columns of a row that are not among those read: those in NAMES or, if not IRRELEVANT, with a letter."""
-    names = [name for name, value in row.items() if name not in read and value not in (None, "") and (
+    names = [name for name, value in row.items() if name not in read and value not in (None, "", []) and (
         name in NAMES or isinstance(value, (str, list, dict)) and name.lower() not in IRRELEVANT
         and re.search(r"[^\W\d_]", str(value)))]
     if names:

@@ -71,7 +71,7 @@ def test_glue_layouts(tmp_path, caplog, name):
     write(tmp_path / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), text)
     for where in (tmp_path, tmp_path / folder):
         for split in ("train", "dev"):
-            rows = data.read(TASKS[name], where, split)
+            rows = data.read(replace(TASKS[name], name="mine"), where, split)
             assert [tuple(row.values()) for row in rows] == expected
     if name == "mnli":
         write(tmp_path / folder / "dev_mismatched.tsv", text.replace("entailment", "neutral"))
