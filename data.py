@@ -639,7 +639,8 @@ class Processor:
     """
 
     def __init__(self, task, folder, config):
-        self.task, self.folder, self.config, self.tokenizer, self.image, self.first = task, folder, config, *[None] * 3
+        self.task, self.folder, self.config, self.tokenizer, self.image = task, folder, config, None, None
+        self.first = None  # row of all splits
         if task.kind == "image":
             self.image = image_settings(folder, config.image_size)
             return
@@ -662,7 +663,7 @@ class Processor:
 
     def training(self, rows, max_length):
         """Split of rows, cut to `max_length`. UserError: no token, ids without embedding, only some rows are pairs."""
-        self.first = self.first or rows[0]  # of all splits
+        self.first = self.first or rows[0]
         odd = [row for row in rows if (row.get("pair") is None) != (self.first.get("pair") is None)]
         if odd and not self.task.encode:
             raise UserError(f"{self.task.name}, row {str(odd[0])[:60]!a}: only some rows are pairs: mend the files")
@@ -821,7 +822,8 @@ class Batches:
     saved = ("drawn",)  # batches so far
 
     def __init__(self, s, split, process=0, processes=1):
-        self.s, self.split, self.process, self.processes, self.drawn, self.epoch = s, split, process, processes, 0, None
+        self.s, self.split, self.drawn, self.epoch = s, split, 0, None
+        self.process, self.processes = process, processes
         self.per_epoch = math.ceil(len(split) / s.batch_size)
         self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
         self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))

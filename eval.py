@@ -340,7 +340,7 @@ def scoring(s, task):
     """How the settings have answers scored, keyword arguments of `evaluate`; raises UserError if that cannot be."""
     score = getattr(s, "score", "generation")  # an older run's settings have none, nor those of a plain model
     samples = getattr(s, "samples", None)
-    if score == "likelihood" and not isinstance(task.answers, tuple) and task.name != "commonsense":
+    if score == "likelihood" and not isinstance(task.answers, tuple) and task.reader is not data.read_commonsense:
         raise UserError(f"--score likelihood: {task.name} has no allowed answers listed: use --score generation")
     known = ["pearson", "spearman"] if task.kind == "regress" else ["accuracy", "matthews"]
     known += ["f1"] if len(task.labels) == 2 else []

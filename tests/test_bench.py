@@ -196,7 +196,6 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
 
 
 def test_tuning(tmp_path, capsys):
-    """Each row takes what is best on seeds and rows that are not reported; a picture over the steps."""
     asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
              "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture",
              str(tmp_path / "steps.png")]
@@ -224,7 +223,6 @@ def test_halves_and_samples_of_rows():
 
 
 def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypatch):
-    """The former are named and judge nobody, the latter are made again."""
     asked = ["--seeds", "1", "--steps", "1", "--methods"]
     with pytest.raises(SystemExit) as stopped:
         compare(capsys, tmp_path, *asked, "lora,lora --rank 4000")
@@ -322,7 +320,6 @@ TABLES = json.loads(tables.TABLES.read_text())
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_the_papers(name, capsys):
-    """Each one's commands are what train.py and bench.py take, each of its rows is there."""
     for small in [[], ["--small"]][:1 + ("small" in TABLES[name])]:
         tables.main([name, *small, "--seeds", "1", "--results", "nowhere.jsonl"])
         out = capsys.readouterr().out
@@ -336,7 +333,6 @@ def test_tables_of_the_papers(name, capsys):
 
 
 def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
-    """A table's columns that the run's own result lacks come from eval.py."""
     monkeypatch.chdir(tables.ROOT)
     train_on, code = ("papers/tasks.py:" + name for name in ("metamathqa", "humaneval"))
     run = tables.Run("a", train_on, 0, ["--model", "gemma-7b"], tmp_path, ["gsm8k", "boolq", code])
@@ -345,13 +341,8 @@ def test_other_evaluations_of_a_run(tmp_path, monkeypatch):
     (run.out / "result.json").write_text(json.dumps({
         "loss": 1.0, "accuracy_boolq": 0.75, "seconds": 1.0, "peak_memory_mb": 2,
         "trainable_params": {"now": 3, "mean": 3, "peak": 3}}))
-    called = []
-
-    def evaluated(words, env):
-        called.append(words)
-        return "noise\n" + json.dumps({"task": words[3], "exact_match": 0.25})
-
-    monkeypatch.setattr(bench, "start", evaluated)
+    called, printed = [], 'noise\n{"exact_match": 0.25}'
+    monkeypatch.setattr(bench, "start", lambda words, env: called.append(words) or printed)
     run.line = run.perform({})
     assert called == [["eval.py", str(run.out), "--task", "gsm8k"],
                       ["eval.py", str(run.out), "--task", code, "--samples", str(run.out / "humaneval.jsonl")]]

@@ -68,13 +68,6 @@ def test_a_step_is_few_launches(method):
     assert found["total"] <= most and found["launches"]["optimizer"] <= optimizer, found
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 counts two models of full size")
-def test_8_bit_weights_take_half_of_16_bits():
-    plain, int8 = (fake("count", "lora", "llama2-7b", 8, 512, weights) for weights in ("float", "int8"))
-    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes saved: one for each entry, less a scale for each row
-    assert 0.95 < (plain["peak_gib"] - int8["peak_gib"]) * 2**30 / matrices < 1.01
-
-
 def test_the_headline_run_is_split_until_it_fits():
     """train.py --method lelora --model llama2-7b: 64 rows of up to 256 tokens, on 80 GB."""
     found = fake("fit", "lelora", "llama2-7b", 64, 256, 79)

@@ -89,7 +89,6 @@ REAL = {("cola", "glue"): (8551, 1043), ("sst2", "glue"): (67349, 872), ("stsb",
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with the real data")
 @pytest.mark.parametrize("name, folder", REAL)
 def test_real_files(name, folder, caplog):
-    """Every row and column of the real files is read; expected outputs contain their own answers."""
     for split, count in zip(("train", "dev"), REAL[name, folder]):
         rows = data.read(TASKS[name], SHARED / folder, split) if count else []
         assert len(rows) == count and "not read" not in caplog.text
@@ -111,7 +110,6 @@ def table(form, rows):
 @pytest.mark.parametrize("form", ["tsv", "quoted.tsv", "csv", "jsonl", "json"])
 @pytest.mark.parametrize("columns", [["review"], ["sentence1", "sentence2"], ["question", "sentence"]])
 def test_own_classification(tmp_path, caplog, form, columns):
-    """Whatever texts are called; blank last lines are no rows; what is not read is named."""
     texts = ["plain", 'with "quote"', "comma, and \u2028 separator", "one" if form == "tsv" else "two\n\tlines"]
     rows = [{columns[-1]: text[::-1], columns[0]: text, "label": label, "split": "more", "uid": "x", "n": "5"}
             for text, label in zip(texts, ["pos", "neg", "neutral", "neg"])]
@@ -561,7 +559,6 @@ def test_prompt_and_answer_are_encoded_as_one_text(tmp_path, caplog, kind, setti
 
 
 def test_instruction_batches(tmp_path, caplog):
-    """Loss positions are the answer and eos exactly; truncation cuts the tail."""
     tokenizer, random = data.Tokenizer.from_folder(make_tokenizer(tmp_path)), np.random.default_rng(0)
     rows = [{"prompt": data.prompt(" ".join(random.choice(["fox", "dog", "the"], random.integers(1, 12)))),
              "answer": f"the correct answer is {random.integers(1, 10**6)}"} for _ in range(12)]
@@ -637,7 +634,6 @@ BARE = Task("bare", "classify", ("accuracy",), lambda task, data, split: ROWS)
 
 
 def test_a_task_in_a_file(tmp_path):
-    """test_squad.py has one with its own encoding and metrics."""
     file = write(tmp_path / "mine.py", OWN_TASK)
     write(tmp_path / "train.tsv", "liked\tsaid\nyes\tgood\nno\tbad\n")
     for name in (f"{file}:LIKED", f"{file}:liked"):     # the variable's name or the task's

@@ -164,7 +164,6 @@ def test_two_processes_do_what_one_does(place, method, runs):
 
 
 def test_each_process_holds_its_share(runs, monkeypatch):
-    """Of the frozen weights half, of adapters and head all."""
     monkeypatch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
     held = [int((runs / "shard" / f"lora.{rank}.error").read_text()) for rank in range(2)]
     model = train.models.load("vit-b16", num_labels=10, weights="random")

@@ -39,7 +39,6 @@ NUMBERS += [(X, -3 * X), (1e6 + 1e-3 * X, X), (np.full(9, 2.5), X[:9]), (X[:9], 
 
 @pytest.mark.filterwarnings("ignore")
 def test_metrics_equal_scikit_learns_and_scipys():
-    """For random values of several sizes, and every degenerate kind."""
     for x, y in CLASSES:
         assert evaluation.accuracy(x, y) == pytest.approx(sklearn_metrics.accuracy_score(y, x))
         assert evaluation.matthews(x, y) == pytest.approx(sklearn_metrics.matthews_corrcoef(y, x), abs=1e-12)
@@ -330,7 +329,6 @@ def test_samples_for_other_programs(checkpoints, tmp_path, capsys):
 
 
 def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, capsys):
-    """Trained on one set, scored by likelihood; evaluated on another one, with samples."""
     out, written = tmp_path / "run", tmp_path / "all.jsonl"
     result = main("--model", checkpoints / "llama", "--task", "boolq", "--data", texts, "--steps", 3, "--rank", 4,
                   "--max-length", 64, "--limit-eval", 30, "--batch-size", 8, "--out", out, "--device", "cpu",
@@ -364,7 +362,6 @@ def test_a_run_is_evaluated_on_another_task(checkpoints, texts, tmp_path, capsys
     ("instructions", {"samples": []}, "--samples: --task instructions --score generation generates no text"),
     ("boolq", {"samples": [], "score": "likelihood"}, "--score likelihood generates no text")])
 def test_what_cannot_be_scored_is_one_line(checkpoints, texts, task, changes, message):
-    """Found before the model is loaded, and in training before the run folder exists."""
     with refused(message):
         loaded(checkpoints / "llama", task, texts, **changes)
 

@@ -174,7 +174,6 @@ def test_the_layers_matrix_factors_and_merge(kind, bias, dtype):
 @pytest.mark.parametrize("init, part", [("pissa", slice(4)), ("milora", slice(-4, None))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, part, dtype, tolerance):
-    """W's four largest or smallest components are split off; the layer adds them back."""
     plain, model = (Tiny().to(dtype) for _ in range(2))
     allocator = allocators.Allocator(model, settings(init=init, alpha=12.0), 10)
     for name, layer in allocator.layers.items():

@@ -168,7 +168,6 @@ def refused(*parts, call=load, args=(), **keywords):
         "llama-gqa-tied", "mistral", "olmo2", "gpt2", "qwen2-window", "qwen3", "gemma", *ENCODERS)),
     *((name, "QuestionAnswering", 2) for name in ("bert", "roberta", "deberta", "deberta-unshared"))])
 def test_logits(name, kind, labels, padding, tmp_path):
-    """Of a language model at all tokens or some, of a classifier, of spans with their loss."""
     oracle, ours = both(name, tmp_path, kind, num_labels=labels)
     tokens, mask = inputs_for(name, padding)
     real = slice(None) if mask is None or kind == "SequenceClassification" else mask
@@ -391,7 +390,6 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
     ("bert", "QuestionAnswering", POOLER + HEAD, torch.float32),
     ("bert", "SequenceClassification", HEAD, torch.bfloat16)])
 def test_new_classification_head(name, kind, fresh, dtype, tmp_path):
-    """Drawn from the seed; all else is the checkpoint's."""
     saved(name, tmp_path, kind)
     first, again, other = (load(tmp_path, "classify", 5, dtype, seed=seed) for seed in (0, 0, 1))
     assert first.fresh == fresh and not first.get_parameter(fresh[0]).requires_grad
@@ -453,7 +451,6 @@ def test_named_architectures(monkeypatch, tmp_path):
     *((name, None) for name in ("llama-gqa-tied", "mistral", "xlm-roberta", "vit")), ("gpt2", "SequenceClassification"),
     *((name, "QuestionAnswering") for name in ("bert", "roberta", "deberta-unshared"))])
 def test_save_loads_in_transformers(name, kind, tmp_path):
-    """Also over one with other shards."""
     _, ours = both(name, tmp_path / "original", kind, num_labels=2 if kind == "QuestionAnswering" else 3)
     inputs = inputs_for(name)[0]
     for shard_bytes in (2e4, 5e9, 2e4):
@@ -575,7 +572,6 @@ def test_minilm():
 
 @real
 def test_smollm2():
-    """Logits and generation; with int8 within 2 %."""
     folder = Path(os.environ["CHECKPOINTS"]) / "smollm2-135m"
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ours = load(folder)

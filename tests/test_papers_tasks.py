@@ -98,7 +98,6 @@ def test_published_sets(tmp_path, caplog, name):
 
 
 def test_math_as_it_is_in_the_official_archive(tmp_path):
-    """A reference solution has its answer in its own place, the box."""
     for split, subject, n in (("train", "algebra", 1), ("train", "geometry", 2), ("test", "algebra", 3)):
         row = {"problem": f"P{n}", "level": "Level 1", "type": subject, "solution": f"The answer is: 8. \\boxed{{{n}}}"}
         write(tmp_path / "MATH" / split / subject / f"{n}.json", json.dumps(row, indent=4))
@@ -186,15 +185,14 @@ def test_photo_sets(tmp_path, mirror, name):
     assert len(task.labels) == (102 if name == "flowers102" else 2) and data.read(task, cache, "dev")
 
 
-def test_cifar100s_binary_files(tmp_path, mirror):
+def test_cifar100s_binary_files(tmp_path):
     """Coarse label, fine label, then 1,024 numbers each of red, green and blue, row by row, as its page says."""
     pictures, fine = some_images((9, 32, 32, 3)), [5, 99, 0, 7, 5, 1, 2, 3, 98]
     rows = [bytes([i, label]) + b"".join(picture[:, :, channel].tobytes() for channel in range(3))
             for i, (label, picture) in enumerate(zip(fine, pictures))]
-    packed = make_tar({f"cifar-100-binary/{name}.bin": b"".join(some) for name, some in (
-        ("train", rows[:6]), ("test", rows[6:]))})
-    task = serve(mirror, tasks.cifar100, [packed])
-    read = data.read(task, None, "train") + data.read(task, None, "dev")
+    write(tmp_path / "train.bin", b"".join(rows[:6]))
+    write(tmp_path / "test.bin", b"".join(rows[6:]))
+    read = data.read(tasks.cifar100, tmp_path, "train") + data.read(tasks.cifar100, tmp_path, "dev")
     assert [row["label"] for row in read] == fine     # names are those numbers
     assert all(np.array_equal(row["pixels"].transpose(1, 2, 0), picture) for row, picture in zip(read, pictures))
 

@@ -142,7 +142,6 @@ def bert_and_pefts(folder, **options):
 @pytest.mark.parametrize("family, made", [*(("bert", made) for made in MADE), ("roberta", "patterns"),
                                           ("roberta", "all-linear"), ("roberta", "head named")])
 def test_adapters_made_by_peft(family, made, tmp_path):
-    """What is on the pooler or the head is merged there; and all is saved again."""
     theirs, model = pair(family, tmp_path / "base")
     wrapped = made_by_peft(theirs, tmp_path / "adapter", MADE[made])
     layers = adapter_files.load_adapter(model, tmp_path / "adapter")

@@ -144,7 +144,6 @@ HEADERS = {
     ("model", "model/model.safetensors"), ("adapter", "adapter/adapter_model.safetensors"),
     ("checkpoint", "run/checkpoints/step-2/state.safetensors")])
 def test_lying_headers_cost_neither_memory_nor_time(kind, place, folder):
-    """Each is refused in one line."""
     file, about = folder / place, folder / "run" / "checkpoints" / "step-2" / "state.json"
     for case, content in {"warm-up": b"", **HEADERS}.items():
         if (kind, case) == ("checkpoint", "huge"):  # a true header: all is hashed, which takes minutes
@@ -166,7 +165,6 @@ def test_lying_headers_cost_neither_memory_nor_time(kind, place, folder):
     ("a/../../evil", tarfile.REGTYPE, ""), ("in/file", tarfile.SYMTYPE, "../../evil"),
     ("in/file", tarfile.CHRTYPE, "")])
 def test_tar_members_stay_in_their_folder(name, kind, target, tmp_path):
-    """test_data.py has the zip archives."""
     archive = tmp_path / "temporary" / "a.tar.gz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as file:

@@ -53,7 +53,6 @@ def prepare(folder, family, version2):
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
 def test_windows_and_labels(family, tmp_path):
-    """Ids, types, offsets and labels are those of transformers' tokenizer and run_qa.py."""
     fast = prepare(tmp_path, family, True)
     rows = data.read(data.replace(squad.squad2, name="mine"), tmp_path / "data", "train")
     split = data.encode(squad.squad2, rows, data.Tokenizer.from_folder(tmp_path / "model"), 256)
@@ -121,7 +120,6 @@ def test_scores_are_those_of_the_official_scripts(version2):
 
 @pytest.mark.parametrize("family, name", [("bert", "squad"), ("roberta", "squad2"), ("deberta", "squad2")])
 def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
-    """In PEFT as the run's card says: its logits, and from them by the rules above its scores."""
     version2 = name == "squad2"
     prepare(tmp_path, family, version2)
     train.main(["--model", str(tmp_path / "model"), "--task", f"{squad.__file__}:{name}", "--steps", "12", "--data",
@@ -150,7 +148,6 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
 
 
 def test_best_span():
-    """Of random logits, whose best pair may run backwards, begin in the question, or be none."""
     rng, context = np.random.default_rng(0), "".join(map(chr, range(200, 300)))  # no character twice
     for length in [0, 1, 2, 15, 25, *rng.integers(30, 100, 90)]:
         inside = [[n // 2, n // 2 + 1] for n in range(length)]  # as of bytes: two tokens are one character

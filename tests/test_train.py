@@ -306,7 +306,6 @@ BAD = """
 --device cuda:99                            | cuda:99
 --method full --optimizer muon              | muon
 --method lelora --weights int8              | --weights int8
---ranks-shuffled                            | --ranks
 --sample-train                              | how many rows
 --ranks full                                | ranks.jsonl
 --ranks file                                | no ranks in it
