@@ -380,7 +380,7 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
     for _ in range(2):
         generate(ours, tokens, None, 2, None, 0)
     key, head, decoding = caplog.messages
-    assert key.endswith("models: residual_multiplier, cls_dropout") and head.endswith(": v_head.summary.weight")
+    assert key.endswith("with it: residual_multiplier, cls_dropout") and head.endswith(": v_head.summary.weight")
     assert decoding.endswith(": do_sample True, repetition_penalty 1.1")
 
 
