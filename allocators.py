@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lora
-from extras.own_files import own_module
+from extras.source import own_module
 from model import UserError, note
 
 # a progress bar over layers whose matrices are decomposed, which takes minutes for a model of 7B

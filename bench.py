@@ -44,7 +44,7 @@ import lora
 import model as models
 import train
 from eval import parser_of, say, setting
-from extras import devices, images
+from extras import devices, images, source
 from extras.report import LOSSES, comparison, sign_flip, table, write_csv
 from model import UserError
 
@@ -410,7 +410,7 @@ class Run:
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        self.key = json.dumps(self.settings, sort_keys=True), evaluation.source_hash(self.s.method, self.s.task)
+        self.key = json.dumps(self.settings, sort_keys=True), source.source_hash(self.s.method, self.s.task)
         content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from extras.fetch import fetch
 from extras.images import channels_first, fit, image_settings, read_image
-from extras.own_files import own_module
+from extras.source import own_module
 from extras.tokenizer import Tokenizer
 from model import UserError, cache_folder, note
 
@@ -102,9 +102,11 @@ def read_table(path, header=None, skip_short=False, quoted=False):
     try:
         if comma or quoted and '"' in text:
             parsed = [(reader.line_num, cells) for cells in reader if cells]
+            alike = len({len(cells) for _, cells in parsed}) == 1
             tabs = [line.count("\t") for line in lines if line.strip("\r")]
             joined = len({*tabs}) == 1 and len(parsed) != len(tabs)     # lines that are rows as they stand
-            rows = parsed if comma or len({len(cells) for _, cells in parsed}) == 1 and not joined else rows
+            if comma or alike and not joined:
+                rows = parsed
     except csv.Error as error:
         if comma:
             raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
@@ -151,9 +153,13 @@ def get(row, key, where, kinds=str):
 
 def name_unread(where, row, read):
     """Note the columns of a row that are not among those read: those in NAMES or, if not IRRELEVANT, with a letter."""
-    names = [name for name, value in row.items() if name not in read and value not in (None, "", []) and (
-        name in NAMES or isinstance(value, (str, list, dict)) and name.lower() not in IRRELEVANT
-        and re.search(r"[^\W\d_]", str(value)))]
+    names = []
+    for name, value in row.items():
+        if name in read or value in (None, "", []):
+            continue
+        letter = isinstance(value, (str, list, dict)) and re.search(r"[^\W\d_]", str(value))
+        if name in NAMES or letter and name.lower() not in IRRELEVANT:
+            names.append(name)
     if names:
         file, columns = where.rsplit(" ", 2)[0], ", ".join(map(ascii, names))[:200]
         note(f"{file}: not read: column{'s' * (len(names) > 1)} {columns}")

@@ -10,15 +10,12 @@ The last line on stdout is one JSON object with the result.
 """
 
 import argparse
-import functools
-import hashlib
 import json
 import math
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import field, fields
 from pathlib import Path
@@ -578,25 +575,6 @@ def to_json(value, indent=None):
     """JSON text, of tensors too; numbers that JSON has no word for become null."""
     plain = json.dumps(value, default=lambda tensor: tensor.tolist())  # a subclass has its own
     return json.dumps(json.loads(plain, parse_constant=lambda word: None), indent=indent)
-
-
-@functools.cache
-def source_hash(method, task=None):
-    """SHA-256 of the program's source, *.py here and in extras/, and of the method's and task's own `file.py:Name`."""
-    own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
-    here, digest = Path(__file__).parent, hashlib.sha256()
-    for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]), *filter(Path.is_file, own)]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def commit():
-    """The git commit of this program, with "+" if files have changed since; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--exclude=*", "--abbrev=40"]
-    try:
-        return subprocess.run([*git, "--dirty=+"], capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        return None
 
 
 def main(argv=None):

@@ -500,7 +500,9 @@ def children(thing, name):
     if isinstance(thing, nn.Module):
         return thing.state_dict()
     if isinstance(thing, torch.optim.Optimizer):
-        return thing.state_dict()["state"]
+        state = thing.state_dict()
+        numbers = [{key: n for key, n in group.items() if type(n) in (int, float)} for group in state["param_groups"]]
+        return state["state"] | {f"group{i}": group for i, group in enumerate(numbers)}
     names = [child for part in reversed(type(thing).__mro__) for child in vars(part).get("saved", ())]
     if not names:
         raise TypeError(f"{name}: a {type(thing).__name__} cannot be kept over a restart")
@@ -521,6 +523,11 @@ def state_of(thing, name="run"):
             for key, value in state_of(part, f"{name}.{child}").items()}
 
 
+def number_like(old, value):
+    """The number in the type of `old` if that can hold it: what began as 0 may have become 0.5."""
+    return type(old)(value) if type(old)(value) == value else value
+
+
 def restore(thing, state, name="run"):
     """Put back what `state_of` gave, in place: whoever holds a view of a tensor goes on seeing it."""
     if isinstance(thing, torch.Tensor):
@@ -530,19 +537,22 @@ def restore(thing, state, name="run"):
     elif isinstance(thing, torch.Generator):
         thing.set_state(state[name].cpu())
     elif isinstance(thing, torch.optim.Optimizer):
-        entries = {}
+        entries, groups = {}, thing.state_dict()["param_groups"]
         for key, value in state.items():
             if key.startswith(f"{name}."):
                 i, entry = key[len(name) + 1:].split(".")
-                entries.setdefault(int(i), {})[entry] = value
-        thing.load_state_dict(thing.state_dict() | {"state": entries})
+                if i.startswith("group"):
+                    group = groups[int(i[5:])]
+                    group[entry] = number_like(group[entry], value.item())
+                else:
+                    entries.setdefault(int(i), {})[entry] = value
+        thing.load_state_dict({"state": entries, "param_groups": groups})
     else:
         for child, part in children(thing, name).items():
             at = f"{name}.{child}"
             if isinstance(part, (bool, int, float)):
                 put = thing.__setitem__ if isinstance(thing, (dict, list)) else functools.partial(setattr, thing)
-                value = state[at].item()
-                put(child, type(part)(value) if type(part)(value) == value else value)  # it may have become a float
+                put(child, number_like(part, state[at].item()))
             elif part is not None:
                 restore(part, state, at)
             elif any(key == at or key.startswith(f"{at}.") for key in state):

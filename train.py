@@ -36,7 +36,7 @@ import eval as evaluation
 import lora
 import model as models
 from eval import check_bounds, criterion, parser_of, say, setting, validation
-from extras import devices
+from extras import devices, source
 from extras.adapter_files import load_adapter, save_adapter
 from extras.cards import write_cards
 from extras.processes import add_up, after_process_0, compare, largest, process_and_count, processes, shard, start_alike
@@ -646,7 +646,7 @@ def set_up(s, alive):
     if not s.resume and process == 0:
         alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": evaluation.VERSIONS,
                      "device": devices.device_name(s.device), "command": shlex.join(sys.argv),
-                     "commit": evaluation.commit(), "source": evaluation.source_hash(s.method, s.task)})
+                     "commit": source.commit(), "source": source.source_hash(s.method, s.task)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
         f"{trainable:,} of {everything:,} parameters, {s.dtype} on {devices.device_name(s.device)}; "

@@ -235,8 +235,8 @@ def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypa
     assert ["digits-rot90" in row for row in about["rows"].values()] == [True, False]
 
     (tmp_path / "eval.py").write_text("1")
-    monkeypatch.setattr(bench.evaluation, "source_hash", bench.evaluation.source_hash.__wrapped__)  # without its cache
-    monkeypatch.setattr(bench.evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.setattr(bench.source, "source_hash", bench.source.source_hash.__wrapped__)  # without its cache
+    monkeypatch.setattr(bench.source, "__file__", str(tmp_path / "extras" / "source.py"))
     _, said = compare(capsys, tmp_path, *asked, "lora", "--keep-old")
     assert "taken as they are" in said and len(results(tmp_path)) == 1
     _, said = compare(capsys, tmp_path, *asked, "lora")

@@ -656,6 +656,7 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     import bench
     import eval as evaluation
     import train
+    from extras.source import source_hash
     file = write(tmp_path / "mine.py", OWN_TASK)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -674,10 +675,10 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     compared = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert compared["metrics"] == {"mine.py:COUNT": "count", "digits": "accuracy", "average": ""}
     assert {"mine.py:COUNT", "digits"} < compared["rows"]["lora"].keys()
-    assert about["source"] == evaluation.source_hash("lora", "mine.py:COUNT")
+    assert about["source"] == source_hash("lora", "mine.py:COUNT")
     write(file, OWN_TASK + "# changed")
-    evaluation.source_hash.cache_clear()
-    assert about["source"] != evaluation.source_hash("lora", "mine.py:COUNT")
+    source_hash.cache_clear()
+    assert about["source"] != source_hash("lora", "mine.py:COUNT")
 
 
 def npz(labels=(0, 1, 0), **more):

@@ -1,0 +1,44 @@
+"""What ran: this program's source, and policies and tasks in files of the user's own."""
+
+import functools
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from model import UserError
+
+
+@functools.cache
+def own_module(flag, place):
+    """(module, name) of `file.py:Name`, a place in a Python file of the user's own, which runs; UserError: no file."""
+    file, _, name = place.rpartition(":")
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise UserError(f"{flag} {place}: there is no file {file}; name it as in my_file.py:Name")
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # after ours: what the file imports from beside it
+    spec = importlib.util.spec_from_file_location(file, file)  # a name that hides no other module
+    module = sys.modules[file] = importlib.util.module_from_spec(spec)  # where dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module, name
+
+
+@functools.cache
+def source_hash(method, task=None):
+    """SHA-256 of the program's source, at the top and in extras/, and of the method's and task's own `file.py:Name`."""
+    own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
+    here, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]), *filter(Path.is_file, own)]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def commit():
+    """The git commit of this program, with "+" if files have changed since; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--exclude=*", "--abbrev=40"]
+    try:
+        return subprocess.run([*git, "--dirty=+"], capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        return None
