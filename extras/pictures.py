@@ -145,7 +145,7 @@ def plot_ranks(plt, ranks):
 
 def legend(figure, shown):
     """One legend beside all panels, of {label: curve}."""
-    figure.set_figwidth(figure.get_figwidth() + 1.8)
+    figure.set_figwidth(figure.get_figwidth() + 1 + 0.07 * max(map(len, shown), default=0))
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small", ncols=1 + len(shown) // 20)
 
 

@@ -255,7 +255,6 @@ ENDS = {  # what happens in step 14: how the process ends, what it says, the new
 
 @pytest.mark.parametrize("what", ENDS)
 def test_a_signal_a_full_disk_or_memory_is_one_line_that_says_how_to_go_on(what, whole, tmp_path):
-    """A signal ends the step that is under way; the command goes on to the same bits as it stands."""
     act, status, expected, newest = ENDS[what]
     out, err = tmp_path / "a run", tmp_path / "err"
     assert end(start(*SHORT, "--out", out, stderr=err, acts=("Training.count", 14, *act))) == status
