@@ -1,1 +1,2 @@
-"""What can wait: file formats (tokenizers, images, adapters), downloads, devices, processes, tables, cards, DeBERTa."""
+"""What can wait: file formats (tokenizers, images, adapters), downloads, devices, processes, what ran, tables, cards,
+pictures, DeBERTa, and a GPU that does not exist."""
