@@ -274,6 +274,8 @@ def load(s, task, adapted=False):
     s.device = devices.find_device(s.device)
     scoring(s, task)  # complain before the model is loaded
     config, folder = models.find_config(s.model, s.init_weights)
+    if folder and (folder / "adapter_config.json").is_file():
+        data.note(f"{folder}: the adapter in it is not applied: name it by --adapter")
     if task.kind != "image":
         folder = folder or models.resolve(s.model, weights=False)
     processor = data.Processor(task, folder, config)
