@@ -532,6 +532,23 @@ def environments(jobs):
     return [cores | os.environ | share for share in shares]
 
 
+def check(q, rows, tuned):
+    """Refuse what would be chosen twice (`rows`: their flags, `tuned`: --tune's), tuning seeds, files without folder."""
+    axes = [flag for flag, there in (("--steps", q.steps), ("--rank", q.budgets)) if there]
+    for flag in tuned:
+        if flag in axes or flag == "--rank" and q.match_budget:  # which goes on from a row's own rank
+            raise UserError(f"--tune {flag[2:]}: what --match-budget, --budgets or --steps choose; leave one out")
+    for row, words in rows.items():
+        for flag in (word.partition("=")[0] for word in words):
+            if flag in (*axes, *tuned):
+                raise UserError(f"row {row!r}: its {flag} would be --tune's, --budgets' or --steps'; leave one out")
+    if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
+        raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, never reported: lower it")
+    for file in filter(None, (q.csv, q.picture)):
+        if not Path(file).absolute().parent.is_dir():
+            raise UserError(f"{file}: there is no such folder; name another place")
+
+
 def quality(argv):
     """Make the runs of a comparison that are not made yet; returns the table as Markdown and a JSON object about it."""
     parser = parser_of(Comparison, "Compare methods over tasks and seeds; all other flags are train.py's.")
@@ -539,26 +556,12 @@ def quality(argv):
     own, flags = parser.parse_known_args(argv)
     q = Comparison(**vars(own))
     grid = grid_of(q.tune)
-    axes = {"--steps": q.steps, "--rank": q.budgets or q.match_budget}
-    twice = [flag for flag in grid[0][::2] if axes.get(flag)]
-    if twice:
-        raise UserError(f"--tune {twice[0][2:]}: what --match-budget, --budgets or --steps choose; leave one out")
-    if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
-        raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, never reported: lower it")
-    for file in filter(None, (q.csv, q.picture)):
-        if not Path(file).absolute().parent.is_dir():
-            raise UserError(f"{file}: there is no such folder; name another place")
     methods = list(allocators.METHODS)
     if q.methods != "all":  # a comma may be part of a flag
         names = "|".join(map(re.escape, allocators.METHODS))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     rows = {method: shlex.split(method) for method in methods}
-    axes["--rank"] = q.budgets  # --match-budget goes on from a row's own
-    for row, words in rows.items():
-        own = {word.partition("=")[0] for word in words} & {*grid[0][::2], *(flag for flag in axes if axes[flag])}
-        if own:
-            raise UserError(f"row {row!r}: its {', '.join(sorted(own))} would be that of --tune, --budgets or --steps: "
-                            "leave one of them out")
+    check(q, rows, tuned=grid[0][::2])
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
         if values:
             rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
