@@ -533,7 +533,7 @@ def environments(jobs):
 
 
 def check(q, rows, tuned):
-    """Refuse what would be chosen twice (`rows`: their flags, `tuned`: --tune's), tuning seeds, files without folder."""
+    """Refuse what would be chosen twice (by `rows`, by --tune: `tuned`), tuning seeds, files without a folder."""
     axes = [flag for flag, there in (("--steps", q.steps), ("--rank", q.budgets)) if there]
     for flag in tuned:
         if flag in axes or flag == "--rank" and q.match_budget:  # which goes on from a row's own rank
