@@ -548,7 +548,8 @@ def restore(thing, state, name="run"):
                     entries.setdefault(int(i), {})[entry] = value
         thing.load_state_dict({"state": entries, "param_groups": groups})
     else:
-        for child, part in children(thing, name).items():
+        parts = children(thing, name)
+        for child, part in parts.items():
             at = f"{name}.{child}"
             if isinstance(part, (bool, int, float)):
                 put = thing.__setitem__ if isinstance(thing, (dict, list)) else functools.partial(setattr, thing)
@@ -557,7 +558,7 @@ def restore(thing, state, name="run"):
                 restore(part, state, at)
             elif any(key == at or key.startswith(f"{at}.") for key in state):
                 raise TypeError(f"{at}: was saved, but is None before the restart's first step: make it in setup")
-        known = tuple(f"{name}.{child}" for child in children(thing, name))
-        late = [key for key in state if key.startswith(f"{name}.") and not key.startswith(known)]
+        known = tuple(f"{name}.{child}." for child in parts)
+        late = [key for key in state if key.startswith(f"{name}.") and not f"{key}.".startswith(known)]
         if late:
             raise TypeError(f"{late[0]}: was saved, but is not there before the restart's first step: make it in setup")

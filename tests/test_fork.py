@@ -51,7 +51,7 @@ class Keeps(allocators.Allocator):
 
 
 @pytest.mark.parametrize("before, after", [("phase 2", "phase 1"), (torch.ones(2), None), ({1, 2}, {1}),
-                                           ([1, 2], [1]), (torch.tensor(2.5), torch.tensor(0))])
+                                           ([1] * 11, [1] * 10), (torch.tensor(2.5), torch.tensor(0))])
 def test_state_that_cannot_be_kept_is_an_error(before, after):
     first, again = (Keeps(Tiny(), settings(), 10) for _ in range(2))
     first.thing, again.thing = before, after
