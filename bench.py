@@ -211,10 +211,10 @@ def contender(b, base, kind, name):
         return Contender(s, *peft_contender.build(s, base, kind))
     s = settings_for(b, method)
     policy = allocators.policy(s.method)
-    moves_w = issubclass(policy, (allocators.Direct, allocators.LeLora)) or ":" in method  # which one's own may do
-    if moves_w and ":" not in method and b.weights == "int8":
+    moves_w = issubclass(policy, (allocators.Direct, allocators.LeLora))
+    if moves_w and b.weights == "int8":
         raise UserError(f"--weights int8: {method} trains W or its components; leave it out of --methods")
-    model = own_copy(base, shared=not moves_w)
+    model = own_copy(base, shared=not (moves_w or ":" in method))  # a policy in a file may split components off W
     if method == "floor":
         made = floor(s, model, kind)
     else:
