@@ -74,7 +74,7 @@ def compare(step, training):
     if process_and_count()[1] == 1:
         return
     state = {name: t for name, t in training.state().items() if not name.endswith("generator")}
-    sums = torch.stack([t.sum(dtype=torch.float64).nan_to_num().to(training.device) for t in state.values()])
+    sums = torch.stack([t.sum(dtype=torch.float64).nan_to_num(nan=1e300).to(training.device) for t in state.values()])
     extremes = largest(torch.stack([sums, -sums]))  # the largest, and minus the smallest
     different = [name for name, most, least in zip(state, *extremes.tolist()) if most != -least]
     if different:
