@@ -400,7 +400,7 @@ def load_run(folder, changes, shard=None):
         model, processor = load(SimpleNamespace(**vars(s) | where), task)
     elif (folder / "adapter").is_dir():
         model, processor = load(s, task, adapted=True)
-        model.head_rows = None  # the run's head has its labels' order
+        model.labels = ()  # the run's head has their order
         load_adapter(model, folder / "adapter")
         if shard:
             shard(model, s.device)

@@ -88,7 +88,7 @@ def load_adapter(model, folder):
     names = stored_names(model, every_spelling=True)
     if model.tied:
         names["lm_head.weight"] = ["embed.weight"]
-    found, layers, changed, rows = {}, {}, set(), rows_of_head(model, config["labels"], file)
+    found, layers, changed = {}, {}, set()
     for key, tensor in tensors.items():
         path = re.sub(r"_orig_mod\.|(^|(?<=\.))(default|modules_to_save|base_layer)\.|\.default$", "", key)
         path = re.sub(r"^(base_model\.model\.)+", "", path)
@@ -96,8 +96,8 @@ def load_adapter(model, folder):
         ours = names.get(f"{match[1]}.weight" if match else path, [""])
         base = as_stored(model, ours) if ours[0] and not match else None
         of_outputs = re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0]) and not (match and match[2] == "A")
-        if of_outputs and rows and max(rows) < len(tensor):
-            tensor = tensor[rows]
+        if of_outputs:
+            tensor = tensor[rows_of_head(model, config["labels"], len(tensor), file)]
         if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
             found.setdefault(tuple(ours), {})[match[2] or match[3]] = tensor
         elif base is not None and ours[0].startswith(top) and base.shape == tensor.shape:
@@ -201,16 +201,22 @@ def read_adapter(folder):
         return config, {key: opened.get_tensor(key) for key in opened.keys()}
 
 
-def rows_of_head(model, labels, file):
-    """Which rows of an adapter's head are the model's outputs, or None for all as they are.
+def rows_of_head(model, labels, count, file):
+    """Which of the `count` rows of an adapter's head are the model's outputs.
 
-    `labels` are those of its outputs, in order, if this project wrote it; else they are the base model's.
+    `labels` are those of its rows, in order, if this project wrote it; else it is taken to have the base model's rows,
+    or if that has others those of the data, which is said.
     """
     wanted = list(getattr(model, "labels", ()))
-    if not (labels and wanted):
-        if getattr(model, "head_remark", None) and model.head_rows:
-            note(f"{file}: the adapter's head: {model.head_remark}")
-        return getattr(model, "head_rows", None)
+    if not wanted:
+        return list(range(count))
+    if not labels:
+        rows, remark = model.head_rows or [count], model.head_remark
+        if max(rows) >= count:
+            rows, remark = list(range(count)), f"its rows have no names: taken to be {', '.join(wanted)} in this order"
+        if remark:
+            note(f"{file}: the adapter's head: {remark}")
+        return rows
     if not set(wanted) <= set(labels):
         raise UserError(f"{file}: its head tells {', '.join(labels)} apart, the task's labels are {', '.join(wanted)}: "
                         "name the task that it was trained on")
