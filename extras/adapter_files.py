@@ -96,7 +96,7 @@ def load_adapter(model, folder):
         ours = names.get(f"{match[1]}.weight" if match else path, [""])
         base = as_stored(model, ours) if ours[0] and not match else None
         of_outputs = re.fullmatch(r"head\.(out_proj\.)?(weight|bias)", ours[0]) and not (match and match[2] == "A")
-        if of_outputs:
+        if of_outputs and tensor.dim():
             tensor = tensor[rows_of_head(model, config["labels"], len(tensor), file)]
         if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
             found.setdefault(tuple(ours), {})[match[2] or match[3]] = tensor
