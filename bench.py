@@ -383,7 +383,7 @@ class Comparison:
     tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
     split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
     run: bool = setting(True, "runs", "make the runs that are missing; without, print what there is")
-    keep_old: bool = setting(False, "runs", "take results that another version of the program has made")
+    keep_old: bool = setting(False, "runs", "take results that another version of the program, or other input, has made")
     jobs: int = setting(1, "runs", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
     results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
     runs: str = setting("runs/quality", "runs", "folder of their run folders")
@@ -394,9 +394,9 @@ class Comparison:
 class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
-    `settings` is what they set, as train.py reads it; runs with the same `key`, that and the hash of the program's
-    source, are the same run. `columns` are the tasks that it has numbers for, `point` where on --steps and --budgets
-    the row is, `times` its rank over the one that was told, `line` what `make` has found or made, or None.
+    `settings` is what they set, as train.py reads it; runs with the same `key`, that and the hash of the source and of
+    the flags' files, are the same run. `columns` are the tasks that it has numbers for, `point` where on --steps and
+    --budgets the row is, `times` its rank over the one that was told, `line` what `make` has found or made, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
@@ -410,7 +410,8 @@ class Run:
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        self.key = json.dumps(self.settings, sort_keys=True), source.source_hash(self.s.method, self.s.task)
+        files = self.s.ranks, self.s.adapter, self.s.data
+        self.key = json.dumps(self.settings, sort_keys=True), source.source_hash(self.s.method, self.s.task, *files)
         content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
@@ -431,9 +432,8 @@ class Run:
             words = ["--resume", str(self.out)] if begun else [*self.words, "--out", str(self.out)]
             start(["train.py", *words], env)
         run, result = (json.loads((self.out / name).read_text()) for name in ("run.json", "result.json"))
-        settled = changed(run["settings"])
-        for name in ("out", "model", "data", "adapter", "ranks"):  # absolute paths, of this machine
-            settled.pop(name, None)
+        settled = {name: value for name, value in changed(run["settings"]).items()
+                   if name not in ("out", "model", "data", "adapter", "ranks")}  # absolute paths, of this machine
         return {"row": self.row, "settings": self.settings, "settled": settled, "source": self.key[1], **result}
 
     def numbers(self, line):
@@ -479,7 +479,7 @@ def make(runs, q):
     lines, failed, different = finished(q), {}, {run.key: run for run in runs}
     old, take_old = [key for key in different if key not in lines and key[0] in lines], q.keep_old or not q.run
     if old:
-        say(f"note: {len(old)} of {len(different)} results are of another version of the program: "
+        say(f"note: {len(old)} of {len(different)} results are of another version of the program or its input: "
             + ("taken as they are" if take_old else "made again; --keep-old takes them as they are"))
     if take_old:
         lines |= {key: lines[key[0]] for key in old}

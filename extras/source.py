@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import modulefinder
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,38 @@ def own_module(flag, place):
     return module, name
 
 
+def with_imports(file):
+    """A Python file and what it imports from beside it, found without running anything."""
+    finder = modulefinder.ModuleFinder(path=[str(file.resolve().parent)])
+    finder.run_script(str(file))
+    return [Path(module.__file__) for module in finder.modules.values() if module.__file__]
+
+
+def files_behind(ranks, adapter, task, data):
+    """Paths of the files that a run's flags --ranks, --adapter and --data name; a folder of images is its files."""
+    from data import find_files, task_row  # it imports this module
+
+    files = [Path(ranks)] if ranks else []
+    if adapter:
+        files += sorted(Path(adapter).glob("adapter*"))
+    for split in task_row(task).files if data else ():
+        files += find_files(task_row(task), data, split)
+    return sum((sorted(file.rglob("*")) if file.is_dir() else [file] for file in files), [])
+
+
 @functools.cache
-def source_hash(method, task=None):
-    """SHA-256 of the program's source, at the top and in extras/, and of the method's and task's own `file.py:Name`."""
+def source_hash(method, task=None, ranks=None, adapter=None, data=None):
+    """SHA-256 of the program's source, of the method's and task's own `file.py:Name`, and of the files behind flags.
+
+    The source is that at the top and in extras/, and what an own file imports from beside it.
+    """
     own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
     here, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]), *filter(Path.is_file, own)]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    read = [(file.name, file) for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]),
+                                           *sum(map(with_imports, filter(Path.is_file, own)), [])]]
+    read += [("/".join(file.parts[-2:]), file) for file in files_behind(ranks, adapter, task, data) if file.is_file()]
+    for name, file in read:  # an image's class is its folder
+        digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

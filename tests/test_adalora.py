@@ -89,7 +89,6 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
         theirs.update_and_allocate(step)
         pattern = theirs.peft_config["default"].rank_pattern
         other.zero_grad()
-
         # as Training.step, which takes the loss in float32
         loss, penalty = F.cross_entropy(allocator.model(x), labels), allocator.penalty({"x": x}, labels, None)
         (loss + penalty).backward()
@@ -99,7 +98,6 @@ def test_a_whole_run_is_pefts(seed, blocks, targets, steps, changes, dtype):
         allocator.after_step(step)
         returned += int((allocator.kept > last).sum())
         optimizer.zero_grad()
-
         torch.testing.assert_close(loss, out.plain, **tolerance)
         torch.testing.assert_close(penalty, out.loss - out.plain, **tolerance)
         if step > allocator.t_init:

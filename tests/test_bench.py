@@ -165,7 +165,6 @@ def test_quality(tmp_path, capsys, monkeypatch):
                     if line["seed"] == seed and line["settled"].get("rank") == rank]
     assert rows["weightlora @ rank 8"]["digits-rot90"]["mean"] == pytest.approx(np.mean(mine))
     assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
-
     file = tmp_path / "results" / "r.jsonl"
     kept = file.read_bytes()
     monkeypatch.setattr(bench.subprocess, "run", None)  # nothing may be started
@@ -233,7 +232,6 @@ def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypa
     assert stopped.value.code == 1 and str(log) in message and "another version" not in said
     assert "lower the rank" in message and "lower the rank" in log.read_text()
     assert ["digits-rot90" in row for row in about["rows"].values()] == [True, False]
-
     (tmp_path / "eval.py").write_text("1")
     monkeypatch.setattr(bench.source, "source_hash", bench.source.source_hash.__wrapped__)  # without its cache
     monkeypatch.setattr(bench.source, "__file__", str(tmp_path / "extras" / "source.py"))
@@ -241,7 +239,7 @@ def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypa
     assert "taken as they are" in said and len(results(tmp_path)) == 1
     _, said = compare(capsys, tmp_path, *asked, "lora")
     first, second = results(tmp_path)
-    assert "1 of 1 results are of another version of the program: made again" in said
+    assert "1 of 1 results are of another version of the program or its input: made again" in said
     assert first["source"] != second["source"] and first["settings"] == second["settings"]
     _, said = compare(capsys, tmp_path, *asked, "lora")
     assert "another version" not in said and len(results(tmp_path)) == 2

@@ -50,7 +50,6 @@ def test_credit_and_ranks_are_the_formulas(changes):
         train(training, [(x, labels)], first=step)
         np.testing.assert_allclose(allocator.credit, credit, rtol=1e-4, atol=1e-5 * abs(credit).max())
         assert (allocator.allocations == 1) == (step == steps) and (step == 1) == (not credit.any())
-
     costs = costs if s.credit_budget == "parameters" else [1] * len(names)
     budget, cap = s.rank * sum(costs), [min(m, int(s.credit_cap * s.rank)) for m in own]
     expected = deal(allocator.credit.tolist(), costs, cap, budget, s.credit_power)

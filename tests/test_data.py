@@ -657,7 +657,7 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     import eval as evaluation
     import train
     from extras.source import source_hash
-    file = write(tmp_path / "mine.py", OWN_TASK)
+    write(tmp_path / "mine.py", OWN_TASK)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     flags = "--steps 4 --limit-train 64 --limit-eval 40 --batch-size 8 --no-eval-before".split()
@@ -676,9 +676,18 @@ def test_a_task_in_a_file_from_training_to_a_table(tmp_path, monkeypatch, capsys
     assert compared["metrics"] == {"mine.py:COUNT": "count", "digits": "accuracy", "average": ""}
     assert {"mine.py:COUNT", "digits"} < compared["rows"]["lora"].keys()
     assert about["source"] == source_hash("lora", "mine.py:COUNT")
-    write(file, OWN_TASK + "# changed")
-    source_hash.cache_clear()
-    assert about["source"] != source_hash("lora", "mine.py:COUNT")
+
+
+def test_results_are_of_their_inputs_too(tmp_path, monkeypatch):
+    """Another byte in an own file, in what it imports from beside it, or in a flag's file is another run."""
+    from extras.source import source_hash
+    monkeypatch.chdir(tmp_path)
+    named, hashes = ["mine.py", "beside.py", "ranks.json", "adapter/adapter_model.safetensors", "CoLA/train.tsv"], set()
+    for i, name in enumerate([*named, "README.md", *named]):  # once to make it, once to change it
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("import beside" + "#" * i)
+        hashes.add(source_hash.__wrapped__("mine.py:Policy", "cola", "ranks.json", "adapter", "."))
+    assert len(hashes) == 10
 
 
 def npz(labels=(0, 1, 0), **more):

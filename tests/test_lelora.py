@@ -217,7 +217,6 @@ def test_a_falling_loss_teaches_nothing_with_the_baseline_that_follows_it():
         drive(allocator, 40)
         heads = torch.cat([head.weight.flatten() for head in allocator.policy.heads])
         return heads.norm().item(), allocator.spread.item() ** 0.5
-
     assert moved("mean", 0)[0] > 1e-4 and moved("trend", 0)[0] < 1e-6
     step, spread = moved("trend", 0.1)
     larger, wider = moved("trend", 0.2)
@@ -235,11 +234,9 @@ def test_reinforce_gradient_is_unbiased():
     flat = lambda tensors: torch.cat([t.detach().flatten() for t in tensors])
     start = {name: t.clone() for name, t in policy.state_dict().items()}
     rewards = torch.randn(2, 2, 2, 2, generator=torch.Generator().manual_seed(1))  # of (dimension, location) twice
-
     rank, location = (head.exp() for head in policy(allocator.place, features))
     p = torch.einsum("a,b,c,d->abcd", rank[0], location[0], rank[1], location[1])
     exact = flat(torch.autograd.grad((p * rewards).sum() / 2, parameters, materialize_grads=True, allow_unused=True))
-
     estimate = torch.zeros_like(exact)
     for action in itertools.product(range(2), repeat=4):
         policy.load_state_dict(start)

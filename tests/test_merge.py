@@ -46,7 +46,6 @@ def test_merged_checkpoints_and_cards(model, task, folder, method, checkpoints, 
         their_inputs["input_ids"][their_inputs["attention_mask"] == 0] = theirs.config.pad_token_id or 0
     labels = json.loads((run / "run.json").read_text())["labels"]
     assert not labels or theirs.config.id2label == dict(enumerate(labels))
-
     card = (run / "README.md").read_text()
     assert ("| dora | True |" in card and "| init | pissa |" in card) == ("--dora" in method)
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
