@@ -383,7 +383,7 @@ class Comparison:
     tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
     split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
     run: bool = setting(True, "runs", "make the runs that are missing; without, print what there is")
-    keep_old: bool = setting(False, "runs", "take results that another version of the program, or other input, has made")
+    keep_old: bool = setting(False, "runs", "take results that another version of the program or its input has made")
     jobs: int = setting(1, "runs", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
     results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
     runs: str = setting("runs/quality", "runs", "folder of their run folders")

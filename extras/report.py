@@ -39,9 +39,10 @@ def comparison(about):
             cell[f"{column}, {metric}" if metric else column] = text
             tests += column in row and row[column]["p"] is not None
         sizes = [f"{n:,.0f}" for n in row.get("trainable_params", {}).values()]
+        against = row["against"]
         cell |= {"trainable: last / mean / peak": " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1]),
                  "s": f"{row['seconds']:,.1f}" if sizes else "", "MB": row.get("peak_memory_mb"),
-                 "compared with": row["against"]}
+                 "compared with": against and against + more_parameters(row, about["rows"][against])}
         if chosen:
             cell["chosen"] = "; ".join(f"{task}: {text}" for task, text in chosen.get(name, {}).items())
         cells.append(cell)
@@ -51,6 +52,13 @@ def comparison(about):
                  f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
                  f"{LEVEL * tests:.1f}.\n")
     return text
+
+
+def more_parameters(row, baseline):
+    """What to say of a row that trains on average over 5 % more or fewer parameters than its baseline."""
+    mine, theirs = (other.get("trainable_params", {}).get("mean", 0) for other in (row, baseline))
+    more = mine / theirs - 1 if mine and theirs else 0
+    return f" ({more:+.0%} parameters)" if abs(more) > 0.05 else ""
 
 
 def score_text(score, means, less):

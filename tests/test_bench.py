@@ -299,11 +299,12 @@ def test_summary():
     runs += [run_with("ours", lalora, "accuracy", value - 0.1, "sst2", i) for i, value in enumerate(better)]
     runs += [run_with("LoRA", lora, "accuracy", 0.5, "rte", i) for i in range(4)]
     about = bench.summarise([*runs, run_with("ours", lalora, "accuracy", None, "rte", 4)])
+    about["rows"]["ours"]["trainable_params"]["mean"] = 1000
     rows, text = about["rows"], report.comparison(about)
     assert rows["ours"]["sst2"] == {"mean": pytest.approx(0.6), "std": pytest.approx(np.std(better, ddof=1)),
                                     "seeds": 5, "asked": 5, "difference": pytest.approx(-0.1), "p": 2 / 32}
     assert rows["ours"]["rte"]["seeds"] == 1 and rows["ours"]["rte"]["p"] is None and rows["ours"]["against"] == "LoRA"
-    assert "| ours | 60.0 ± 15.8 ↓ | nan | nan | 800 |" in text and "| LoRA |\n" in text
+    assert "↓ | nan | nan | 800 / 1,000 / 800 |" in text and "| LoRA (+25% parameters) |\n" in text
     assert "| LoRA | **70.0** ± 15.8 | **50.0** ± 0.0 | **57.5** ± 6.5 | 800 |" in text
     runs = [run_with(method, f"{method} --model llama2-7b", name, value, task)
             for task, name, values in (("sst2", "accuracy", (0.5, 0.25)), ("gsm8k", "loss", (1.5, 1.25)))

@@ -455,7 +455,6 @@ def test_runs_get_the_figures_they_have_the_data_for(runs, chosen, expected, cap
 def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     drawn = {}
     monkeypatch.setattr(pictures, "save_figures", lambda plt, folder, found: drawn.update(found) or [])
-
     def curves():  # {title of a panel: the steps of each of its curves}
         return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()]
                 for axis in drawn["curves.png"].axes}
