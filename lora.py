@@ -245,7 +245,7 @@ def merge_adapters(model):
 
 @contextlib.contextmanager
 def disabled(model):
-    """Inside this context the model computes what its base model does, as if there were no adapters."""
+    """Inside this context the model computes what its base model does, without adapters (but for merged ones)."""
     before = {layer: layer.enabled for layer in adapters(model).values()}
     for layer in before:
         layer.enabled = False
