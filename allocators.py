@@ -62,7 +62,7 @@ class Allocator:
         self.cost = torch.tensor(cost, dtype=torch.float64, device=self.device)
         self.allocations, self.nominal = 0, settings.rank
         self.current = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
-        self.made = {name: [0, 0] for name in self.names}  # an adapter's R, and which call of `add` made it
+        self.made = {name: [0, 0, 0] for name in self.names}  # an adapter's R, which call of `add` made it, its init
         self.layers, self.stacks, self.calls = {}, [], 0
         self.setup()
         lora.state_of(self, "policy")  # what cannot be kept over a restart is said now, not at the first checkpoint
@@ -134,11 +134,11 @@ class Allocator:
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
             _, A, B = lora.singular_windows(layer.weight.data.to(self.device), layer.rank)
             layer.split_off(A[part], B[:, part])
-        self.take_over(layers)
+        self.take_over(layers, init)
 
-    def take_over(self, layers):
+    def take_over(self, layers, init="lora"):
         """Make adapters that are on the model, {name: layer}, this policy's."""
-        s = self.settings
+        s, start = self.settings, lora.INITS.index(init)
         self.calls += 1
         for name, layer in layers.items():
             layer.A.requires_grad_(not s.freeze_a)
@@ -148,7 +148,7 @@ class Allocator:
             if type(self).watch is not Allocator.watch:
                 layer.register_forward_pre_hook(functools.partial(self.see, name))
             layer.generation = self.calls
-            self.current[self.names.index(name)], self.made[name] = layer.rank, [layer.rank, self.calls]
+            self.current[self.names.index(name)], self.made[name] = layer.rank, [layer.rank, self.calls, start]
         self.restack(self.layers | layers)
 
     def see(self, name, layer, inputs):
@@ -161,7 +161,7 @@ class Allocator:
         """Give the matrices `names` their plain frozen layers back, at no cost left."""
         for name in names:
             lora.detach(self.model, name)
-            self.current[self.names.index(name)], self.made[name] = 0, [0, 0]
+            self.current[self.names.index(name)], self.made[name] = 0, [0, 0, 0]
         self.restack({name: layer for name, layer in self.layers.items() if name not in names})
 
     def restack(self, layers):
@@ -176,13 +176,13 @@ class Allocator:
     def match_adapters(self, state):
         """After a restart: drop and add adapters until they are those that `made` names; a g set since `setup`, too."""
         now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
-        wrong = {name: made for name, made in self.made.items() if made != now.get(name, [0, 0])}
+        wrong = {name: made for name, made in self.made.items() if made[:2] != now.get(name, [0, 0])}
         current, calls = self.current.clone(), self.calls
         if wrong:  # else the stacks stay those that the policy may hold
             self.drop([name for name in wrong if name in self.layers])
-        for generation in sorted({made[1] for made in wrong.values()} - {0}):
+        for generation, init in sorted({(made[1], made[2]) for made in wrong.values() if made[0]}):
             self.calls = generation - 1
-            self.add({name: made[0] for name, made in wrong.items() if made[1] == generation})
+            self.add({name: made[0] for name, made in wrong.items() if made[1] == generation}, lora.INITS[init])
         self.current.copy_(current)
         self.calls = calls
         for name, layer in self.layers.items():
@@ -284,7 +284,7 @@ class Static(Allocator):
 class Direct(Allocator):
     """No adapters: `full` trains every weight, `bitfit` every bias (Zaken et al. 2022)."""
 
-    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")
+    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")
 
     def setup(self):
         method, head = self.settings.method, self.model.head_kind != "lm"  # every method trains a new head, apart
@@ -533,9 +533,10 @@ class WeightLora(Allocator):
         """Take a step of the warm-up by the gradients of the gates, (n,) float64."""
         s = self.settings
         self.omega -= s.weightlora_lr * self.rate * gradient
+        score = self.score()
+        self.best = score.argsort(descending=True, stable=True)[:self.keep]  # now: what becomes 0 may pass a negative
         if last or s.weightlora_threshold == "every":
-            score = self.score()
-            self.omega.masked_fill_(score < score.topk(self.keep).values[-1], float(s.weightlora_rank_by == "moved"))
+            self.omega.masked_fill_(score < score[self.best[-1]], float(s.weightlora_rank_by == "moved"))
         self.gates.data.copy_(self.omega[:, None])
 
     def score(self):
@@ -545,8 +546,7 @@ class WeightLora(Allocator):
 
     def final_ranks(self):
         """{name: rank} after the warm-up; a matrix of rank 0 gets its plain layer back."""
-        best = self.score().argsort(descending=True, stable=True)[:self.keep].tolist()
-        return {name: self.final_rank * (i in best) for i, name in enumerate(self.names)}
+        return {name: self.final_rank * (i in self.best.tolist()) for i, name in enumerate(self.names)}
 
     def log(self):
         selected = {} if self.own else {"selected": {name: int(name in self.layers) for name in self.names}}
@@ -609,7 +609,7 @@ class Credit(WeightLora):
 
 def dealt_units(shares, costs, most, budget):
     """Units of rank for each matrix, one by one to the largest share_i / (units_i + 1); ties to who has the fewest."""
-    units = [0] * len(shares)
+    units, budget = [0] * len(shares), max(budget, min(costs))  # one at least
     while True:
         able = [i for i, cost in enumerate(costs) if units[i] < most[i] and cost <= budget]
         if not able:
@@ -632,7 +632,7 @@ class LeLora(Allocator):
     more than the action: `lelora_baseline` "trend" takes the loss's change, standardised by its running moments.
     """
 
-    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a")  # A and B are W's own components, alike and all trained
+    refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")  # A and B are W's own components, scale 1
     dynamic, validation_rows = True, 32
     saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "spread", "before", "policy",
              "optimizer", "generator")
@@ -707,14 +707,14 @@ class LeLora(Allocator):
     def learn(self, after):
         """Reinforce or weaken the last action by the validation loss `after` it, 0-d; `before` is the one before."""
         trend = self.settings.lelora_baseline == "trend"
-        change = after - self.before if self.allocations else 0 * after
+        change = torch.where(self.before == 0, 0, after - self.before)  # 0: there is none before
         reward = change if trend else after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
-        self.reward.copy_(torch.where(reward.isfinite() & self.ok, reward, self.mean))  # else no lesson
-        if self.allocations <= trend:  # the first reward, or the first change
-            self.mean.copy_(self.reward)
+        lesson = reward.isfinite() & self.ok
+        self.reward.copy_(torch.where(lesson, reward, self.mean))
+        self.mean.copy_(torch.where(self.mean == 0, self.reward, self.mean))  # the first reward, or the first change
         advantage = self.reward - self.mean
         if trend:
-            self.spread.lerp_(advantage.square(), 0.1)
+            self.spread.lerp_(advantage.square(), 0.1 * lesson)
             advantage = advantage / self.spread.sqrt().clamp_min(1e-12)
         log_p = sum(head.gather(1, choice[:, None]) for head, choice in zip(self.log_p, self.choice.T))  # (n, 1)
         (advantage * log_p.mean()).backward()  # Eq. 9

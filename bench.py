@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import re
 import shlex
 import statistics
@@ -67,7 +66,7 @@ class Bench:
     seed: int = setting(0, "what", "of weights and data")
     rounds: int = setting(15, "how", "timed steps per contender, interleaved", low=1)
     warmup: int = setting(3, "how", "steps before", low=3)
-    modes: list = setting(None, "how", "eager, compiled or both; default eager on a CPU, both on a GPU")
+    modes: list = setting(None, "how", "eager or eager,compiled; default eager on a CPU, both on a GPU")
     peft: bool = setting(True, "how", "PEFT beside it, where it is installed")
     device: str = setting("auto", "machine", "cpu, cuda ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
@@ -373,7 +372,7 @@ class Comparison:
     budgets: list = setting(None, "rows", "ranks, as in 1,2,8: each row once for each, or at uniform LoRA's budget")
     tasks: list = setting(None, "columns", "default: the model's own")
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
-    seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1)
+    seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1, high=41)
     first_seed: int = setting(0, "fairness", "the first seed that is reported")
     match_budget: bool = setting(False, "fairness", "choose ranks, and alphas in proportion, for mean trainable "
                                                     "parameters within 5 %% of uniform LoRA's")
@@ -404,14 +403,13 @@ class Run:
         self.columns, self.times, self.line = [task], 1.0, None
         self.point = row.partition(" @ ")[2]
         for flag in ("--method", "--task", "--seed", "--out", "--resume"):
-            if self.flags.count(flag) > (flag == "--method"):
+            if [word.partition("=")[0] for word in self.flags].count(flag) > (flag == "--method"):
                 raise UserError(f"{flag} is the comparison's own: use --methods, --tasks, --seeds, --runs")
         self.words = [*flags, "--task", task, "--seed", str(seed)]
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        files = self.s.ranks, self.s.adapter, self.s.data
-        self.key = json.dumps(self.settings, sort_keys=True), source.source_hash(self.s.method, self.s.task, *files)
+        self.key = json.dumps(self.settings, sort_keys=True), source.source_of(self.s)
         content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
@@ -434,7 +432,7 @@ class Run:
         run, result = (json.loads((self.out / name).read_text()) for name in ("run.json", "result.json"))
         settled = {name: value for name, value in changed(run["settings"]).items()
                    if name not in ("out", "model", "data", "adapter", "ranks")}  # absolute paths, of this machine
-        return {"row": self.row, "settings": self.settings, "settled": settled, "source": self.key[1], **result}
+        return {"row": self.row, "settings": self.settings, "settled": settled, "source": run["source"], **result}
 
     def numbers(self, line):
         """{column: {metric: number}} of its line in the results."""
@@ -505,7 +503,7 @@ def make(runs, q):
 
     with ThreadPoolExecutor(q.jobs) as pool, tqdm(total=len(waiting), desc="runs", disable=not waiting) as bar:
         try:
-            list(pool.map(work, environments(q.jobs)))
+            list(pool.map(work, devices.environments(q.jobs)))
         except KeyboardInterrupt:
             waiting.clear()  # which ends `todo`
             say("stopped; the same command goes on")
@@ -523,15 +521,6 @@ def append(file, line):
         f.write(b"\n" * torn + evaluation.to_json(line).encode() + b"\n")
 
 
-def environments(jobs):
-    """The environment of each of `jobs` processes: they share out the cores, and the GPUs that this one may use."""
-    cores = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
-    here = ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",")
-    shares = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if len(gpus) > 1 else {} for i in range(jobs)]
-    return [cores | os.environ | share for share in shares]
-
-
 def check(q, rows, tuned):
     """Refuse what would be chosen twice (by `rows`, by --tune: `tuned`), tuning seeds, files without a folder."""
     axes = [flag for flag, there in (("--steps", q.steps), ("--rank", q.budgets)) if there]
@@ -547,6 +536,8 @@ def check(q, rows, tuned):
     for file in filter(None, (q.csv, q.picture)):
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"{file}: there is no such folder; name another place")
+    if q.picture and not q.picture.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--picture {q.picture}: a .png, .pdf or .svg is written; name one")
 
 
 def quality(argv):
@@ -561,12 +552,12 @@ def quality(argv):
         names = "|".join(map(re.escape, allocators.METHODS))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
     rows = {method: shlex.split(method) for method in methods}
-    check(q, rows, tuned=grid[0][::2])
+    check(q, rows | {"of all": flags}, tuned=grid[0][::2])
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
         if values:
             rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
                     for row, words in rows.items() for n in values}
-    q.tasks = q.tasks or [Run("", "", 0, flags, q.runs).filled().task]
+    q.tasks = list(dict.fromkeys(q.tasks or [])) or [Run("", "", 0, flags, q.runs).filled().task]
     cells = [Run(row, task, 0, [*flags, "--method", *words], q.runs) for row, words in rows.items() for task in q.tasks]
     for choice in grid:  # complains before the first run
         cells[0].again(0, *choice)
@@ -598,12 +589,13 @@ def match_budget(cells, q):
 
     A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
-    grows with the rank; full and bitfit have none. Raises UserError without the row `lora`.
+    grows with the rank; full, bitfit and an --adapter have none. Raises UserError without the row `lora`.
     """
     uniform = {(cell.task, cell.point): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
-    told = {cell: cell.filled() for cell in cells if allocators.base_method(cell.s.method) not in ("full", "bitfit")}
+    told = {cell: cell.filled() for cell in cells
+            if allocators.base_method(cell.s.method) not in ("full", "bitfit") and not cell.s.adapter}
     tried, ranks = {cell: [] for cell in told}, {cell: s.rank for cell, s in told.items()}  # ranks: to try next
 
     def budget(run):
@@ -696,7 +688,7 @@ def scores(runs, metric=None):
     for run in runs:
         for task, numbers in run.numbers(run.line).items() if run.line else ():
             measured = [name for name, value in numbers.items() if type(value) is float and "second" not in name]
-            if metric and metric not in measured:
+            if metric and metric not in (*measured, *data.task_row(task).metrics):  # what is NaN is in the file as null
                 raise UserError(f"--metric {metric}: not measured on {task}, only {', '.join(measured)}")
             known = [name for name in (*data.task_row(task).metrics, "loss") if name in numbers]
             if known:  # else another program scores the task
@@ -763,7 +755,7 @@ def summarise(runs, metric=None, free=()):
             pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
             asked = sum(run.row == name and column in run.columns for run in runs)
             row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "asked": asked, "p": None,
-                           "std": statistics.stdev(mine.values()) if len(mine) > 1 else None}
+                           "std": float(np.std([*mine.values()], ddof=1)) if len(mine) > 1 else None}
             if pairs and not math.isnan(sum(pairs)):
                 row[column] |= {"difference": statistics.fmean(pairs), "p": sign_flip(pairs)}
         lines = [run.line for run in done if run.row == name]

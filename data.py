@@ -16,6 +16,7 @@ What is foreign is used, is listed in IRRELEVANT, or is named in one line on std
 """
 
 import csv
+import glob
 import gzip
 import io
 import itertools
@@ -333,9 +334,9 @@ def read_digits(task, data, split, turn=0):
 def read_image_folder(task, data, split):
     """data/train/<class>/* and data/{dev,val,valid,validation,test}/<class>/*: .npy, or whatever Pillow opens."""
     root = locate(task, data, split)[0]
-    for path in sorted(root.glob("**/*")):
+    for path in sorted(map(Path, glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))):  # follows links, too
         parts = path.relative_to(root).parts
-        hidden = any(part[0] == "." for part in parts) or path.name.lower() in ("thumbs.db", "desktop.ini")
+        hidden = path.name.lower() in ("thumbs.db", "desktop.ini")
         if path.is_file() and not hidden and len(parts) > 1:
             yield str(path), {"pixels": path, "label": parts[0]}
         elif path.is_file() and not hidden:
@@ -422,7 +423,7 @@ class Task:
     """One row of TASKS, or of a file of your own; base, large and steps default to values of ours."""
     name: str
     kind: str                        # "classify", "regress", "span", "lm" (an instruction and its answer) or "image"
-    metrics: tuple                   # the first is the headline
+    metrics: tuple                   # the first is the headline; only of "loss" and "perplexity" less is better
     reader: object                   # reader(task, data, split) yields (where, row)
     labels: tuple = ()               # class names in order; () = find_task finds them in the training rows
     files: dict = field(default_factory=dict)   # split -> names or patterns, the first that is there is read
@@ -557,6 +558,8 @@ def find_task(name, data=None, labels=None):
     task = task_row(name)
     if task.reader is read_commonsense:
         there = tuple(other for other in task.eval_splits if data and find_files(TASKS[other], data, "dev"))
+        if 0 < len(there) < len(task.eval_splits):
+            note(f"{data}: evaluating on {', '.join(there)} alone: of the others there is no test.json")
         return replace(task, eval_splits=there or task.eval_splits)
     if task.kind in ("classify", "image") and not (labels or task.labels):
         whole = replace(task, files={"train": task.files.get("train", ())})     # nothing held out: a rare class may be
@@ -889,6 +892,7 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
     reasons, rank = {}, rank or chosen["rank"]
     if method in ("full", "bitfit"):
         chosen["lr"] = (1e-3 if task.kind == "image" else 2e-5) if method == "full" else 1e-3
+        reasons["lr"] = "usual without adapters"
     elif method == "adalora":
         triplets = round(adalora_init_ratio * rank)
         chosen.update(lr=ADALORA_RATES.get(task.name, 2 * chosen["lr"]), alpha=16 * triplets)
@@ -898,6 +902,5 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
         chosen["lalora_gamma"] = round(1.1 * math.log(max(2, rank)) / math.log(8), 3)
         reasons["lalora_gamma"] = f"for rank {rank}: the budget's ceiling is {rank} times its start"
     elif method in ("weightlora", "weightlora+"):
-        chosen["warmup"] = 0.0
-        reasons["warmup"] = "none, as in its authors' GLUE scripts"
+        chosen["warmup"], reasons["warmup"] = 0.0, "none, as in its authors' GLUE scripts"
     return chosen, reasons

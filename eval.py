@@ -197,7 +197,7 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
                 found = data.extract_answer(text, row["answers"])
                 hits += found == row["target"]
                 written[i] |= {"answer": found, "target": row["target"]}
-        rate = new_tokens / bar.format_dict["elapsed"]
+        rate = new_tokens / (bar.format_dict["elapsed"] or math.inf)  # 0 where TQDM_DISABLE is set
         bar.set_postfix_str(f"{hits} of {len(written)} right, {rate:.0f} tokens/s", refresh=False)
     print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
     if samples is not None:
@@ -276,6 +276,8 @@ def load(s, task, adapted=False):
     config, folder = models.find_config(s.model, s.init_weights)
     if folder and (folder / "adapter_config.json").is_file():
         data.note(f"{folder}: the adapter in it is not applied: name it by --adapter")
+    if (task.kind == "image") != (config.kind == "vit"):
+        raise UserError(f"--task {task.name}: {s.model} does not do '{task.kind}': choose another")
     if task.kind != "image":
         folder = folder or models.resolve(s.model, weights=False)
     processor = data.Processor(task, folder, config)
@@ -283,8 +285,9 @@ def load(s, task, adapted=False):
     saved, outputs, remark = config.raw.get("id2label") or {}, None, None
     names = [str(saved.get(str(i), saved.get(i, f"LABEL_{i}"))) for i in range(config.num_labels)]
     others = config.raw.get("label2id") or {}
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in names) and sorted(others.values()) == list(range(len(names))):
-        names = sorted(others, key=others.get)
+    by_number = {str(number): name for name, number in others.items()} if isinstance(others, dict) else {}
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names) and by_number.keys() == {*map(str, range(len(names)))}:
+        names = [by_number[str(i)] for i in range(len(names))]
     if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
         outputs, remark = match_labels(names, task.labels)
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
@@ -316,8 +319,9 @@ def match_labels(names, labels):
     Equal names match in any order and case. Outputs that have no `names` but LABEL_i match by their number, or else
     in order if they are as many. If the data have the numbers of all outputs instead of their names, they match, too.
     """
-    names, wanted = ([label.strip().casefold() for label in side] for side in (names, labels))
-    unnamed = all(re.fullmatch(r"label_\d+", name) for name in names)
+    folded = [[label.strip().casefold() for label in side] for side in (names, labels)]
+    names, wanted = folded if all(len({*side}) == len(side) for side in folded) else (names, labels)  # "us", not "US"
+    unnamed = all(re.fullmatch(r"label_\d+", name.casefold()) for name in names)
     if unnamed:
         wanted = [f"label_{label}" if label.isdecimal() else label for label in wanted]
     if set(wanted) <= set(names):
@@ -614,7 +618,7 @@ def main(argv=None):
         print(to_json({"plots": [str(path) for path in pictures.plot(args.what)]}))
         return
     if what == "merge":
-        if len(places) != 2 or args.adapter or changes.keys() - {"device", "dtype"}:
+        if len(places) != 2 or args.adapter or args.samples or args.random_head or changes.keys() - {"device", "dtype"}:
             parser.error("merge takes RUN and OUT, and no flags but --device and --dtype")
         print(to_json({"merged": str(merge(*places, changes))}))
         return

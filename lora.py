@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from model import UserError, cache_folder
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
+INITS = ("lora", "pissa", "milora")
 
 
 class LoraLinear(nn.Module):
@@ -97,10 +98,10 @@ class LoraLinear(nn.Module):
         Components that g switches off are left out. Where W's own components are trained (`start` is set) it is
         B A - B0 A0 over those that have moved: twice as many factors, at most the matrix's own rank.
         """
-        A, B = self.A.detach(), self.B.detach()
+        A, B = self.A.detach(), self.B.detach() * (1 if self.g is None else self.g)
         if self.start is None:
-            kept, g = self.let_through(), 1 if self.g is None else self.g
-            return A[kept], (B * g)[:, kept]
+            kept = self.let_through()
+            return A[kept], B[:, kept]
         A0, B0 = (t.to(A.device) for t in self.start)
         moved = (A != A0).any(1) | (B != B0).any(0)
         A, B = torch.cat([A[moved], A0[moved]]), torch.cat([B[:, moved], -B0[:, moved]], 1)
@@ -385,7 +386,7 @@ class AdamW(torch.optim.Optimizer):
 def hold_still(optimizer):
     """Make any torch optimizer leave alone what may not move (`may_move`), and everything in a bad step (`found_inf`).
 
-    State of another shape than the parameter's, such as a count of steps, is one for all components.
+    State of another shape than the parameter's is one for all components. Muon mixes in those that stand still.
     """
     before, bad = {}, torch.zeros(())
 
@@ -495,7 +496,7 @@ def children(thing, name):
     """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
     if isinstance(thing, dict):
         return thing
-    if isinstance(thing, (list, tuple)):
+    if isinstance(thing, list):
         return dict(enumerate(thing))
     if isinstance(thing, nn.Module):
         return thing.state_dict()
@@ -525,7 +526,7 @@ def state_of(thing, name="run"):
 
 def number_like(old, value):
     """The number in the type of `old` if that can hold it: what began as 0 may have become 0.5."""
-    return type(old)(value) if type(old)(value) == value else value
+    return type(old)(value) if math.isfinite(value) and type(old)(value) == value else value
 
 
 def restore(thing, state, name="run"):

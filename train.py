@@ -55,14 +55,14 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; the papers', adalora: 16 x triplets at first", low=1e-9)
-    dropout: float = setting(None, "adapter", "dropout on the adapter's input", high=1)
+    alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets at first; lelora: none", low=1e-9)
+    dropout: float = setting(None, "adapter", "on the adapter's input; none on W's own components", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, / r_i or / sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
     ranks: str = setting(None, "adapter", "for --method lora: the last ranks of a run folder, or {name: rank} in JSON")
     ranks_shuffled: bool = setting(False, "adapter", "deal the ranks of --ranks to other matrices, by the seed")
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
-    init: str = setting("lora", "adapter", "start at W's r largest or smallest components", ("lora", "pissa", "milora"))
+    init: str = setting("lora", "adapter", "start at W's r largest or smallest components", lora.INITS)
     dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
     lora_plus_ratio: float = setting(1.0, "adapter", "LoRA+: learning rate of B over A's; its paper: 16", low=1e-9)
     freeze_a: bool = setting(False, "adapter", "LoRA-FA: train B alone")
@@ -73,7 +73,7 @@ class Settings:
     accumulate: int = setting(1, "optimization", "batches per optimizer step", low=1)
     optimizer: str = setting("adamw", "optimization", "muon: for A and B, AdamW for the rest", ("adamw", "sgd", "muon"))
     lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", low=1e-9)
-    weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on W's own components")
+    weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on A, B of W's components")
     warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora: none")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
     clip: float = setting(1.0, "optimization", "clip the gradient's norm to this; 0 = never")
@@ -125,7 +125,7 @@ class Settings:
     weightlora_threshold: str = setting("every", "WeightLoRA", "threshold at every step, or the end", ("every", "end"))
     weightlora_rank_by: str = setting("value", "WeightLoRA", "keep the largest omega (its code), |omega| (its text) or "
                                                              "|omega - 1|", ("value", "magnitude", "moved"))
-    credit_steps: int = setting(0, "credit", "T, warm-up steps; 0 = 10, or as many as the run has")
+    credit_steps: int = setting(0, "credit", "T, warm-up steps; 0 = 10, or one less than the run has")
     credit_examples: int = setting(192, "credit", "rows that a warm-up step sees at least, in several batches")
     credit_power: float = setting(0.5, "credit", "power of the credit: 0 deals alike to all, above 1 to few")
     credit_cap: float = setting(4.0, "credit", "most rank of one matrix, over --rank", low=1)
@@ -362,7 +362,6 @@ def train(training, batches, task, alive, evaluate):
     s, allocator, steps = training.s, training.allocator, batches.total_steps
     eval_every = s.eval_every or max(batches.steps_per_epoch, math.ceil(steps / 10))
     done, seconds = alive.resume(training, batches)
-    start_alike(s, done, training.moving)
     seen, started = 0, time.time() - seconds
     devices.forget_peak_memory(s.device)
     training.model.train()
@@ -370,6 +369,7 @@ def train(training, batches, task, alive, evaluate):
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:  # a log file needs no animation
         for step in range(done + 1, steps + 1):
             alive.in_step = True
+            start_alike(s, step, training.moving if step == done + 1 else ())  # each step has dropout of its own
             if (step - 1) % eval_every == 0 and (step > 1 or s.eval_before):
                 began = time.time()
                 evaluate(step - 1)  # after the checkpoint: killed here, a run loses no step
@@ -513,7 +513,7 @@ class Survival(contextlib.ExitStack):
                         raise ValueError("checksum differs")
                 state = {name: value.clone() for name, value in load_file(file).items()}
                 break
-            except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
                 say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
         if state:
             say(f"resuming {out} after step {about['step']}")
@@ -528,7 +528,7 @@ class Survival(contextlib.ExitStack):
             say(f"{out} has no checkpoint yet: starting from the beginning")
         for file in (out / "metrics.jsonl", out / "ranks.jsonl") if process_and_count()[0] == 0 else ():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-            logged = [(json.loads(line), line) for line in lines if line.endswith("\n")]  # the last may be half a line
+            logged = [(json.loads(line), line) for line in lines if line.endswith("}\n")]  # others are half a line
             kept = [text for line, text in logged if line["step"] < about["step"] + ("eval" not in line)]
             with models.publish(file, folder=False) as part:
                 part.write_text("".join(kept), encoding="utf-8")
@@ -646,7 +646,7 @@ def set_up(s, alive):
     if not s.resume and process == 0:
         alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": evaluation.VERSIONS,
                      "device": devices.device_name(s.device), "command": shlex.join(sys.argv),
-                     "commit": source.commit(), "source": source.source_hash(s.method, s.task)})
+                     "commit": source.commit(), "source": source.source_of(s)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))
     say(f"{s.method} on {s.model}, {task.name}: {len(split):,} training rows, {batches.total_steps:,} steps, "
         f"{trainable:,} of {everything:,} parameters, {s.dtype} on {devices.device_name(s.device)}; "

@@ -48,7 +48,9 @@ def write_cards(folder, train_rows):
     shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
              "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
              "limit_train", "limit_eval", "dtype")
-    values = {key: getattr(s, key, None) for key in shown} | {"targets": ", ".join(s.targets or [])}
+    unused = ("alpha", "dropout", "scaling") if s.method == "lelora" else ()
+    values = {key: getattr(s, key, None) for key in shown if key not in unused}
+    values["targets"] = ", ".join(s.targets or [])
     lines += markdown(["setting", "value"], [[key, value] for key, value in values.items()
                                              if value not in (None, "") and value is not False])
     if ranks["ranks"]:

@@ -18,6 +18,15 @@ from extras.processes import largest, process_and_count
 from model import UserError, note
 
 
+def environments(jobs):
+    """The environment of each of `jobs` processes: they share out the cores, and the GPUs that this one may use."""
+    cores = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    here = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",")
+    shares = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if len(gpus) > 1 else {} for i in range(jobs)]
+    return [cores | os.environ | share for share in shares]
+
+
 def find_device(device):
     """The device, where auto is a GPU if there is one, else the CPU; raises UserError for one that is not there."""
     if device == "auto":

@@ -47,7 +47,7 @@ def channels_first(pixels, where):
     if pixels.dtype == np.uint8:
         return pixels
     low, high = pixels.min(initial=0), pixels.max(initial=0)
-    top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype == np.uint16 else 255  # by type: alike for all
+    top = 1 if pixels.dtype.kind in "bf" else 65535 if pixels.dtype.str[1:] == "u2" else 255  # by type: alike for all
     if not (low >= 0 and high <= top):
         raise UserError(f"{where}: {pixels.dtype} from {low} to {high}, expected up to 255, uint16, [0, 1]: scale it")
     return np.rint(pixels.astype(np.float64) * (255 / top)).astype(np.uint8)

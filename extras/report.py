@@ -50,7 +50,7 @@ def comparison(about):
     if tests:
         text += (f"\n± standard deviation over seeds. ↑ ↓: differs from the row it is compared with by a paired "
                  f"sign-flip test over seeds, p ≤ {LEVEL}; of {tests} comparisons chance alone would mark "
-                 f"{LEVEL * tests:.1f}.\n")
+                 f"up to {LEVEL * tests:.1f}.\n")
     return text
 
 
@@ -102,6 +102,6 @@ def sign_flip(differences):
     for i, value in enumerate(d):
         halves[i % 2] = np.concatenate((halves[i % 2] - value, halves[i % 2] + value))
     first, second = halves[0], np.sort(halves[1])
-    far = abs(d.sum()) * (1 - 1e-9)
+    far = abs(d.sum()) - 1e-9 * np.abs(d).sum()  # sums that differ by rounding are equal
     inside = np.searchsorted(second, far - first) - np.searchsorted(second, -far - first, side="right")
     return float(1 - np.maximum(inside, 0).sum() / 2.0 ** len(d))

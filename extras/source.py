@@ -42,7 +42,12 @@ def files_behind(ranks, adapter, task, data):
         files += sorted(Path(adapter).glob("adapter*"))
     for split in task_row(task).files if data else ():
         files += find_files(task_row(task), data, split)
-    return sum((sorted(file.rglob("*")) if file.is_dir() else [file] for file in files), [])
+    return sum((sorted(file.rglob("*")) if file.is_dir() else [file] for file in map(Path.resolve, files)), [])
+
+
+def source_of(s):
+    """`source_hash` of a run with these settings."""
+    return source_hash(s.method, s.task, s.ranks, s.adapter, s.data)
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def test_sign_flip_equals_scipys_permutation_test(n):
     wanted = stats.permutation_test((x, y), lambda x, y, axis: (x - y).sum(axis), permutation_type="samples",
                                     vectorized=True, n_resamples=np.inf, alternative="two-sided").pvalue
     assert bench.sign_flip(x - y) == pytest.approx(wanted)
-    assert bench.sign_flip(np.ones(5)) == 2 / 32 and bench.sign_flip([1, -1]) == 1
+    assert bench.sign_flip(np.ones(5)) == 2 / 32 and bench.sign_flip([.1, .2, -.3]) == 1
     assert bench.sign_flip(np.tile([1.0, -1.0], 20)) == 1 and bench.sign_flip(np.ones(20)) == 2 / 2**20
 
 
@@ -179,12 +179,10 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
     """Made-up budgets: half of uniform LoRA's, one that fails above rank 64, one that always fails."""
     budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
               "lelora": lambda r: None}
-
     def make_up(runs, q):
         for run in runs:
             size = budget[run.row](run.s.rank)
             run.line = {"trainable_params": {"mean": size}} if size else None
-
     monkeypatch.setattr(bench, "make", make_up)
     cells = [bench.Run(row, "digits-rot90", 0, ["--method", row], "runs") for row in (*budget, "full")]
     matched = bench.match_budget(cells, None)
@@ -248,13 +246,15 @@ def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("named, shares", [("GPU-a,3", ["GPU-a", "3", "GPU-a"]), ("1", ["1"] * 3), ("", [""] * 3)])
 def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert [env["CUDA_VISIBLE_DEVICES"] for env in bench.environments(3)] == shares
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in bench.devices.environments(3)] == shares
 
 
 @pytest.mark.parametrize("flags, message", [
     ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds: 0: must be"),
-    ("quality --methods lora,nothing", "choose from"), ("quality --methods lalora --match-budget", "add lora"),
-    ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"), ("quality --csv no/x", "no such fol"),
+    ("quality --methods 'lora --seed=7'", "use --meth"), ("quality --picture c.txt", "is written"),
+    ("quality --rank 2 --budgets 1,2", "leave one"), ("quality --methods lora,nothing", "choose from"),
+    ("quality --methods lalora --match-budget", "add lora"), ("quality --csv no/x", "no such fol"),
+    ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"),
     ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --nonsense 1", "unrecognized"),
     ("quality --tune speed=1,2", "--tune speed=1,2"),
     ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
@@ -298,13 +298,14 @@ def test_summary():
     runs = [run_with("LoRA", lora, "accuracy", value, "sst2", i) for i, value in enumerate(better)]
     runs += [run_with("ours", lalora, "accuracy", value - 0.1, "sst2", i) for i, value in enumerate(better)]
     runs += [run_with("LoRA", lora, "accuracy", 0.5, "rte", i) for i in range(4)]
-    about = bench.summarise([*runs, run_with("ours", lalora, "accuracy", None, "rte", 4)])
+    runs += [run_with("ours", lalora, "accuracy", None, "rte", i) for i in (3, 4)]
+    about = bench.summarise(runs, "accuracy")
     about["rows"]["ours"]["trainable_params"]["mean"] = 1000
     rows, text = about["rows"], report.comparison(about)
     assert rows["ours"]["sst2"] == {"mean": pytest.approx(0.6), "std": pytest.approx(np.std(better, ddof=1)),
                                     "seeds": 5, "asked": 5, "difference": pytest.approx(-0.1), "p": 2 / 32}
-    assert rows["ours"]["rte"]["seeds"] == 1 and rows["ours"]["rte"]["p"] is None and rows["ours"]["against"] == "LoRA"
-    assert "↓ | nan | nan | 800 / 1,000 / 800 |" in text and "| LoRA (+25% parameters) |\n" in text
+    assert rows["ours"]["rte"]["seeds"] == 2 and rows["ours"]["rte"]["p"] is None and rows["ours"]["against"] == "LoRA"
+    assert "↓ | nan ± nan | nan ± nan | 800 / 1,000 / 800 |" in text and "| LoRA (+25% parameters) |\n" in text
     assert "| LoRA | **70.0** ± 15.8 | **50.0** ± 0.0 | **57.5** ± 6.5 | 800 |" in text
     runs = [run_with(method, f"{method} --model llama2-7b", name, value, task)
             for task, name, values in (("sst2", "accuracy", (0.5, 0.25)), ("gsm8k", "loss", (1.5, 1.25)))

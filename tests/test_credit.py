@@ -25,7 +25,8 @@ def deal(credit, cost, cap, budget, power):
 @pytest.mark.parametrize("changes", [
     dict(credit_steps=0), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=1.0),
     dict(targets=["up", "down"], credit_cap=1.5), dict(targets=ALL, credit_power=0.0, freeze_a=True),
-    dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL)], ids=str)
+    dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL),
+    dict(credit_share=1e-3)], ids=str)
 def test_credit_and_ranks_are_the_formulas(changes):
     torch.manual_seed(0)
     s = settings(**{"method": "credit", "rank": 2, "credit_steps": 4, "credit_examples": 50, **changes})
@@ -33,7 +34,7 @@ def test_credit_and_ranks_are_the_formulas(changes):
     assert [allocator.examples(step) for step in (1, steps, steps + 1)] == [50, 50, 0]
     names, training = list(allocator.layers), training_of(allocator)
     costs = [layer.out_features + layer.in_features * (not s.freeze_a) for layer in allocator.layers.values()]
-    own = [min(layer.weight.shape) for layer in allocator.layers.values()]
+    cap = [min(*layer.weight.shape, int(s.credit_cap * s.rank)) for layer in allocator.layers.values()]
     credit = np.zeros(len(names))
     for step, (x, labels) in enumerate(batches(steps), start=1):
         merged, updates = Tiny().double(), {}
@@ -51,7 +52,7 @@ def test_credit_and_ranks_are_the_formulas(changes):
         np.testing.assert_allclose(allocator.credit, credit, rtol=1e-4, atol=1e-5 * abs(credit).max())
         assert (allocator.allocations == 1) == (step == steps) and (step == 1) == (not credit.any())
     costs = costs if s.credit_budget == "parameters" else [1] * len(names)
-    budget, cap = s.rank * sum(costs), [min(m, int(s.credit_cap * s.rank)) for m in own]
+    budget = max(s.credit_share * s.rank * sum(costs), min(costs))
     expected = deal(allocator.credit.tolist(), costs, cap, budget, s.credit_power)
     assert list(allocator.ranks().values()) == expected
     spent = sum(k * units for k, units in zip(costs, expected))

@@ -231,6 +231,7 @@ def test_commonsense_is_one_training_set_and_many_tests(tmp_path, caplog):
     derived = write(tmp_path / "mine.py", "import data\nMINE = data.replace(data.TASKS['commonsense'], name='x')")
     task = data.find_task("commonsense", tmp_path)
     assert task.eval_splits == data.find_task(f"{derived}:MINE", tmp_path).eval_splits == ("boolq", "siqa")
+    assert "evaluating on boolq, siqa alone" in caplog.text
     read = data.read(task, tmp_path, "siqa")
     listed, known = ["answer1", "answer2", "answer3"], [f"answer{i}" for i in (1, 2, 3, 4, 5)]
     assert [row["target"] for row in read] == known
@@ -324,8 +325,12 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
         picture.save(folder / file)
     np.save(folder / "i8.npy", grey.astype(np.int64))
     np.save(folder / "rgba.npy", np.stack([grey] * 3 + [255 - grey], -1))
-    expected |= dict.fromkeys(("I16.png", "F.tiff", "i8.npy", "rgba.npy"), np.asarray(made["L.png"].convert("RGB")))
+    greys = ("I16.png", "F.tiff", "i8.npy", "u16.npy", "rgba.npy")
+    expected |= dict.fromkeys(greys, np.asarray(made["L.png"].convert("RGB")))
     expected["turned.png"] = np.rot90(np.asarray(colour), -1)
+    np.save(folder / "u16.npy", (grey.astype(np.uint16) * 257).astype(">u2"))
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
     task = data.find_task("image-folder", tmp_path)
     *rows, last = data.read(task, tmp_path)
     assert task.labels == ("a", "b") and last["label"] == 1 and "not read: *.jpg in no class's folder" in caplog.text

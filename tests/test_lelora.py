@@ -172,7 +172,6 @@ def test_policy_sees_norms_and_current_singular_values():
     layer = allocator.layers["blocks.1.up"]
     strength = (layer.A.norm(dim=1) * layer.B.norm(dim=0)).detach()
     np.testing.assert_allclose(allocator.features[3, 1:9], strength[:8], rtol=1e-5)
-
     allocator.settings.lelora_inputs = "standardised"
     numbers = allocator.characteristics()
     np.testing.assert_allclose(numbers.mean(0), 0, atol=1e-4)

@@ -214,10 +214,3 @@ BAD = [
 @pytest.mark.parametrize("name, content, pattern", BAD)
 def test_bad_input(tmp_path, name, content, pattern):
     read_bad(tmp_path, name if name in data.TASKS else f"{FILE}:{name}", content, pattern, "dev")
-
-
-def test_scipy_is_named_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    write(tmp_path / "jpg" / "image_00001.jpg", "x")
-    with refused("imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
-        data.read(tasks.flowers102, tmp_path)

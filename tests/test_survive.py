@@ -44,7 +44,6 @@ def act_at(name, number, act, *args):
         if next(calls) == number:
             act(*args)
         return function(*given, **options)
-
     setattr(owner, name, acting)
 
 
