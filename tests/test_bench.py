@@ -219,10 +219,11 @@ def test_halves_and_samples_of_rows():
     assert some[0] == sorted(some[0], key=rows.index) and data.drawn(rows, 99, 0)[0] == rows
 
 
-def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypatch):
-    asked = ["--seeds", "1", "--steps", "1", "--methods"]
+def test_runs_that_failed_and_results_of_other_input(tmp_path, capsys):
+    asked, ranks = ["--seeds", "1", "--steps", "1", "--methods"], tmp_path / "ranks.json"
+    ranks.write_text('{"blocks.0.query": 1}')
     with pytest.raises(SystemExit) as stopped:
-        compare(capsys, tmp_path, *asked, "lora,lora --rank 4000")
+        compare(capsys, tmp_path, *asked, f"lora --ranks {ranks},lora --rank 4000")
     out, said = capsys.readouterr()
     about = json.loads(out.splitlines()[-1])
     ((name, message),) = about["failed"].items()
@@ -230,16 +231,15 @@ def test_runs_that_failed_and_results_of_other_source(tmp_path, capsys, monkeypa
     assert stopped.value.code == 1 and str(log) in message and "another version" not in said
     assert "lower the rank" in message and "lower the rank" in log.read_text()
     assert ["digits-rot90" in row for row in about["rows"].values()] == [True, False]
-    (tmp_path / "eval.py").write_text("1")
-    monkeypatch.setattr(bench.source, "source_hash", bench.source.source_hash.__wrapped__)  # without its cache
-    monkeypatch.setattr(bench.source, "__file__", str(tmp_path / "extras" / "source.py"))
-    _, said = compare(capsys, tmp_path, *asked, "lora", "--keep-old")
+    ranks.write_text('{"blocks.0.query": 2}')
+    bench.source.source_hash.cache_clear()
+    _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}", "--keep-old")
     assert "taken as they are" in said and len(results(tmp_path)) == 1
-    _, said = compare(capsys, tmp_path, *asked, "lora")
+    _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     first, second = results(tmp_path)
     assert "1 of 1 results are of another version of the program or its input: made again" in said
     assert first["source"] != second["source"] and first["settings"] == second["settings"]
-    _, said = compare(capsys, tmp_path, *asked, "lora")
+    _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     assert "another version" not in said and len(results(tmp_path)) == 2
 
 
