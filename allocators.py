@@ -536,7 +536,7 @@ class WeightLora(Allocator):
         score = self.score()
         self.best = score.argsort(descending=True, stable=True)[:self.keep]  # now: what becomes 0 may pass a negative
         if last or s.weightlora_threshold == "every":
-            self.omega.masked_fill_(score < score[self.best[-1]], float(s.weightlora_rank_by == "moved"))
+            self.omega.masked_fill_(score < score[self.best].min(), float(s.weightlora_rank_by == "moved"))
         self.gates.data.copy_(self.omega[:, None])
 
     def score(self):
@@ -546,7 +546,7 @@ class WeightLora(Allocator):
 
     def final_ranks(self):
         """{name: rank} after the warm-up; a matrix of rank 0 gets its plain layer back."""
-        return {name: self.final_rank * (i in self.best.tolist()) for i, name in enumerate(self.names)}
+        return dict.fromkeys(self.names, 0) | {self.names[i]: self.final_rank for i in self.best.tolist()}
 
     def log(self):
         selected = {} if self.own else {"selected": {name: int(name in self.layers) for name in self.names}}

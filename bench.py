@@ -432,7 +432,7 @@ class Run:
         run, result = (json.loads((self.out / name).read_text()) for name in ("run.json", "result.json"))
         settled = {name: value for name, value in changed(run["settings"]).items()
                    if name not in ("out", "model", "data", "adapter", "ranks")}  # absolute paths, of this machine
-        return {"row": self.row, "settings": self.settings, "settled": settled, "source": run["source"], **result}
+        return {"row": self.row, "settings": self.settings, "settled": settled, "source": run.get("source"), **result}
 
     def numbers(self, line):
         """{column: {metric: number}} of its line in the results."""
