@@ -40,7 +40,7 @@ def files_behind(ranks, adapter, task, data):
     files = [Path(ranks)] if ranks else []
     if adapter:
         files += sorted(Path(adapter).glob("adapter*"))
-    for split in task_row(task).files if data else ():
+    for split in task_row(task).files if data and task else ():  # unset, the task is the default
         files += find_files(task_row(task), data, split)
     return sum((sorted(file.rglob("*")) if file.is_dir() else [file] for file in map(Path.resolve, files)), [])
 

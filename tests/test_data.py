@@ -692,7 +692,7 @@ def test_results_are_of_their_inputs_too(tmp_path, monkeypatch):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("import beside" + "#" * i)
         hashes.add(source_hash.__wrapped__("mine.py:Policy", "cola", "ranks.json", "adapter", "."))
-    assert len(hashes) == 10
+    assert len(hashes) == 10 and source_hash.__wrapped__("lora", "", data=".")  # "" = the default task
 
 
 def npz(labels=(0, 1, 0), **more):
