@@ -34,7 +34,7 @@ def with_imports(file):
 
 
 def files_behind(ranks, adapter, task, data):
-    """Paths of the files that a run's flags --ranks, --adapter and --data name; a folder of images is its files."""
+    """Paths that a run's flags --ranks, --adapter and --data name: of files, or of folders of images."""
     from data import find_files, task_row  # it imports this module
 
     files = [Path(ranks)] if ranks else []
@@ -42,7 +42,14 @@ def files_behind(ranks, adapter, task, data):
         files += sorted(Path(adapter).glob("adapter*"))
     for split in task_row(task).files if data and task else ():  # unset, the task is the default
         files += find_files(task_row(task), data, split)
-    return sum((sorted(file.rglob("*")) if file.is_dir() else [file] for file in map(Path.resolve, files)), [])
+    return [file.resolve() for file in files if file.exists()]
+
+
+def content(path):
+    """A file's bytes; of a folder the names and sizes of its files, as to read all images takes too long."""
+    if path.is_dir():
+        return repr([(str(file.relative_to(path)), file.stat().st_size) for file in sorted(path.rglob("*"))]).encode()
+    return path.read_bytes()
 
 
 def source_of(s):
@@ -58,11 +65,9 @@ def source_hash(method, task=None, ranks=None, adapter=None, data=None):
     """
     own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
     here, digest = Path(__file__).parents[1], hashlib.sha256()
-    read = [(file.name, file) for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]),
-                                           *sum(map(with_imports, filter(Path.is_file, own)), [])]]
-    read += [("/".join(file.parts[-2:]), file) for file in files_behind(ranks, adapter, task, data) if file.is_file()]
-    for name, file in read:  # an image's class is its folder
-        digest.update(name.encode() + b"\0" + file.read_bytes())
+    for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]),
+                 *sum(map(with_imports, filter(Path.is_file, own)), []), *files_behind(ranks, adapter, task, data)]:
+        digest.update(file.name.encode() + b"\0" + content(file))
     return digest.hexdigest()
 
 

@@ -20,7 +20,6 @@ class WithLoss(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-
     def forward(self, x, labels):
         loss = F.cross_entropy(self.model(x), labels)
         return SimpleNamespace(loss=loss, plain=loss.detach().clone())

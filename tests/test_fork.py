@@ -67,7 +67,6 @@ class Grow(allocators.Allocator):
     def setup(self):
         self.mask = torch.ones(4)
         self.grow(0)
-
     def grow(self, block):
         self.add({name: 4 for name, i, _ in self.sites if i == block})
         self.restored()

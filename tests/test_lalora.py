@@ -17,13 +17,11 @@ class Oracle:
         self.D = float(sum(self.ranks))
         self.start = self.weights = weights  # per block: list of (W_dw (r, d), W_up (m, r))
         self.fisher = [[0.0] * len(block) for block in weights]
-
     def see_gradients(self, grads):
         """Mean with factor 0.9 of the squared gradients of every component, matrices of a block kept apart."""
         for i, block in enumerate(grads):
             for m, (g_dw, g_up) in enumerate(block):
                 self.fisher[i][m] = 0.9 * self.fisher[i][m] + 0.1 * ((g_dw ** 2).sum(1) + (g_up ** 2).sum(0))
-
     def step(self, weights):
         frobenius, fidelity, increase, c = np.linalg.norm, self.s.lalora_fidelity, [], []
         for i in range(self.L):
@@ -56,7 +54,6 @@ class Oracle:
             c = [c_i / (sum(c) / self.L) for c_i in c]
         self.weights = weights
         self.ranks = self.whole([np.exp(c_i) / sum(np.exp(c_j) for c_j in c) * self.D for c_i in c])  # Eq. 8
-
     def whole(self, shares):
         ranks = [1] * self.L
         for _ in range(round(self.D) - self.L):

@@ -207,10 +207,16 @@ BAD = [
     ("cifar100", {"test.bin": bytes(5000)}, "test.bin: 5000 bytes, no multiple of 3074"),
     ("cifar100", {"test": b"\x80\x02}"}, "test: CIFAR's python version is pickled"),
     ("food101", {"meta/train.txt": "a/1\nb/2", "meta/test.txt": "a/1"}, "a/1.jpg: not an image .*No such"),
-    ("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99},
-     "imagelabels.mat: no MATLAB file")]
+    ("flowers102", {"jpg/image_00001.jpg": "x", "imagelabels.mat": "nonsense" * 99}, "imagelabels.mat: no MATLAB file")]
 
 
 @pytest.mark.parametrize("name, content, pattern", BAD)
 def test_bad_input(tmp_path, name, content, pattern):
     read_bad(tmp_path, name if name in data.TASKS else f"{FILE}:{name}", content, pattern, "dev")
+
+
+def test_scipy_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    write(tmp_path / "jpg" / "image_00001.jpg", "x")
+    with refused("imagelabels.mat: reading MATLAB files needs SciPy: pip install scipy"):
+        data.read(tasks.flowers102, tmp_path)
