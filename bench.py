@@ -551,7 +551,10 @@ def quality(argv):
     if q.methods != "all":  # a comma may be part of a flag
         names = "|".join(map(re.escape, allocators.METHODS))
         methods = re.split(rf",\s*(?=(?:{names}|[^\s,]+\.py:\w+)(?:[\s,]|$))", q.methods)
-    rows = {method: shlex.split(method) for method in methods}
+    try:
+        rows = {method: shlex.split(method) for method in methods}
+    except ValueError as error:
+        raise UserError(f"--methods {q.methods}: {error}: close the quotation") from None
     check(q, rows | {"of all": flags}, tuned=grid[0][::2])
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
         if values:
@@ -673,9 +676,8 @@ def tune(cells, q):
 
 
 VARIANTS = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a"}  # settings that go with any policy
-GENERAL = ("what", "adapter", "optimization", "data", "machine")  # groups of settings that are no policy's own
 POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
-    f.name for f in dataclasses.fields(train.Settings) if f.metadata["group"] not in GENERAL}
+    f.name for f in dataclasses.fields(train.Settings) if f.metadata["group"] in train.READERS}
 
 
 def scores(runs, metric=None):
@@ -773,8 +775,7 @@ def summarise(runs, metric=None, free=()):
 def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
     b.device = devices.find_device(b.device)
-    cuda = b.device.startswith("cuda")
-    b.dtype = ("bfloat16" if cuda else "float32") if b.dtype == "auto" else b.dtype
+    cuda = devices.settle(b)
     b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
     if not {*b.modes} <= {"eager", "compiled"}:
         raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")

@@ -368,8 +368,10 @@ class AdamW(torch.optim.Optimizer):
                                      "exp_avg_sq": torch.zeros_like(p)}
             beta1, beta2 = group["betas"]
             grads = [p.grad for p in params]
-            steps, m, v = ([self.state[p][k] for p in params] for k in ("steps", "exp_avg", "exp_avg_sq"))
-            torch._foreach_add_(steps, active)  # a = 0 leaves steps, m, v and p as they are
+            counts, m, v = ([self.state[p][k] for p in params] for k in ("steps", "exp_avg", "exp_avg_sq"))
+            steps = torch._foreach_add(counts, active)  # a = 0 leaves steps, m, v and p as they are
+            for p, count in zip(params, steps):
+                self.state[p]["steps"] = count  # one number, until the parameter has a mask
             torch._foreach_lerp_(m, grads, torch._foreach_mul(active, 1 - beta1))
             torch._foreach_lerp_(v, torch._foreach_mul(grads, grads), torch._foreach_mul(active, 1 - beta2))
             clock = torch._foreach_clamp_min(steps, 1)  # a component that never moved: 0 / 0 otherwise

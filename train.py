@@ -148,6 +148,9 @@ DEFAULTS = {  # by kind of model: the projections that the papers adapt, a task,
     "encoder": (["query", "value"], "cola", ("classify", "regress", "span")),
     "decoder": (["query", "key", "value", "up", "down"], "commonsense", ("lm", "classify", "regress")),
     "vit": (["query", "value"], "digits-rot90", ("image",))}
+READERS = {  # groups of settings that are policies' own
+    "static shapes": ("linear-decay", "attention-heavy", "empirical"), "AdaLoRA": ("adalora",), "La-LoRA": ("lalora",),
+    "WeightLoRA": ("weightlora", "weightlora+", "random"), "credit": ("credit",), "LeLoRA": ("lelora",)}
 BROUGHT = ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks")  # by an --adapter
 
 
@@ -169,16 +172,7 @@ def settle(s, config):
     taken = [f"{name} {unset[name]:g} ({reason})" for name, reason in reasons.items() if name in unset]
     if taken:
         say(f"{s.method}: " + ", ".join(taken))
-    if s.device == "auto":
-        s.device = devices.find_device("auto")  # another is tried when the model is loaded
-    cuda = s.device.startswith("cuda")
-    if dist.is_initialized() and cuda:
-        s.device = devices.own_device()
-    if s.dtype == "auto":  # a model that is trained itself, not through adapters, needs float32's small steps
-        adapters = cuda and allocators.base_method(s.method) not in ("full", "bitfit")
-        s.dtype = "bfloat16" if adapters and torch.cuda.is_bf16_supported() else "float32"
-    if cuda and s.dtype == "float32":
-        torch.set_float32_matmul_precision("high")  # TF32: on a GPU several times as fast
+    cuda = devices.settle(s, adapters=allocators.base_method(s.method) not in ("full", "bitfit"))
     if s.compile == "auto":
         s.compile = "on" if cuda else "off"
     if not s.out:
@@ -220,6 +214,9 @@ def check(s, policy):
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
+    idle = told(f.name for f in dataclasses.fields(s) if s.method not in READERS.get(f.metadata["group"], [s.method]))
+    if idle and s.method in allocators.METHODS:
+        say(f"note: {method} does not read {idle}")
 
 
 # ---------------------------------------------------------------------------------------------- a step and the loop
@@ -517,8 +514,11 @@ class Survival(contextlib.ExitStack):
                 say(f"warning: {folder}: damaged ({error}); trying the checkpoint before it")
         if state:
             say(f"resuming {out} after step {about['step']}")
-            training.restore(state)
-            lora.restore(batches, state, "batches")
+            try:
+                training.restore(state)
+                lora.restore(batches, state, "batches")
+            except KeyError as error:
+                raise UserError(f"{out}: its checkpoints, of another version, lack {error}: start it again") from None
             torch.set_rng_state(state["random.cpu"])
             if s.device.startswith("cuda"):
                 torch.cuda.set_rng_state(state["random.cuda"], s.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 from extras.processes import largest, process_and_count
@@ -55,6 +56,23 @@ def own_device():
     device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(device)
     return device
+
+
+def settle(s, adapters=True):
+    """Fill a program's `device` and `dtype` where they are "auto"; returns whether it runs on a GPU.
+
+    A model that is trained itself, not through `adapters`, needs float32's small steps.
+    """
+    if s.device == "auto":
+        s.device = find_device("auto")
+    cuda = s.device.startswith("cuda")
+    if dist.is_initialized() and cuda:
+        s.device = own_device()
+    if s.dtype == "auto":
+        s.dtype = "bfloat16" if cuda and adapters and torch.cuda.is_bf16_supported() else "float32"
+    if cuda and s.dtype == "float32":
+        torch.set_float32_matmul_precision("high")  # TF32: several times as fast
+    return cuda
 
 
 def forget_peak_memory(device):

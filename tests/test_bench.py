@@ -256,7 +256,7 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
     ("quality --methods lalora --match-budget", "add lora"), ("quality --csv no/x", "no such fol"),
     ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"),
     ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --nonsense 1", "unrecognized"),
-    ("quality --tune speed=1,2", "--tune speed=1,2"),
+    ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --methods \"lora '\"", "close the quotation"),
     ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
     ("quality --tune rank=1,2 --match-budget", "what --match-budget, "),
     ("speed --methods nothing", "choose from"), ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),

@@ -1,5 +1,6 @@
 """What a fork of this project relies on: policies of its own, optimizers of its own, activations, given ranks."""
 
+import contextlib
 import copy
 import json
 
@@ -174,11 +175,19 @@ def test_any_optimizer_holds_components_still(cls, options):
     torch.testing.assert_close(whole.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_late_masks_are_refused():
-    training = train(training_of(allocators.Allocator(Tiny(), settings(), 10)), batches(1))
-    training.allocator.layers["blocks.1.query"].mask_updates(torch.zeros(4))
-    with refused("mask_updates"):
-        train(training, batches(1), first=2)
+@pytest.mark.parametrize("early", [False, True])
+def test_late_masks_hold_or_are_refused_where_there_were_none(early):
+    allocator = allocators.Allocator(Tiny(), settings(), 10)
+    allocator.drop(["blocks.0.query"])
+    allocator.add({"blocks.0.query": 3})
+    if early:
+        allocator.layers["blocks.0.query"].mask_updates(torch.ones(3))
+    training, late = train(training_of(allocator), batches(1)), allocator.layers["blocks.1.query"]
+    late.mask_updates(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    before = late.A.detach().clone()
+    with contextlib.nullcontext() if early else refused("mask_updates"):
+        train(training, batches(3), first=2)
+        assert (late.A != before).any(1).tolist() == [False, True, True, True]
 
 
 def test_muon_is_torchs_on_each_matrix():

@@ -223,6 +223,9 @@ def test_what_cannot_be_resumed_or_started(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert "finished" in refused(train, ["--resume", out], capsys)
     (out / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.allocators.Allocator, "saved", (*train.allocators.Allocator.saved, "nominal"))
+        assert "of another version, lack 'policy.nominal'" in refused(train, ["--resume", out], capsys)
     for file in out.glob("checkpoints/*/state.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     for flags, expected in (("run", "no whole checkpoint"), ("none", "run.json"), ("run --lr 1", "leave the other")):
