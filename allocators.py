@@ -126,9 +126,6 @@ class Allocator:
         own for B and, as in the authors' code, for DoRA's lengths.
         """
         s, init = self.settings, init or self.settings.init
-        twice = [name for name in ranks if name in self.layers]
-        if twice:
-            raise UserError(f"{type(self).__name__}: {twice[0]} has an adapter already: drop it first")
         layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
         for layer in decomposing(layers.values() if init != "lora" else ()):
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
@@ -174,7 +171,7 @@ class Allocator:
         self.order = torch.tensor(order, device=self.device).argsort()
 
     def match_adapters(self, state):
-        """After a restart: drop and add adapters until they are those that `made` names; a g set since `setup`, too."""
+        """After a restart: have the adapters that `made` names, and each g and mask that came after `setup`."""
         now = {name: [layer.rank, layer.generation] for name, layer in self.layers.items()}
         wrong = {name: made for name, made in self.made.items() if made[:2] != now.get(name, [0, 0])}
         current, calls = self.current.clone(), self.calls
@@ -186,8 +183,11 @@ class Allocator:
         self.current.copy_(current)
         self.calls = calls
         for name, layer in self.layers.items():
-            if layer.g is None and f"run.vectors.{name}.g" in state:
-                layer.g = state[f"run.vectors.{name}.g"].to(self.device, copy=True)
+            g, mask = (state.get(f"run.vectors.{name}.{vector}") for vector in ("g", "mask"))
+            if layer.g is None and g is not None:
+                layer.g = g.to(self.device, copy=True)
+            if getattr(layer.A, "active", None) is None and mask is not None:
+                layer.mask_updates(mask[:, 0].to(self.device, copy=True))
 
     def in_model_order(self, parts):
         """The rows of `parts`, one tensor (n_i, ...) for each of `stacks`, as one (n, ...) in the order of `layers`."""

@@ -94,10 +94,10 @@ def settings_for(b, method):
     """train.Settings of a method, uniform LoRA's if it has none; warm-up phases are as short as they can be."""
     return train.Settings(
         method="lora" if method in ("floor", "uniform+validation", "dora") else method, dora=method == "dora",
-        model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4,
-        weight_decay=0.01, seed=b.seed, device=b.device, dtype=b.dtype, init_weights=b.init_weights,
-        batch_size=b.batch_size, max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2,
-        weightlora_examples=0, credit_steps=2, credit_examples=0)
+        model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4, seed=b.seed,
+        weight_decay=0.01, device=b.device, dtype=b.dtype, init_weights=b.init_weights, batch_size=b.batch_size,
+        max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2, weightlora_examples=0,
+        credit_steps=2, credit_examples=0)
 
 
 def random_split(b, base, kind, rows):
@@ -592,13 +592,13 @@ def match_budget(cells, q):
 
     A method's ranks depend on its training, so they are found by training with seed 0: at the rank as it was told,
     then at that times what was too much or too little. Those runs stay in the results and count if they fit. alpha
-    grows with the rank; full, bitfit and an --adapter have none. Raises UserError without the row `lora`.
+    grows with the rank; full, bitfit, --adapter and --ranks have none. Raises UserError without the row `lora`.
     """
     uniform = {(cell.task, cell.point): cell for cell in cells if cell.row.partition(" @ ")[0] == "lora"}
     if not uniform:
         raise UserError("--match-budget compares with uniform LoRA: add lora to --methods")
     told = {cell: cell.filled() for cell in cells
-            if allocators.base_method(cell.s.method) not in ("full", "bitfit") and not cell.s.adapter}
+            if allocators.base_method(cell.s.method) not in ("full", "bitfit") and not (cell.s.adapter or cell.s.ranks)}
     tried, ranks = {cell: [] for cell in told}, {cell: s.rank for cell, s in told.items()}  # ranks: to try next
 
     def budget(run):
@@ -755,7 +755,7 @@ def summarise(runs, metric=None, free=()):
         for column, mine in columns.items():
             theirs = values.get(row["against"], {}).get(column, {})
             pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-            asked = sum(run.row == name and column in run.columns for run in runs)
+            asked = len({run.seed for run in runs if run.row == name and column in (*run.columns, "average")})
             row[column] = {"mean": statistics.fmean(mine.values()), "seeds": len(mine), "asked": asked, "p": None,
                            "std": float(np.std([*mine.values()], ddof=1)) if len(mine) > 1 else None}
             if pairs and not math.isnan(sum(pairs)):

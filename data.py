@@ -113,8 +113,8 @@ def read_table(path, header=None, skip_short=False, quoted=False):
             raise UserError(f"{path} line {reader.line_num}: {error}: mend the CSV quoting") from None
     for number, cells in rows:
         if header is None:
-            header = [name.strip() for name in cells]
-            distinct([(name, None) for name in header if name], f"{path} line {number}: ")
+            header = [name.strip() or f"column {i}" for i, name in enumerate(cells, 1)]
+            distinct([(name, None) for name in header], f"{path} line {number}: ")
         elif len(cells) == len(header):
             yield f"{path} line {number}", dict(zip(header, cells))
         elif len(cells) < len(header) and skip_short:
@@ -337,9 +337,9 @@ def read_image_folder(task, data, split):
     for path in sorted(map(Path, glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))):  # follows links, too
         parts = path.relative_to(root).parts
         hidden = path.name.lower() in ("thumbs.db", "desktop.ini")
-        if path.is_file() and not hidden and len(parts) > 1:
+        if not path.is_dir() and not hidden and len(parts) > 1:  # a link to nowhere is an error
             yield str(path), {"pixels": path, "label": parts[0]}
-        elif path.is_file() and not hidden:
+        elif not path.is_dir() and not hidden:
             note(f"{root}: not read: *{path.suffix} in no class's folder")
 
 
@@ -364,7 +364,7 @@ COLUMNS = [names.split("+") for names in """
 def instruction(task, where, row):
     """Return {prompt, answer} of a row, {target, answers} where answers are scored, {sample} for another program."""
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
-    extra = next((name for name in ("input", "context") if row.get(name)), None)
+    extra = next((name for name in ("input", "context") if row.get(name) not in (None, "", [])), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
     name_unread(where, row, (asks, says, extra, system, "answer", "subject" if task.sources else None))    # MATH's
     answer = last_message(row, says, where) if isinstance(row.get(says), list) else get(row, says, where)
@@ -901,6 +901,6 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
     elif method == "lalora":
         chosen["lalora_gamma"] = round(1.1 * math.log(max(2, rank)) / math.log(8), 3)
         reasons["lalora_gamma"] = f"for rank {rank}: the budget's ceiling is {rank} times its start"
-    elif method in ("weightlora", "weightlora+"):
-        chosen["warmup"], reasons["warmup"] = 0.0, "none, as in its authors' GLUE scripts"
+    elif method in ("weightlora", "weightlora+", "random"):
+        chosen["warmup"], reasons["warmup"] = 0.0, "none, as in WeightLoRA's GLUE scripts"
     return chosen, reasons

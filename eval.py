@@ -1,8 +1,7 @@
 """Metrics, evaluation of a checkpoint or a run, generation scoring and reports.
 
     python eval.py runs/lora-vit-digits-digits-rot90-0           # a run again: the identical numbers
-    python eval.py roberta-base --task cola --data glue/         # an untouched model
-    python eval.py roberta-base --task cola --adapter FOLDER     # an adapter that PEFT made, say
+    python eval.py roberta-base --task cola [--adapter FOLDER]   # an untouched model, or with an adapter of PEFT's
     python eval.py merge runs/lora-roberta-base-cola-0 merged    # a checkpoint with the adapter in its weights
     python eval.py --plot runs/quality/*                         # pictures of a run or of several (needs matplotlib)
 
@@ -88,8 +87,7 @@ def evaluate(model, task, split, batch_size, tokenizer=None, generate=True, scor
     Language models also get `loss` and `perplexity` per answer token, and with `generate` the share of rows whose
     answer is right: what the task extracts from the text that the model generates, or with score="likelihood" the one
     of the allowed answers with the highest log-probability (not divided by length: they are about as long). A list
-    `samples` gets a dict per generated text. The order of rows and batches is fixed. Raises UserError if the model's
-    outputs are not finite.
+    `samples` gets a dict per generated text. Rows have a fixed order. UserError: the model's outputs are not finite.
     """
     was_training = model.training
     model.eval()
@@ -147,8 +145,7 @@ def validation(model, kind, split, device):
     @torch.no_grad()
     def loss():
         model.eval()
-        total = (token_loss(model, inputs, labels) if kind == "lm"
-                 else criterion(kind, logits(model, inputs), labels))
+        total = token_loss(model, inputs, labels) if kind == "lm" else criterion(kind, logits(model, inputs), labels)
         model.train()
         value = total / labels.numel()
         if dist.is_initialized():  # all compute it, but one rounding apart they would part ways
@@ -288,7 +285,7 @@ def load(s, task, adapted=False):
     by_number = {str(number): name for name, number in others.items()} if isinstance(others, dict) else {}
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names) and by_number.keys() == {*map(str, range(len(names)))}:
         names = [by_number[str(i)] for i in range(len(names))]
-    if task.labels and config.raw.keys() & {"id2label", "num_labels"}:
+    if task.labels and (len(task.labels) == 2 or config.raw.keys() & {"id2label", "num_labels"}):  # 2: unsaid
         outputs, remark = match_labels(names, task.labels)
     shard = getattr(s, "shard", False)  # then no device has to hold the whole model, nor the host one for each process
     model = models.load(s.model, task.kind if task.kind in ("lm", "span") else "classify", count,

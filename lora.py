@@ -35,6 +35,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__()
+        if isinstance(linear, LoraLinear):
+            raise UserError("a matrix to adapt has an adapter already: drop it, or lora.detach it, first")
         self.linear = linear
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.rank, self.scale, self.dropout = rank, scale, dropout
@@ -50,8 +52,7 @@ class LoraLinear(nn.Module):
     def split_off(self, A, B):
         """Make the part B A of W the adapter, B (out, R) and A (R, in), both over sqrt(s): it leaves the frozen weight.
 
-        A and s B are rounded to W's dtype, in which they are computed, so that the layer adds what was taken off W.
-        There is no dropout from here on, which would drop parts of W.
+        A and s B are rounded to W's dtype, in which they are computed: the layer adds what left W, without dropout.
         """
         if hasattr(self.linear, "dequantised"):
             raise UserError("--weights int8: LeLoRA, PiSSA and MiLoRA take components off W itself; leave it out")
@@ -76,7 +77,7 @@ class LoraLinear(nn.Module):
         if self.enabled and not self.merged:
             h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
             y.addmm_(h, transposed(self.scaled_B(), x.dtype))  # in place: y is read once
-        elif not self.enabled and self.start is not None:  # the original W is this one and what was split off
+        elif not (self.enabled or self.merged or self.start is None):  # W was this one and what was split off
             A, B = (t.to(x.device, x.dtype) for t in self.start)
             y = y + self.scale * (flat @ A.T @ B.T)
         return y.view(*x.shape[:-1], -1)
@@ -270,6 +271,8 @@ def singular_windows(weight, R):
 
     Windows of 64 components are kept in `cache_folder`, by W's content, and those of lower rank cut from them.
     """
+    if not weight.isfinite().all():
+        raise UserError(f"a matrix {list(weight.shape)} of the model has nan or inf in it: its weights are damaged")
     m, key = min(weight.shape), hashlib.sha256(weight.contiguous().cpu().view(torch.uint8).numpy())
     kept = min(max(R, 64), m)
     key.update(f"{tuple(weight.shape)} {weight.dtype} {kept}".encode())

@@ -369,8 +369,7 @@ class Linear(nn.Linear):
 class TokenLoss(torch.autograd.Function):
     """Sum of the cross-entropies of logits x W^T: x (N, D), W (V, D), labels (N,) long -> 0-d float32.
 
-    Gradients are computed along with the loss (as in Liger-Kernel, Hsu et al. 2024), in chunks of rows: memory never
-    holds more than 2^25 of the (N, V) logits.
+    Gradients are computed with the loss (as in Liger-Kernel, Hsu et al. 2024), by rows: of 2^25 logits at a time.
     """
 
     @staticmethod
@@ -401,7 +400,7 @@ class TokenLoss(torch.autograd.Function):
 
 def dropout(x, p):
     """Dropout whose mask takes 16 random bits per entry: drawing is most of dropout's time on a CPU."""
-    if x.device.type != "cpu" or p == 0 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or p in (0, 1) or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
     keep = bits[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
@@ -731,8 +730,8 @@ class Decoder(Transformer):
         at = torch.arange(start, start + T, device=x.device) if position_ids is None else position_ids
         if self.family == "gpt2":
             if start + T > self.max_length:
-                raise UserError(f"{start + T} tokens, but the model has {self.max_length} positions: "
-                                 "lower --max-length")
+                raise UserError(f"{start + T} tokens, but the model has {self.max_length} positions: lower "
+                                "--max-length, or where text is generated leave out long prompts, which stay whole")
             x = self.dropout(x + self.positions(at))
         else:
             turn = torch.cat((at[..., None] * self.frequencies,) * 2, -1)  # (T, D) or (B, T, D)
@@ -809,14 +808,13 @@ DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_rep
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
          mapped=False, outputs=None, int8=False, changes=None):
-    """Build the model `name` (see `resolve`) in evaluation mode with all parameters frozen.
+    """Build the model `name` (see `resolve`) in evaluation mode, all parameters frozen; UserError: anything wrong.
 
     head: "lm" (decoders), "span" (encoders) or "classify" (`num_labels` outputs, 1 for regression; by default as many
     as the checkpoint has); None is what the checkpoint was saved as. weights="random" draws all from `seed`, as what
     `model.fresh` names. `mapped` leaves on the CPU what has the `dtype` in the file: pages that all processes of a
     machine share. `outputs`: indices of the checkpoint's outputs that become the model's, [] for a new head; by default
     all, if they are as many. `int8` keeps the blocks' matrices as extras/int8.py's; `changes` override the config.json.
-    Raises UserError for anything wrong.
     """
     config, folder = find_config(name, weights, changes)
     kind = model_class(config)

@@ -3,8 +3,7 @@
     python train.py                                              # the embedded default: a small ViT, offline
     python train.py --method lelora --model llama2-7b            # any method, any model
     python train.py --method lora --model roberta-base --task cola --data glue/
-    python train.py --method my_policy.py:MyPolicy               # a policy in a file of your own
-    python train.py --task my_tasks.py:MY_TASK --data mine/      # a task in one, see data.Task
+    python train.py --method mine.py:Policy --task mine.py:TASK  # a policy and a task (data.Task) of your own
     torchrun --nproc-per-node 8 train.py --model llama3-8b       # the same numbers on 8 GPUs; --shard: FSDP
 
 Progress goes to stderr; the last line on stdout is one JSON object with the result.

@@ -51,7 +51,8 @@ def save_adapter(model, folder, base, task_type=None, head=True):
     tensors = {f"base_model.model.{path}": tensor.contiguous().cpu() for path, tensor in tensors.items()}
     labels = {"labels": json.dumps(model.labels)} if heads and getattr(model, "labels", ()) else {}
     with publish(Path(folder)) as part:
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"} | labels)
+        one = labels or {"format": "pt"}  # safetensors writes several entries in any order
+        save_file(tensors, part / "adapter_model.safetensors", metadata=one)
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -99,7 +100,7 @@ def load_adapter(model, folder):
         if of_outputs and tensor.dim():
             tensor = tensor[rows_of_head(model, config["labels"], len(tensor), file)]
         if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
-            found.setdefault(tuple(ours), {})[match[2] or match[3]] = tensor
+            found.setdefault((match[1], *ours), {})[match[2] or match[3]] = tensor
         elif base is not None and ours[0].startswith(top) and base.shape == tensor.shape:
             base.copy_(tensor)  # a copy: the tensor may be a view of the file
             changed.add(ours[0])
@@ -112,8 +113,8 @@ def load_adapter(model, folder):
     if untrained and top:
         raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
                         "saved without its trained head")
-    for stored, parts in found.items():
-        layers |= layers_of(model, [name.removesuffix(".weight") for name in stored], parts, config, file)
+    for (path, *stored), parts in found.items():
+        layers |= layers_of(model, path, [name.removesuffix(".weight") for name in stored], parts, config, file)
     for name in [name for name in layers if not name.startswith("blocks.")]:  # the policies give rank to blocks alone
         layers.pop(name).merge()
         changed.add(f"{name}.weight")
@@ -126,9 +127,12 @@ def load_adapter(model, folder):
     return layers
 
 
-def layers_of(model, names, parts, config, file):
-    """The layers, {name: LoraLinear}, not yet in place, of the matrices `names`, one below the other, from tensors."""
-    linears, path = [model.get_submodule(name) for name in names], model.hf_name(names[0], module=True)
+def layers_of(model, path, names, parts, config, file):
+    """The layers, {name: LoraLinear}, not yet in place, of the matrices `names`, one below the other, from tensors.
+
+    `path` is the file's name of what they are together.
+    """
+    linears = [model.get_submodule(name) for name in names]
     rows, n_in = [linear.out_features for linear in linears], linears[0].in_features
     shapes, n_out = {part: tuple(tensor.shape) for part, tensor in parts.items()}, sum(rows)
     rank, dora = next(iter(shapes.get("A", ())), 0), config["use_dora"]

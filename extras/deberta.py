@@ -36,12 +36,12 @@ class DebertaBlock(Block):
         """
         (B, H, Q, _), table, scores = q.shape, self.dropout(table)[None], 0
         bucket = bucket[:Q].expand(B, H, -1, -1)
-        shared = self.config.share_att_key  # positions are projected as content is
+        shared = self.config.share_att_key  # positions are projected as content is; hooks see that alone
         if self.config.c2p:
-            position = self.key(table) if shared else self.position_key(table)  # (1, R, H * D)
+            position = self.key.forward(table) if shared else self.position_key(table)  # (1, R, H * D)
             scores = (q @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket)
         if self.config.p2c:
-            position = self.query(table) if shared else self.position_query(table)
+            position = self.query.forward(table) if shared else self.position_query(table)
             scores = scores + (k @ split_heads(position * self.scale, self.head_dim).mT).gather(-1, bucket.mT).mT
         return scores
 

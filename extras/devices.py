@@ -90,7 +90,7 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     try:  # the system's own peak (getrusage) would begin with what the starting process held
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    except OSError:
+    except (OSError, TypeError):  # not there, or without that line, as in gVisor
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

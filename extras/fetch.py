@@ -36,7 +36,8 @@ def fetch(task, split, there):
                     unpack(part, folder)
                 else:
                     os.replace(part, path)
-        except (OSError, HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        except (OSError, ValueError, HTTPException, zipfile.BadZipFile, tarfile.TarError, zlib.error,
+                EOFError) as error:
             raise UserError(f"cannot fetch {address} ({error or type(error).__name__}): run this again, or download it "
                             f"elsewhere and {'unpack' if archive else 'put'} it into {folder}, or name a folder with "
                             "its files by --data") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import UserError, find_config, read_settings
+from model import UserError, find_config, note, read_settings
 
 
 def pillow(path):
@@ -24,6 +24,8 @@ def read_image(path):
             return channels_first(np.load(path, allow_pickle=False), path)
         PIL = pillow(path)
         with PIL.Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                note(f"{path.parent}: of images with several frames, as {path.name[:40]!a}, only the first is read")
             image = PIL.ImageOps.exif_transpose(image)
             if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):    # those are grey
                 image = image.convert("RGB")

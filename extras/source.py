@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from model import UserError
+from model import UserError, digest
 
 
 @functools.cache
@@ -33,11 +33,13 @@ def with_imports(file):
     return [Path(module.__file__) for module in finder.modules.values() if module.__file__]
 
 
-def files_behind(ranks, adapter, task, data):
-    """Paths that a run's flags --ranks, --adapter and --data name: of files, or of folders of images."""
+def files_behind(ranks, adapter, task, data, model):
+    """Paths that a run's flags --ranks, --adapter, --data and --model name: of files, or of folders of images."""
     from data import find_files, task_row  # it imports this module
 
-    files = [Path(ranks)] if ranks else []
+    files = [Path(ranks) / "ranks.jsonl" if Path(ranks).is_dir() else Path(ranks)] if ranks else []
+    if model:  # a folder, or a name that there is none of
+        files += sorted(f for f in Path(model).expanduser().glob("*") if f.suffix in (".json", ".safetensors", ".txt"))
     if adapter:
         files += sorted(Path(adapter).glob("adapter*"))
     for split in task_row(task).files if data and task else ():  # unset, the task is the default
@@ -45,8 +47,16 @@ def files_behind(ranks, adapter, task, data):
     return [file.resolve() for file in files if file.exists()]
 
 
+@functools.cache
+def weights_digest(path, changed):
+    """SHA-256 of weights, of many GB perhaps, as they were when they last `changed`."""
+    return digest(path)
+
+
 def content(path):
-    """A file's bytes; of a folder the names and sizes of its files, as to read all images takes too long."""
+    """A file's bytes, of weights a digest; of a folder the names and sizes of its files, as images may be many."""
+    if path.suffix == ".safetensors" and path.stat().st_size:  # an empty file cannot be mapped
+        return weights_digest(path, path.stat().st_mtime_ns).encode()
     if path.is_dir():
         return repr([(str(file.relative_to(path)), file.stat().st_size) for file in sorted(path.rglob("*"))]).encode()
     return path.read_bytes()
@@ -54,21 +64,22 @@ def content(path):
 
 def source_of(s):
     """`source_hash` of a run with these settings."""
-    return source_hash(s.method, s.task, s.ranks, s.adapter, s.data)
+    return source_hash(s.method, s.task, s.ranks, s.adapter, s.data, s.model)
 
 
 @functools.cache
-def source_hash(method, task=None, ranks=None, adapter=None, data=None):
+def source_hash(method, task=None, ranks=None, adapter=None, data=None, model=None):
     """SHA-256 of the program's source, of the method's and task's own `file.py:Name`, and of the files behind flags.
 
     The source is that at the top and in extras/, and what an own file imports from beside it.
     """
     own = [Path(place.rpartition(":")[0]).expanduser() for place in (method, task or "") if ":" in place]
-    here, digest = Path(__file__).parents[1], hashlib.sha256()
+    here, whole = Path(__file__).parents[1], hashlib.sha256()
     for file in [*sorted([*here.glob("*.py"), *here.glob("extras/*.py")]),
-                 *sum(map(with_imports, filter(Path.is_file, own)), []), *files_behind(ranks, adapter, task, data)]:
-        digest.update(file.name.encode() + b"\0" + content(file))
-    return digest.hexdigest()
+                 *sum(map(with_imports, filter(Path.is_file, own)), []),
+                 *files_behind(ranks, adapter, task, data, model)]:
+        whole.update(file.name.encode() + b"\0" + content(file))
+    return whole.hexdigest()
 
 
 def commit():

@@ -158,8 +158,8 @@ def special_tokens(backend, names, kind):
                  f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
     tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
     tokens = {key: token for key, token in tokens.items() if token}
-    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens")
-    extra = [content(token) for token in extra] if isinstance(extra, list) else []
+    extra, more = names.get("extra_special_tokens") or [], names.get("additional_special_tokens") or []
+    extra = [content(token) for token in [*(extra.values() if isinstance(extra, dict) else extra), *more]]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     new = [token for token in [*tokens.values(), *extra] if token and token not in known]
     backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in dict.fromkeys(new)])

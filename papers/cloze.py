@@ -59,7 +59,7 @@ def encode_choices(task, rows, tokenizer, max_length):
 def evaluate_choices(model, task, split, batches):
     """Return {accuracy, accuracy_norm}: shares of the rows whose right answer has the highest log-probability.
 
-    accuracy_norm: divided by the answer's number of bytes (the harness's acc_norm). Ties go to the first answer.
+    accuracy_norm: divided by the answer's number of characters (the harness's acc_norm). Ties go to the first answer.
     """
     counts = [len(row["answers"]) for row in split.rows]
     first, right = np.cumsum([0, *counts]), {"accuracy": 0, "accuracy_norm": 0}
@@ -72,7 +72,7 @@ def evaluate_choices(model, task, split, batches):
         require_finite(scores, model)
         for i, mine in zip(indices, scores.split([counts[i] for i in indices])):
             row = split.rows[i]
-            lengths = torch.tensor([len(text.strip().encode()) for text in row["answers"]])
+            lengths = torch.tensor([len(text.strip()) for text in row["answers"]])
             right["accuracy"] += row["answers"][mine.argmax()] == row["answer"]
             right["accuracy_norm"] += row["answers"][(mine / lengths).argmax()] == row["answer"]
     return {name: count / len(split) for name, count in right.items()}

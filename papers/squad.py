@@ -27,8 +27,7 @@ def read_squad(version2, task, data, split):
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:
-        _, whole = next(read_json(path), (path, {}))  # an empty list has none
-        for article in whole["data"]:
+        for article in (article for _, whole in read_json(path) for article in whole["data"]):
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     where, span = f"{path} question {asked['id']}", None

@@ -687,12 +687,13 @@ def test_results_are_of_their_inputs_too(tmp_path, monkeypatch):
     """Another byte in an own file, in what it imports from beside it, or in a flag's file is another run."""
     from extras.source import source_hash
     monkeypatch.chdir(tmp_path)
-    named, hashes = ["mine.py", "beside.py", "ranks.json", "adapter/adapter_model.safetensors", "CoLA/train.tsv"], set()
-    for i, name in enumerate([*named, "README.md", *named]):  # once to make it, once to change it
+    named, hashes = ["mine.py", "beside.py", "ranks/ranks.jsonl", "adapter/adapter_model.safetensors", "CoLA/train.tsv",
+                     "model/model.safetensors"], set()
+    for i, name in enumerate([*named, "ranks/picture.png", *named]):  # once to make it, once to change it
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("import beside" + "#" * i)
-        hashes.add(source_hash.__wrapped__("mine.py:Policy", "cola", "ranks.json", "adapter", "."))
-    assert len(hashes) == 10 and source_hash.__wrapped__("lora", "", data=".")  # "" = the default task
+        hashes.add(source_hash.__wrapped__("mine.py:Policy", "cola", "ranks", "adapter", ".", "model"))
+    assert len(hashes) == 12 and source_hash.__wrapped__("lora", "", data=".")  # "" = the default task
 
 
 def npz(labels=(0, 1, 0), **more):
