@@ -151,6 +151,8 @@ READ = {
     "a second text, a second label": (
         {"train.jsonl": jsonl({"text": "t", "tweet": "5", "label": n, "score": n} for n in (1, 2, 3))},
         ["t"] * 2, [1, 2], "train.jsonl: not read: columns 'tweet', 'score'"),
+    "a column without a name": (dict.fromkeys(("train.csv", "dev.csv"), ",text,label,\nc,a,1,\nd,b,0,\n"),
+                                ["a", "b"], [1, 0], "not read: column 'column 1'"),
     "files that are not read": (dict.fromkeys(("train.tsv", "dev.tsv"), "text\tlabel\nc\tx\nd\ty\n") | dict.fromkeys(
         ("train.csv", "train.tsv.gz", "test.csv", "README.txt"), "x"), ["c", "d"], [0, 1],
         ": rows are read from dev.tsv, train.tsv, not 'test.csv, train.csv, train.tsv.gz'"),
@@ -323,6 +325,8 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
     made["F.tiff"] = Image.fromarray((ramp / 255).astype(np.float32))
     for file, picture in made.items():
         picture.save(folder / file)
+    made["P.png"].save(folder / "two.gif", save_all=True, append_images=[made["P.png"].rotate(180)])
+    expected["two.gif"] = expected["P.png"]
     np.save(folder / "i8.npy", grey.astype(np.int64))
     np.save(folder / "rgba.npy", np.stack([grey] * 3 + [255 - grey], -1))
     greys = ("I16.png", "F.tiff", "i8.npy", "u16.npy", "rgba.npy")
@@ -334,6 +338,10 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
     task = data.find_task("image-folder", tmp_path)
     *rows, last = data.read(task, tmp_path)
     assert task.labels == ("a", "b") and last["label"] == 1 and "not read: *.jpg in no class's folder" in caplog.text
+    (folder / "lost.png").symlink_to("/nowhere")
+    with refused("lost.png: not an image"):
+        encoded(settings(tmp_path), *(row["pixels"] for row in data.read(task, tmp_path)))
+    (folder / "lost.png").unlink()
     assert {row["pixels"].name for row in rows if row["label"] == 0} == expected.keys()
     for row in rows:
         file, pixels = row["pixels"].name, data.read_image(row["pixels"]).transpose(1, 2, 0)
@@ -446,7 +454,7 @@ OVERRIDES = {
     "added": ("Bert", {"added_tokens_decoder": {"900": {"content": "quick", "normalized": False},
                                                 "5": {"content": "fox", "special": True}}}),
     "electra": ("Bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
-    "extra": ("Roberta", FAST | {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
+    "extra": ("Roberta", FAST | {"extra_special_tokens": {"a_token": "fox"}, "pad_token": "<|pad|>", "mask_token": "dog"}),
     "roberta": ("Roberta", {}, "roberta"), "roberta space": ("Roberta", {"add_prefix_space": True}, "roberta"),
     "gpt2": ("GPT2", {"add_prefix_space": True}, "gpt2"), "eos": ("Roberta", FAST | {"add_eos_token": True}),
     "llama": ("Llama", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}),
@@ -616,7 +624,7 @@ PAPERS = [
     ("rte", "roberta", 768, dict(method="adalora", rank=4), dict(alpha=16 * 6, lr=1.2e-3)),
     ("boolq", "llama", 4096, dict(method="adalora", adalora_init_ratio=1.25), dict(alpha=16 * 40, lr=6e-4)),
     ("rte", "roberta", 768, dict(method="lalora", rank=64), dict(lalora_gamma=2.2)),
-    ("rte", "roberta", 768, dict(method="weightlora+"), dict(warmup=0))]
+    *(("rte", "roberta", 768, dict(method=method), dict(warmup=0)) for method in ("weightlora+", "random"))]
 
 
 @pytest.mark.parametrize("name, family, size, method, expected", PAPERS)
@@ -783,11 +791,14 @@ def serve(mirror, task, bodies):
     return replace(task, sources=tuple(sources))
 
 
-def test_fetch_archive(tmp_path, mirror):
+def test_fetch_archive(tmp_path, mirror, monkeypatch):
     """Missing, damaged, cut off, then all of it, once; no member gets out of the folder."""
     with refused("--task npz needs --data"):    # also if the labels are those of the digits
         data.read(replace(TASKS["npz"], labels=data.DIGITS))
     with refused("cannot fetch https://.*commonsense_170k.json .*, or download it elsewhere and put"):
+        data.read(TASKS["commonsense"])
+    with monkeypatch.context() as patch, refused("cannot fetch https://.*unknown url type"):
+        patch.setenv("RANKS_MIRROR", "/some/folder")
         data.read(TASKS["commonsense"])
     mirror.asked.clear()
     members = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/original/more.txt": "x"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from test_data import jsonl, write
 from test_model import saved
 from test_peft import made_by_peft
@@ -149,6 +150,13 @@ def loaded(model, task, folder, **changes):
     return task, model, processor.tokenizer, processor.evaluation(s)
 
 
+def test_two_outputs_without_names_are_said_to_be_the_datas_in_order(tmp_path, caplog):
+    """transformers writes no id2label of two."""
+    _, file = bert(tmp_path, UNNAMED[:2], ["real", "fake"])
+    loaded(tmp_path, "text-classification", file)
+    assert "its outputs have no names: taken to be fake, real in this order" in caplog.text
+
+
 @pytest.mark.parametrize("names, rows", [(MOOD, [2, 1, 0]), (MOOD[::2], [2, 0])])
 def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(names, rows, tmp_path):
     """The base's, and an adapter's on it, made by PEFT or saved here."""
@@ -164,6 +172,7 @@ def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(names, ro
         wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
         adapter_files.load_adapter(model, tmp_path / "adapter")     # whose head has the base's order, ours the data's
         adapter_files.save_adapter(model, tmp_path / "ours", "base")
+        assert len(safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt").metadata()) == 1  # else in any order
         again = loaded(tmp_path, "text-classification", file)[1]
         adapter_files.load_adapter(again, tmp_path / "ours")
         expected = wrapped(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, rows]
@@ -237,7 +246,7 @@ def test_answers_own_texts(checkpoints, tmp_path, caplog):
     """papers/cloze.py: both accuracies are those of transformers' log-probabilities; it trains."""
     random, asked, rows = np.random.default_rng(3), [], []
     for i in range(30):
-        answers = [" ".join(random.choice(WORDS, size=random.integers(1, 6))) for _ in range(3 + i % 3)]
+        answers = [" ".join(random.choice([*WORDS, "ééé"], size=random.integers(1, 6))) for _ in range(3 + i % 3)]
         asked.append((" ".join(random.choice(WORDS, size=5)), answers, random.integers(len(answers))))
         listed = " ".join(f"Answer{k}: {text}" for k, text in enumerate(answers, 1))
         names = "/".join(f"answer{k + 1}" for k in range(len(answers)))

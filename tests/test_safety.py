@@ -8,8 +8,6 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import time
 
@@ -19,8 +17,6 @@ import torch
 from tiny import ROOT, refused
 
 import data
-import eval as evaluation
-import lora
 import model as models
 import train
 from extras import adapter_files, devices, fetch
@@ -46,17 +42,6 @@ def test_no_source_runs_code_from_data():
                 node.value = ""  # of texts nothing runs
         for line in ast.unparse(source).splitlines():
             assert not FORBIDDEN.search(line), f"{path.name}: {line}"
-
-
-def test_installed_packages_do_not_hide_its_folders(tmp_path):
-    """There is an `extras` on the package index; a folder without __init__.py would give way to it."""
-    for name in ("extras", "papers"):
-        (tmp_path / "site" / name).mkdir(parents=True)
-        (tmp_path / "site" / name / "__init__.py").touch()
-    program = "import extras, papers; print(extras.__file__, papers.__file__)"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    said = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
-    assert said.split() == [str(ROOT / name / "__init__.py") for name in ("extras", "papers")]
 
 
 class Payload(str):
@@ -182,22 +167,10 @@ HOSTILE = ["{0.__class__.__init__.__globals__}", "%s %(name)s %n {}{instruction}
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_text_is_text(text, tmp_path, monkeypatch, capsys):
-    """From the file through the template to the messages, every character stays, and nothing runs."""
+def test_text_is_text(text, tmp_path, monkeypatch):
+    """From the file through the template every character stays, and nothing runs."""
     monkeypatch.chdir(tmp_path)
-
-    def read(task, file, content):
-        (tmp_path / file).write_text(content)
-        return data.read(data.find_task(task, file), file)
-
-    row = read("instructions", "train.json", json.dumps([{"instruction": text, "input": text, "output": text}] * 12))[0]
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": text, "input": text, "output": text}] * 12))
+    row = data.read(data.TASKS["instructions"], "train.json")[0]
     assert row["answer"] == text and row["prompt"] == data.prompt("<1>", "<1>").replace("<1>", text)
-    labels = "\n".join(json.dumps({"text": text, "label": label}) for label in (text, "other", "x"))
-    assert read("text-classification", "train.jsonl", labels)[0]["text"] == text
-    assert text in data.find_task("text-classification", "train.jsonl").labels
-    first = text.splitlines()[0]
-    with pytest.raises(SystemExit, match="2"):
-        evaluation.command(lambda: read("text-regression", "scores.tsv", "sentence\tscore\n" + f"x\t{first}\n" * 12))
-    line = capsys.readouterr().err
-    assert repr(first[:40]) in line and line.count("\n") == 1
     assert not (tmp_path / "canary").exists()
