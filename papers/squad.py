@@ -23,7 +23,10 @@ from model import UserError, require_finite
 
 
 def read_squad(version2, task, data, split):
-    """SQuAD's own layout, where in version 2 some questions have no answer, as {id, text: question, pair: context, answers, span: the first one's characters or None}."""
+    """SQuAD's own layout, where in version 2 some questions have no answer.
+
+    Rows are {id, text: question, pair: context, answers, span: the first one's characters or None}.
+    """
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:

@@ -454,7 +454,7 @@ OVERRIDES = {
     "added": ("Bert", {"added_tokens_decoder": {"900": {"content": "quick", "normalized": False},
                                                 "5": {"content": "fox", "special": True}}}),
     "electra": ("Bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
-    "extra": ("Roberta", FAST | {"extra_special_tokens": {"a_token": "fox"}, "pad_token": "<|pad|>", "mask_token": "dog"}),
+    "extra": ("Roberta", FAST | {"extra_special_tokens": {"a": "fox"}, "pad_token": "<|pad|>", "mask_token": "dog"}),
     "roberta": ("Roberta", {}, "roberta"), "roberta space": ("Roberta", {"add_prefix_space": True}, "roberta"),
     "gpt2": ("GPT2", {"add_prefix_space": True}, "gpt2"), "eos": ("Roberta", FAST | {"add_eos_token": True}),
     "llama": ("Llama", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}),

@@ -172,7 +172,7 @@ def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(names, ro
         wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(target_modules=["query"])).eval()
         adapter_files.load_adapter(model, tmp_path / "adapter")     # whose head has the base's order, ours the data's
         adapter_files.save_adapter(model, tmp_path / "ours", "base")
-        assert len(safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt").metadata()) == 1  # else in any order
+        assert len(safe_open(tmp_path / "ours/adapter_model.safetensors", "pt").metadata()) == 1  # else in any order
         again = loaded(tmp_path, "text-classification", file)[1]
         adapter_files.load_adapter(again, tmp_path / "ours")
         expected = wrapped(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, rows]

@@ -141,7 +141,8 @@ RUNS.remove(("bitfit", "decoder"))  # has no biases
 
 
 @pytest.mark.parametrize("method, place", RUNS)
-def test_runs_learn_and_what_they_save_is_what_they_trained(method, place, checkpoints, texts, tmp_path, monkeypatch, capsys):
+def test_runs_learn_and_what_they_save_is_what_they_trained(method, place, checkpoints, texts, tmp_path, monkeypatch,
+                                                            capsys):
     """The saved adapter on a fresh model, or the saved model, computes what was evaluated, and the budget adds up."""
     model, task, folder = PLACES[place]
     own = ["--limit-train", 200, "--limit-eval", 100, "--weights", "int8" if place == "8 bits" else "float"]
