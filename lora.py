@@ -35,8 +35,6 @@ class LoraLinear(nn.Module):
 
     def __init__(self, linear, rank, scale, dropout=0.0, device=None):
         super().__init__()
-        if isinstance(linear, LoraLinear):
-            raise UserError("a matrix to adapt has an adapter already: drop it, or lora.detach it, first")
         self.linear = linear
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.rank, self.scale, self.dropout = rank, scale, dropout
@@ -213,6 +211,8 @@ def attach(model, ranks, alpha, dropout=0.0, nominal=None, scaling="nominal", de
     layers = {}
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
+        if isinstance(linear, LoraLinear):
+            raise UserError(f"{name} has an adapter already: drop it, or lora.detach it, first")
         most = min(linear.out_features, linear.in_features)
         if not 0 <= rank <= most:
             raise UserError(f"--rank: {rank} components for {name}, which has {most}; lower the rank")

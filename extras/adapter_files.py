@@ -133,6 +133,8 @@ def layers_of(model, path, names, parts, config, file):
     `path` is the file's name of what they are together.
     """
     linears = [model.get_submodule(name) for name in names]
+    if any(isinstance(linear, LoraLinear) for linear in linears):
+        raise UserError(f"{file}: {path} has an adapter already: lora.detach it first")
     rows, n_in = [linear.out_features for linear in linears], linears[0].in_features
     shapes, n_out = {part: tuple(tensor.shape) for part, tensor in parts.items()}, sum(rows)
     rank, dora = next(iter(shapes.get("A", ())), 0), config["use_dora"]
