@@ -73,7 +73,7 @@ class Settings:
     optimizer: str = setting("adamw", "optimization", "muon: for A and B, AdamW for the rest", ("adamw", "sgd", "muon"))
     lr: float = setting(None, "optimization", "peak learning rate; adalora: its authors', or twice LoRA's", low=1e-9)
     weight_decay: float = setting(None, "optimization", "decoupled (sgd: L2); none on A, B of W's components")
-    warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora: none")
+    warmup: float = setting(None, "optimization", "below 1 a share of all steps, else steps; weightlora, random: 0")
     schedule: str = setting("linear", "optimization", "learning rate after warm-up", ("linear", "cosine", "constant"))
     clip: float = setting(1.0, "optimization", "clip the gradient's norm to this; 0 = never")
 
