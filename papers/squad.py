@@ -30,7 +30,8 @@ def read_squad(version2, task, data, split):
     path, ids = locate(task, data, split)[0], set()
     where = path
     try:
-        for article in (article for _, whole in read_json(path) for article in whole["data"]):
+        objects = [whole for _, whole in read_json(path)] or [{}]  # an empty list has none
+        for article in (article for whole in objects for article in whole["data"]):
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     where, span = f"{path} question {asked['id']}", None

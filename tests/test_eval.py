@@ -151,8 +151,7 @@ def loaded(model, task, folder, **changes):
 
 
 def test_two_outputs_without_names_are_said_to_be_the_datas_in_order(tmp_path, caplog):
-    """transformers writes no id2label of two."""
-    _, file = bert(tmp_path, UNNAMED[:2], ["real", "fake"])
+    _, file = bert(tmp_path, UNNAMED[:2], ["real", "fake"])  # transformers writes no id2label of two
     loaded(tmp_path, "text-classification", file)
     assert "its outputs have no names: taken to be fake, real in this order" in caplog.text
 

@@ -206,12 +206,11 @@ def test_other_spellings_and_copies_of_the_base(spelling, tmp_path):
 
 
 def test_patterns_are_of_the_files_own_names(tmp_path):
-    """transformers 4 called a ViT's query attention.attention.query."""
     theirs, pixels = saved("vit", tmp_path / "base"), torch.randn(2, 3, 16, 16)
     options = dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 32}, task_type=None)
     wrapped, file = made_by_peft(theirs, tmp_path / "adapter", options).eval(), tmp_path / "adapter/adapter_config.json"
     add_to(tmp_path / "adapter", {}, ("vit.layers", "vit.encoder.layer"))
-    add_to(tmp_path / "adapter", {}, ("q_proj", "attention.query"))
+    add_to(tmp_path / "adapter", {}, ("q_proj", "attention.query"))  # as transformers 4 called it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {"query": 32}}))
     adapter_files.load_adapter(model := models.load(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(model(pixels), wrapped(pixels).logits, rtol=0, atol=1e-4)

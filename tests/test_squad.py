@@ -167,4 +167,4 @@ def test_best_span():
 def test_bad_files_are_one_line(change, part, tmp_path):
     file = questions("dev", False)
     file["data"][0]["paragraphs"][0]["qas"][3].update(change or {})
-    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file if change else [{}]}, f"dev.json.*{part}", "dev")
+    read_bad(tmp_path, f"{squad.__file__}:squad", {"dev.json": file if change else []}, f"dev.json.*{part}", "dev")
