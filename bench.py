@@ -92,12 +92,11 @@ def base_model(b):
 
 def settings_for(b, method):
     """train.Settings of a method, uniform LoRA's if it has none; warm-up phases are as short as they can be."""
-    return train.Settings(
-        method="lora" if method in ("floor", "uniform+validation", "dora") else method, dora=method == "dora",
-        model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4, seed=b.seed,
-        weight_decay=0.01, device=b.device, dtype=b.dtype, init_weights=b.init_weights, batch_size=b.batch_size,
-        max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2, weightlora_examples=0,
-        credit_steps=2, credit_examples=0)
+    name = "lora" if method in ("floor", "uniform+validation", "dora") else method
+    same = {n: getattr(b, n) for n in "model rank dropout targets seed device dtype init_weights batch_size".split()}
+    return train.Settings(name, **same, dora=method == "dora", alpha=2.0 * b.rank, max_length=b.length, lr=1e-4,
+                          weight_decay=0.01, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2,
+                          weightlora_examples=0, credit_steps=2, credit_examples=0)
 
 
 def random_split(b, base, kind, rows):
@@ -490,10 +489,11 @@ def make(runs, q):
         for run in todo:
             log = Path(f"{run.out}.stderr.txt")
             try:
-                line = lines[run.key] = run.perform(env)
+                run.line = lines[run.key] = run.perform(env)
                 log.unlink(missing_ok=True)
                 with lock:
-                    append(q.results, line)
+                    append(q.results, run.line)
+                scores([run], q.metric)  # a --metric that is not measured is refused after one run, not after all
             except subprocess.CalledProcessError as error:
                 log.write_text(error.stderr, encoding="utf-8")
                 last = (error.stderr.strip().splitlines() or ["?"])[-1]
@@ -505,9 +505,10 @@ def make(runs, q):
         try:
             list(pool.map(work, devices.environments(q.jobs)))
         except KeyboardInterrupt:
-            waiting.clear()  # which ends `todo`
             say("stopped; the same command goes on")
             raise SystemExit(130) from None
+        finally:
+            waiting.clear()  # which ends `todo`
     for run in runs:
         run.line = lines.get(run.key)
     return failed

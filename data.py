@@ -73,7 +73,7 @@ def read_text(path):
         raise UserError(f"{path} line {line}: byte {error.start} is not UTF-8: convert the file") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty: fetch or write it again")
-    return text
+    return text if "\n" in text else text.replace("\r", "\n")  # as old Macs, and Excel's "Text (Macintosh)", end lines
 
 
 def suffix(path):
@@ -315,6 +315,9 @@ def read_arrays(task, data, split):
                         f"{part.shape}: expected (N, H, W[, C]), N integers or names, N times 0 or 1: write it again")
     for name in sorted(arrays.keys() - {"x_train", "y_train", "x_test", "y_test", *keys, "split"}):
         note(f"{path}: not read: array {name[:40]!a}")
+    alone = find_files(task, data, "dev") in ([], find_files(task, data, "train"))
+    if not alone and {"x_train", "split"} & arrays.keys():
+        note(f"{path}: only its {split} rows are read: there is another file for the others")
     chosen = range(len(images))
     if "split" in arrays:
         chosen = np.flatnonzero((part != 0) == (split != "train"))

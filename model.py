@@ -606,9 +606,8 @@ class Transformer(nn.Module):
 
     def run_blocks(self, x, masks, first_token_only=False, **inputs):
         """Every block in turn, x (B, T, D) -> (B, T, D), or (B, 1, D) with `first_token_only` and no hook there."""
-        first_token_only = first_token_only and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in self.blocks[-1].modules())
+        first_token_only = first_token_only and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+                                                        or m._backward_pre_hooks for m in self.blocks[-1].modules())
         for block in self.blocks:
             run = block
             if self.checkpointing and self.training:
@@ -623,12 +622,11 @@ class Encoder(Transformer):
     block = Block
     heads = {"classify": "SequenceClassification", "span": "QuestionAnswering"}
     head_names = {"head": "classifier"}
-    names = {"embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
-             "types": "embeddings.token_type_embeddings", "embed_norm": "embeddings.LayerNorm",
-             "blocks": "encoder.layer", "pooler": "pooler.dense", "query": "attention.self.query",
-             "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
-             "norm1": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense",
-             "norm2": "output.LayerNorm"}
+    names = {"embed": "embeddings.word_embeddings", "embed_norm": "embeddings.LayerNorm", "blocks": "encoder.layer",
+             "positions": "embeddings.position_embeddings", "types": "embeddings.token_type_embeddings",
+             "pooler": "pooler.dense", "query": "attention.self.query", "key": "attention.self.key",
+             "value": "attention.self.value", "out": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+             "up": "intermediate.dense", "down": "output.dense", "norm2": "output.LayerNorm"}
 
     def __init__(self, config, head):
         super().__init__(config, head)
@@ -646,9 +644,8 @@ class Encoder(Transformer):
             self.pooler, self.head = Linear(D, D), Linear(D, config.num_labels)
             self.pooled_dropout = head_dropout
         else:
-            self.head = nn.Sequential(OrderedDict(
-                first_dropout=head_dropout, dense=Linear(D, D), activation=nn.Tanh(), dropout=head_dropout,
-                out_proj=Linear(D, config.num_labels)))
+            self.head = nn.Sequential(OrderedDict(first_dropout=head_dropout, dense=Linear(D, D), activation=nn.Tanh(),
+                                                  dropout=head_dropout, out_proj=Linear(D, config.num_labels)))
         self.max_length = config.max_position_embeddings or math.inf
         if config.family == "roberta":  # counts positions from pad_id + 1
             self.max_length -= config.pad_token_id + 1
@@ -692,9 +689,8 @@ class Decoder(Transformer):
     prefix = "model"
     names = {"embed": "embed_tokens", "blocks": "layers", "norm": "norm", "query": "self_attn.q_proj",
              "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
-             "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm", "gate": "mlp.gate_proj",
-             "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm",
-             "norm2": "post_attention_layernorm"}
+             "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm", "norm1": "input_layernorm",
+             "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     olmo2_names = {**names, "norm1": "post_attention_layernorm", "norm2": "post_feedforward_layernorm"}
     gpt2_names = {"embed": "wte", "positions": "wpe", "blocks": "h", "norm": "ln_f", "query": "attn.c_attn",
                   "key": "attn.c_attn", "value": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc",

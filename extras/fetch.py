@@ -44,7 +44,7 @@ def fetch(task, split, there):
 
 
 def download(url, path, sha256):
-    """Fetch a file. OSError: it has another size than announced, or another SHA-256 than known."""
+    """Fetch a file. OSError: it has another size than announced, or another SHA-256 than known, a web page."""
     with urllib.request.urlopen(url, timeout=30) as reply, open(path, "wb") as file:
         size = int(reply.headers.get("Content-Length") or 0)
         with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:
@@ -52,6 +52,9 @@ def download(url, path, sha256):
     got = path.stat().st_size
     if got == 0 or size not in (0, got):
         raise OSError(f"the connection ended at {got} of {size} bytes")
+    with open(path, "rb") as file:
+        if file.read(200).lstrip().lower().startswith((b"<!doctype html", b"<html")):   # of a proxy that wants a log-in
+            raise OSError("it is a web page instead")
     if sha256 not in (None, digest(path)):
         raise OSError(f"it is damaged: its SHA-256 is {digest(path)}, not {sha256}")
 

@@ -196,6 +196,9 @@ def test_tuning(tmp_path, capsys):
     asked = ["--methods", "lora", "--steps", "2,12", "--seeds", "1", "--jobs", "2", "--tune", "lr=1e-9,1e-2",
              "--tune-seeds", "1", "--tune-rows", "48", "--split-eval", "--sample-train", "--picture",
              str(tmp_path / "steps.png")]
+    with pytest.raises(bench.UserError, match="--metric f1: not measured on digits-rot90, only "):
+        compare(capsys, tmp_path, *asked, "--metric", "f1", "--jobs", "1")
+    assert len(results(tmp_path)) == 1  # after one run
     (about, _), lines = compare(capsys, tmp_path, *asked), results(tmp_path)
     assert [*about["rows"]] == [*about["chosen"]] == ["lora @ steps 2", "lora @ steps 12"]
     made = sorted((line["seed"], line["settings"]["limit_train"], line["settings"]["eval_half"], line["eval_rows"])

@@ -23,10 +23,9 @@ def deal(credit, cost, cap, budget, power):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(credit_steps=0), dict(targets=ALL, credit_budget="ranks"), dict(targets=ALL, credit_power=1.0),
-    dict(targets=["up", "down"], credit_cap=1.5), dict(targets=ALL, credit_power=0.0, freeze_a=True),
-    dict(targets=["value", "up"], dora=True), dict(init="pissa", weight_decay=0.1), dict(rank=1, targets=ALL),
-    dict(credit_share=1e-3)], ids=str)
+    dict(targets=ALL, credit_power=0.0, freeze_a=True), dict(rank=1, targets=ALL), dict(init="pissa", weight_decay=0.1),
+    dict(targets=ALL, credit_budget="ranks"), dict(credit_share=1e-3), dict(targets=["up", "down"], credit_cap=1.5),
+    dict(credit_steps=0), dict(targets=ALL, credit_power=1.0), dict(targets=["value", "up"], dora=True)], ids=str)
 def test_credit_and_ranks_are_the_formulas(changes):
     torch.manual_seed(0)
     s = settings(**{"method": "credit", "rank": 2, "credit_steps": 4, "credit_examples": 50, **changes})

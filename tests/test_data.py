@@ -153,6 +153,8 @@ READ = {
         ["t"] * 2, [1, 2], "train.jsonl: not read: columns 'tweet', 'score'"),
     "a column without a name": (dict.fromkeys(("train.csv", "dev.csv"), ",text,label,\nc,a,1,\nd,b,0,\n"),
                                 ["a", "b"], [1, 0], "not read: column 'column 1'"),
+    "lines that end as old Macs end them": (dict.fromkeys(("train.tsv", "dev.tsv"), "text\tlabel\rc\tx\rd\ty\r"),
+                                            ["c", "d"], [0, 1], "2 train rows"),
     "files that are not read": (dict.fromkeys(("train.tsv", "dev.tsv"), "text\tlabel\nc\tx\nd\ty\n") | dict.fromkeys(
         ("train.csv", "train.tsv.gz", "test.csv", "README.txt"), "x"), ["c", "d"], [0, 1],
         ": rows are read from dev.tsv, train.tsv, not 'test.csv, train.csv, train.tsv.gz'"),
@@ -277,7 +279,10 @@ def test_npz_layouts(tmp_path, caplog):
         for split in ("train", "dev"):
             found = [(row["label"], row["pixels"].tolist()) for row in data.read(task, path, split)]
             assert found == [row for i, row in enumerate(expected) if (i in held_out) == (split == "dev")]
-    assert f"{path}: not read: array 'x_val'" in caplog.text
+    assert f"{path}: not read: array 'x_val'" in caplog.text and "another file" not in caplog.text
+    train = (tmp_path / "b.npz").rename(tmp_path / "train.npz")
+    path.rename(tmp_path / "dev.npz")
+    assert len(data.read(task, tmp_path)) == 12 and f"{train}: only its train rows are read" in caplog.text
 
 
 def test_digits_are_embedded_and_turn():
@@ -805,6 +810,9 @@ def test_fetch_archive(tmp_path, mirror, monkeypatch):
     members = {"CoLA/": "", "CoLA/train.tsv": COLA, "CoLA/dev.tsv": COLA, "CoLA/original/more.txt": "x"}
     evil = ("../evil.txt", "CoLA/../../evil.txt", "/tmp/evil.txt", "..\\evil.txt", "C:\\evil")
     mirror.files[place(TASKS["cola"].sources[0][1])] = make_zip(members)
+    mirror.files[place(TASKS["commonsense"].sources[0][1])] = b"\n<!DOCTYPE html><html>Log in first</html>"
+    with refused("cannot fetch https://.*commonsense_170k.json .it is a web page instead.: run this again, or down"):
+        data.read(TASKS["commonsense"])
     with refused("CoLA.zip .it is damaged: its SHA-256 is [0-9a-f]{64}, not [0-9a-f]{64}.: run this again"):
         data.read(TASKS["cola"])
     packed = make_zip(members | {"CoLA/test.tsv": os.urandom(9000)} | dict.fromkeys(evil, "x"))
@@ -815,7 +823,7 @@ def test_fetch_archive(tmp_path, mirror, monkeypatch):
     assert not list(folder.iterdir())
     mirror.cut.clear()
     assert len(data.read(task)) == 2 and len(data.read(task, None, "dev")) == 2
-    assert len(mirror.asked) == 3 and not Path("/tmp/evil.txt").exists()
+    assert len(mirror.asked) == 4 and not Path("/tmp/evil.txt").exists()
     assert {path.name for path in folder.iterdir()} == {"dev.tsv", "original", "test.tsv", "train.tsv"}
     assert all(folder in path.parents for path in tmp_path.rglob("*") if path.is_file())
 

@@ -42,8 +42,7 @@ def test_a_policy_derived_from_another_takes_its_settings(tmp_path):
     """Also from a file that imports what is beside it and has dataclasses."""
     (tmp_path / "beside_own.py").write_text("from allocators import AdaLora")
     (tmp_path / "own.py").write_text("from __future__ import annotations\nimport beside_own, dataclasses\n"
-                                     "@dataclasses.dataclass\nclass D:\n    x: int\n"
-                                     "class Own(beside_own.AdaLora): pass\n")
+                                     "@dataclasses.dataclass\nclass D:\n x: int\nclass Own(beside_own.AdaLora): pass\n")
     own, theirs = (vars(settled("--method", method, "--out", tmp_path / "run")[0])
                    for method in (f"{tmp_path}/own.py:Own", "adalora"))
     assert theirs["alpha"] == 16 * 12 and own | {"method": "adalora"} == theirs

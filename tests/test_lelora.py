@@ -146,8 +146,7 @@ def test_without_gradients_the_update_stays_zero(method, optimizer):
 @pytest.mark.parametrize("changes, dims, locations", [
     (dict(rank=1), [0, 1], ["first", "middle", "last"]), (dict(lelora_ablate="rank"), [0, 2, 4, 8], ["first"]),
     (dict(lelora_dims=["4", "0", "4"], lelora_locations=["last", "first", "last"]), [0, 4], ["first", "last"]),
-    (dict(lelora_ablate="location"), [8], ["first", "middle", "last"]),
-], ids=str)
+    (dict(lelora_ablate="location"), [8], ["first", "middle", "last"])], ids=str)
 def test_candidate_sets(changes, dims, locations):
     allocator = build(**changes)
     assert (allocator.dims, allocator.locations) == (dims, locations)

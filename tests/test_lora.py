@@ -22,10 +22,9 @@ loraplus = pytest.importorskip("peft.optimizers")
 Family = namedtuple("Family", "changes targets task_type")  # of test_model's settings; what is adapted; PEFT's word
 FAMILIES = {
     "roberta": Family(NO_DROPOUT, ["query", "value", "out", "down"], "SEQ_CLS"),
-    "bert": Family(NO_DROPOUT, ["query", "out", "down"], "SEQ_CLS"),
+    "bert": Family(NO_DROPOUT, ["query", "out", "down"], "SEQ_CLS"), "vit": Family({}, ["query", "value", "up"], None),
     "deberta": Family(NO_DROPOUT, ["query", "key", "value", "out", "up", "down"], "SEQ_CLS"),
-    "llama": Family(dict(num_key_value_heads=2), ["query", "value", "up", "down"], "CAUSAL_LM"),
-    "vit": Family({}, ["query", "value", "up"], None)}
+    "llama": Family(dict(num_key_value_heads=2), ["query", "value", "up", "down"], "CAUSAL_LM")}
 
 
 def pair(family, folder):
@@ -209,9 +208,8 @@ def test_dora_keeps_its_lengths_without_components_and_is_finite_on_a_row_of_zer
     torch.testing.assert_close(again(x), model(x))
 
 
-OPTIONS = {"pissa": dict(init="pissa"), "milora": dict(init="milora"), "dora": dict(dora=True),
-           "lora+": dict(lora_plus_ratio=4.0), "lora-fa": dict(freeze_a=True),
-           "pissa, dora": dict(init="pissa", dora=True)}
+OPTIONS = {"pissa": dict(init="pissa"), "milora": dict(init="milora"), "lora-fa": dict(freeze_a=True),
+           "dora": dict(dora=True), "lora+": dict(lora_plus_ratio=4.0), "pissa, dora": dict(init="pissa", dora=True)}
 MEANINGLESS = {"pissa": {"adalora", "lalora", "lelora"}, "dora": {"lelora"}, "lora+": {"adalora", "lelora"},
                "lora-fa": {"adalora", "lelora"}}
 MEANINGLESS |= {"milora": MEANINGLESS["pissa"], "pissa, dora": MEANINGLESS["pissa"]}

@@ -63,8 +63,7 @@ ENCODERS = {
 }
 VITS = {
     "vit": ("ViT", dict(image_size=16, patch_size=4, num_channels=3)),
-    "vit-gray": ("ViT", dict(image_size=[8, 12], patch_size=[4, 2], num_channels=1, qkv_bias=False, hidden_size=24)),
-}
+    "vit-gray": ("ViT", dict(image_size=[8, 12], patch_size=[4, 2], num_channels=1, qkv_bias=False, hidden_size=24))}
 ALL = {**DECODERS, **ENCODERS, **VITS}
 
 
@@ -385,10 +384,9 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name, kind, fresh, dtype", [
-    ("llama", "CausalLM", ["head.weight"], torch.float32), ("roberta", "MaskedLM", DENSE_HEAD, torch.float32),
     ("roberta", "SequenceClassification", DENSE_HEAD[2:], torch.float32),
-    ("bert", "QuestionAnswering", POOLER + HEAD, torch.float32),
-    ("bert", "SequenceClassification", HEAD, torch.bfloat16)])
+    ("roberta", "MaskedLM", DENSE_HEAD, torch.float32), ("bert", "QuestionAnswering", POOLER + HEAD, torch.float32),
+    ("llama", "CausalLM", ["head.weight"], torch.float32), ("bert", "SequenceClassification", HEAD, torch.bfloat16)])
 def test_new_classification_head(name, kind, fresh, dtype, tmp_path):
     saved(name, tmp_path, kind)
     first, again, other = (load(tmp_path, "classify", 5, dtype, seed=seed) for seed in (0, 0, 1))

@@ -91,9 +91,8 @@ def test_gpt2s_query_key_and_value_are_one_matrix_of_peft(dora, tmp_path):
     assert dora or {name: layer.rank for name, layer in layers.items()} == ranks
 
 
-@pytest.mark.parametrize("options", [
-    dict(target_modules="all-linear", use_rslora=True, alpha_pattern={"c_attn": 3}),
-    dict(target_modules=["c_attn", "c_fc"], use_dora=True)])
+@pytest.mark.parametrize("options", [dict(target_modules="all-linear", use_rslora=True, alpha_pattern={"c_attn": 3}),
+                                     dict(target_modules=["c_attn", "c_fc"], use_dora=True)])
 def test_gpt2_adapters_made_by_peft(options, tmp_path):
     theirs, tokens = saved("gpt2", tmp_path / "base"), torch.randint(60, (3, 9))
     wrapped = made_by_peft(theirs, tmp_path / "adapter", dict(task_type="CAUSAL_LM", **options)).eval()
@@ -168,8 +167,7 @@ UNSUPPORTED = {
     "velora_config": peft.LoraConfig(target_modules=["query"], velora_config={"num_groups": 4}),
     "word_embeddings": peft.LoraConfig(target_modules=["query", "word_embeddings"]),
     "LayerNorm": peft.LoraConfig(target_modules=["query"], modules_to_save=["LayerNorm"]),
-    "lm_head": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-}
+    "lm_head": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])}
 
 
 @pytest.mark.parametrize("name, family, options", [

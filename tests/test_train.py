@@ -47,9 +47,8 @@ def checkpoints(tmp_path_factory):
     """Folders of a tiny random BERT and a tiny random LLaMA with tokenizers."""
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    transformers.BertForSequenceClassification(transformers.BertConfig(
-        **SMALL, vocab_size=tokenizer_into(root / "bert", *BERT), max_position_embeddings=32, pad_token_id=0,
-        num_labels=2)).save_pretrained(root / "bert")
+    transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, max_position_embeddings=32,
+        vocab_size=tokenizer_into(root / "bert", *BERT))).save_pretrained(root / "bert")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **SMALL, vocab_size=tokenizer_into(root / "llama", *LLAMA), num_key_value_heads=2, bos_token_id=0,
         eos_token_id=2)).save_pretrained(root / "llama")
