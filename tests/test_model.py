@@ -469,7 +469,7 @@ BAD_SETTINGS = {
         dict(rope_parameters=dict(full_attention=dict(rope_type="default")))],
     "deberta": [
         dict(relative_attention=False), dict(pos_att_type="p2p|c2p"), dict(pos_att_type=...), dict(position_buckets=23),
-        dict(position_buckets=1), dict(max_relative_positions="12")],
+        dict(position_buckets=1), dict(max_relative_positions="12"), dict(relative_attention=...)],
     "qwen2-layer-types": [dict(layer_types=["full_attention"]), dict(sliding_window=-3)]}
 REMEDIES = dict(model_type="llama, mistral", problem_type="null", layer_types="3 entries", rope_scaling="llama3",
                 rope_parameters="'original_max_position_embeddings'")
