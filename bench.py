@@ -92,11 +92,12 @@ def base_model(b):
 
 def settings_for(b, method):
     """train.Settings of a method, uniform LoRA's if it has none; warm-up phases are as short as they can be."""
-    name = "lora" if method in ("floor", "uniform+validation", "dora") else method
-    same = {n: getattr(b, n) for n in "model rank dropout targets seed device dtype init_weights batch_size".split()}
-    return train.Settings(name, **same, dora=method == "dora", alpha=2.0 * b.rank, max_length=b.length, lr=1e-4,
-                          weight_decay=0.01, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2,
-                          weightlora_examples=0, credit_steps=2, credit_examples=0)
+    return train.Settings(
+        method="lora" if method in ("floor", "uniform+validation", "dora") else method, dora=method == "dora",
+        model=b.model, rank=b.rank, alpha=2.0 * b.rank, dropout=b.dropout, targets=b.targets, lr=1e-4, seed=b.seed,
+        weight_decay=0.01, device=b.device, dtype=b.dtype, init_weights=b.init_weights, batch_size=b.batch_size,
+        max_length=b.length, adalora_t_init=1, lalora_gamma=1.0, weightlora_steps=2, weightlora_examples=0,
+        credit_steps=2, credit_examples=0)
 
 
 def random_split(b, base, kind, rows):

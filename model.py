@@ -173,7 +173,7 @@ TEXT = dict(SHAPE, hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=
             vocab_size=..., max_position_embeddings=..., type_vocab_size=2, pad_token_id=0, classifier_dropout=None)
 RELATIVE = dict(TEXT, layer_norm_eps=1e-7, type_vocab_size=0, pos_att_type=None, share_att_key=False,
                 max_relative_positions=-1, position_buckets=-1, norm_rel_ebd="none", position_biased_input=True,
-                pooler_dropout=0.0, cls_dropout=None)
+                pooler_dropout=0.0, cls_dropout=None, relative_attention=False)
 ROTARY = dict(SHAPE, vocab_size=..., hidden_act="silu", rms_norm_eps=1e-6, attention_dropout=0.0, pad_token_id=-1,
               num_key_value_heads=0, head_dim=0, attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
               rope_theta=None, rope_scaling=None, rope_parameters=None)
@@ -205,8 +205,7 @@ NAMES = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "nu
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "pruned_heads": {},
          "is_encoder_decoder": False, "partial_rotary_factor": 1.0, "use_bidirectional_attention": False,
          "quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-         "conv_kernel_size": 0, "pooler_hidden_act": "gelu", "relative_attention": True,
-         "hidden_activation": "gelu_pytorch_tanh"}
+         "conv_kernel_size": 0, "pooler_hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}
 # and those that change no logits (names, export, memory, pre-training, decoding), or would show in tensors' shapes
 IRRELEVANT = re.compile(
     r"_.*|.*_tokens?(_ids?)?|.*_length|.*_penalty|.*dtype|.*beam.*|.*_ngram_size|output_.*|pooler_.*|summary_.*|"

@@ -61,7 +61,7 @@ class Deberta(Encoder):
 
         buckets: of distances, 0 = each its own; furthest: where the last one ends; span: buckets on either side.
         """
-        if not c.raw.get("relative_attention"):  # where it is missing, transformers takes plain attention
+        if c.relative_attention is not True:  # where it is missing, transformers takes plain attention
             refuse("relative_attention", "true: nothing else is supported")
         types = c.pos_att_type.split("|") if isinstance(c.pos_att_type, str) else c.pos_att_type
         if not types or not isinstance(types, list) or not all(part in ("c2p", "p2c") for part in types):

@@ -44,7 +44,7 @@ def fetch(task, split, there):
 
 
 def download(url, path, sha256):
-    """Fetch a file. OSError: it has another size than announced, or another SHA-256 than known, a web page."""
+    """Fetch a file. OSError: another size than announced, another SHA-256 than known, a web page instead."""
     with urllib.request.urlopen(url, timeout=30) as reply, open(path, "wb") as file:
         size = int(reply.headers.get("Content-Length") or 0)
         with tqdm.wrapattr(reply, "read", size or None, desc=path.name, leave=False) as source:

@@ -34,6 +34,7 @@ class Published:
 
     run: bool = train.setting(False, "table", "make the runs that are not made yet")
     small: bool = train.setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
+    metric: str = train.setting(None, "table", "the number to compare; default: the table's")
     seeds: int = train.setting(0, "table", "0 = the paper's number")
     jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
     keep_old: bool = train.setting(False, "table", "take results that another version of the program has made")
@@ -143,7 +144,7 @@ def published(name, q, flags):
     if runs:
         failed = bench.make(runs, q)
         free = table.get("free", ())  # settings of which each row has its own
-        about = bench.summarise(runs, table.get("metric"), free) | {"failed": failed}
+        about = bench.summarise(runs, q.metric or table.get("metric"), free) | {"failed": failed}
         text += f"\n{report.comparison(about)}"
     return text, about | {"table": name}
 
