@@ -207,7 +207,7 @@ def contender(b, base, kind, name):
     if method.startswith("peft/"):
         from extras import peft_contender
         s = settings_for(b, method.removeprefix("peft/"))
-        return Contender(s, *peft_contender.build(s, base, kind))
+        return Contender(s, *peft_contender.build(s, base, kind, compiled=method != name))
     s = settings_for(b, method)
     policy = allocators.policy(s.method)
     moves_w = issubclass(policy, (allocators.Direct, allocators.LeLora))
@@ -255,9 +255,10 @@ def floor(s, model, kind):
 def contender_names(b, default):
     """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
     methods = list(allocators.METHODS) if b.methods == ["all"] else b.methods or default
+    ends = ["/compiled" * (mode == "compiled") for mode in b.modes]
     names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
-    names = [name + "/compiled" * (mode == "compiled") for mode in b.modes for name in names]
-    theirs = [f"peft/{method}" for method in ("lora", "adalora", "dora") if method in methods]
+    names = [name + end for end in ends for name in names]
+    theirs = [f"peft/{method}{end}" for end in ends for method in ("lora", "adalora", "dora") if method in methods]
     theirs *= b.peft and b.weights == "float"
     if theirs and not (importlib.util.find_spec("peft") and importlib.util.find_spec("transformers")):
         say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
@@ -295,7 +296,7 @@ def speed(b):
         seconds, method = statistics.median(r.times[b.warmup:]), name.removesuffix("/compiled")
         end = name.removeprefix(method)
         row = {"contender": name, "step_ms": 1e3 * seconds, "to_lora": ratio(r, "lora" + end),
-               "to_floor": ratio(r, "floor" + end), "to_peft": ratio(r, f"peft/{method}")}
+               "to_floor": ratio(r, "floor" + end), "to_peft": ratio(r, f"peft/{method}{end}")}
         if method == "lelora":
             row["to_uniform_and_validation"] = ratio(r, "uniform+validation" + end)
         row |= {"tokens_per_second": tokens / seconds, "trainable": r.trainable}

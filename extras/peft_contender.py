@@ -9,11 +9,12 @@ from extras.cards import AUTO
 from model import UserError
 
 
-def build(s, base, kind):
+def build(s, base, kind, compiled=False):
     """transformers' model on the weights of `base`, with PEFT's adapters as the settings say.
 
-    Returns (model, its trained parameters, loss(inputs, labels), the mean loss, and after(step), PEFT's allocation, or
-    None), what bench.Contender takes. Raises UserError for GPT-2.
+    With `compiled` each of its blocks is compiled on its own, as ours are. Returns (model, its trained parameters,
+    loss(inputs, labels), the mean loss, and after(step), PEFT's allocation, or None), what bench.Contender takes.
+    Raises UserError for GPT-2.
     """
     if base.family == "gpt2":
         raise UserError("PEFT adapts GPT-2's query, key and value as one matrix: nothing here compares with it")
@@ -40,6 +41,9 @@ def build(s, base, kind):
     else:
         chosen = peft.LoraConfig(r=s.rank, use_dora=s.dora, **options)
     theirs = peft.get_peft_model(theirs, chosen)
+    if compiled:
+        for block in max((m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
+            block.compile()
 
     def loss(inputs, labels):
         if kind == "image":
