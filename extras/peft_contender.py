@@ -40,6 +40,7 @@ def build(s, base, kind, compiled=False):
                                     deltaT=s.adalora_delta_t, total_step=1000, **options)
     else:
         chosen = peft.LoraConfig(r=s.rank, use_dora=s.dora, **options)
+    theirs.config.use_cache = False  # keys and values are for generation
     theirs = peft.get_peft_model(theirs, chosen)
     if compiled:
         for block in max((m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
