@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lora
+from extras import singular
 from extras.source import own_module
 from model import UserError, note
 
@@ -129,7 +130,7 @@ class Allocator:
         layers = lora.attach(self.model, ranks, s.alpha, s.dropout, self.nominal, s.scaling, self.device, s.dora)
         for layer in decomposing(layers.values() if init != "lora" else ()):
             part = slice(layer.rank) if init == "pissa" else slice(-layer.rank, None)
-            _, A, B = lora.singular_windows(layer.weight.data.to(self.device), layer.rank)
+            _, A, B = singular.windows(layer.weight.data.to(self.device), layer.rank)
             layer.split_off(A[part], B[:, part])
         self.take_over(layers, init)
 
@@ -650,12 +651,11 @@ class LeLora(Allocator):
         self.where = torch.zeros(n, 3 * R, dtype=torch.long, device=self.device)  # the windows' columns in `spectra`
         self.active = torch.zeros(n, 3 * R, device=self.device)
         for i, layer in enumerate(decomposing(self.layers.values())):
-            W = layer.weight.data.to(self.device)  # it may wait on the CPU to be sharded
-            S, A, B = lora.singular_windows(W, R)
+            S, A, B = singular.windows(layer.weight.data.to(self.device), R)  # W may wait on the CPU to be sharded
             layer.scale = 1.0
             layer.split_off(A, B)  # Eq. 1
             layer.mask_updates(self.active[i])
-            self.spectra[i, :len(S)], self.where[i] = S, lora.window_indices(len(S), R)
+            self.spectra[i, :len(S)], self.where[i] = S, singular.window_indices(len(S), R)
         self.masks = torch.zeros(len(self.dims), len(self.locations), 3 * R, device=self.device)
         for i, r in enumerate(self.dims):
             for j, location in enumerate(self.locations):

@@ -108,7 +108,7 @@ import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-from extras import adapter_files, devices  # noqa: E402
+from extras import adapter_files, devices, singular  # noqa: E402
 
 foreach_utils._foreach_supported_types.append(FakeTensor)  # take the branches that a GPU's tensors take
 clip_grad._has_foreach_support = lambda tensors, device: True
@@ -264,7 +264,7 @@ class Opened:
 
 
 def plain_windows(weight, R):
-    """singular_windows without the decomposition, which a fake tensor cannot have at this size."""
+    """singular.windows without the decomposition, which a fake tensor cannot have at this size."""
     n_out, n_in = weight.shape
     shapes = (min(n_out, n_in),), (3 * R, n_in), (n_out, 3 * R)
     return tuple(torch.empty(shape, device=weight.device) for shape in shapes)
@@ -289,13 +289,13 @@ def fake_gpu(capacity=math.inf):
         return watch.phased("rebuild" if policy.own and step >= policy.warmup else "step", after_step)(policy, step)
 
     patches = [(FakeTensor, "numpy", lambda t, **_: values(t).numpy()),
-               (lora, "singular_windows", plain_windows), (allocators.Policy, "to", move),
+               (singular, "windows", plain_windows), (allocators.Policy, "to", move),
                (lora, "restore", put_back), (torch, "set_rng_state", lambda state: None),
                (torch.Tensor, "pin_memory", lambda t: t), (allocators.WeightLora, "after_step", warm_up),
                (allocators.Allocator, "check_ranks", lambda self: None),  # there are no numbers to compare
                (train.Training, "step", watch.phased("step", train.Training.step)), (models, "safe_open", Opened),
                (train, "load_file", load_file)]
-    patches += [(place, "save_file", save_file) for place in (lora, train, adapter_files, safetensors.torch)]
+    patches += [(place, "save_file", save_file) for place in (train, adapter_files, singular, safetensors.torch)]
     patches += [(torch.cuda, name, lambda *_, new=new: new) for name, new in {
         "get_device_name": "fake", "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "get_rng_state": torch.ones(16, dtype=torch.uint8), "set_rng_state": None, "is_bf16_supported": True,

@@ -85,9 +85,10 @@ def trained(folder, method="lora", **changes):
     return torch.tensor(runner.losses), runner
 
 
-@pytest.mark.parametrize("method", ["floor", "lora", "lalora", "adalora", "weightlora", "lelora", "dora"])
+@pytest.mark.parametrize("method", ["floor", "lora", "lalora", "adalora", "weightlora", "lelora", "dora", "peft/lora"])
 def test_compiled_equals_eager(method, folder, monkeypatch):
     """20 steps agree, nothing breaks the graph, only WeightLoRA's rebuild compiles again."""
+    pytest.importorskip("peft" if "peft" in method else "torch")
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))  # needs no C++
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import ALL, Tiny, batches, components, settings, train, training_of
 
 import allocators
-import lora
+from extras import singular
 
 DIM = 32  # three windows of 8 need 32 singular components
 FLAGS = dict(method="lelora", rank=8, alpha=3.0, dropout=0.3, lelora_start="kaiming")
@@ -86,16 +86,23 @@ def test_singular_values_are_computed_once_and_kept(cache, monkeypatch):
     assert torch.equal(first.model(x), build().model(x)) and len(calls) == 12 and not list(cache.glob("*.part"))
 
 
-def test_the_smallest_components_of_a_large_matrix_are_float64s(cache):
-    """Values over five orders of magnitude: the last window's part of W is right to float32's rounding of W."""
-    generator = torch.Generator().manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(768, 768, generator=generator, dtype=torch.float64))[0] for _ in range(2))
-    S = torch.logspace(0, -5, 768, dtype=torch.float64)
-    W = (U * S @ V.T).float()
-    _, A, B = lora.singular_windows(W, 8)
+@pytest.mark.parametrize("orders, shape", [(5, (768, 768)), (3, (300, 500)), (3, (500, 300))])
+def test_the_smallest_components_of_a_large_matrix_are_float64s(orders, shape, cache):
+    """Values over `orders` of magnitude: the last window's part of W is right to float32's rounding of W."""
+    generator, m = torch.Generator().manual_seed(0), min(shape)
+    U, V = (torch.linalg.qr(torch.randn(n, m, generator=generator, dtype=torch.float64))[0] for n in shape)
+    W = (U * torch.logspace(0, -orders, m, dtype=torch.float64) @ V.T).float()
+    _, A, B = singular.windows(W, 8)
     u, s, v = np.linalg.svd(W.double().numpy())
-    expected = torch.from_numpy((u[:, -8:] * s[-8:]) @ v[-8:])
+    expected = torch.from_numpy((u[:, m - 8:m] * s[-8:]) @ v[m - 8:m])
     assert (B[:, -8:] @ A[-8:] - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("W", [torch.zeros(6, 9), torch.ones(9, 6), torch.eye(6), -torch.eye(8)[:, :6]])
+def test_components_of_a_matrix_that_has_few(W, cache):
+    S, A, B = singular.components(W.double())
+    torch.testing.assert_close(S, torch.linalg.svdvals(W.double()), atol=1e-7, rtol=1e-12)
+    torch.testing.assert_close(B @ A, W.double(), atol=1e-12, rtol=0)
 
 
 def test_only_the_sampled_components_move_and_count_for_clipping():

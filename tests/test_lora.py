@@ -14,7 +14,7 @@ from tiny import POLICIES, Tiny, batches, refused, settings, train, training_of
 import allocators
 import lora
 import train as program
-from extras import adapter_files
+from extras import adapter_files, singular
 
 peft = pytest.importorskip("peft")
 loraplus = pytest.importorskip("peft.optimizers")
@@ -178,7 +178,7 @@ def test_detaching_gives_w_back_and_merging_keeps_what_it_has_become(init, part,
     with refused("has an adapter already: drop it, or lora.detach it"):
         lora.attach(model, {"blocks.0.query": 4}, 8)
     with refused("its weights are damaged"):
-        lora.singular_windows(torch.full((4, 4), torch.nan), 1)
+        singular.windows(torch.full((4, 4), torch.nan), 1)
     for name, layer in allocator.layers.items():
         W, exact = plain.get_submodule(name).weight, tolerance
         U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
