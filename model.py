@@ -13,6 +13,7 @@ import operator
 import os
 import re
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -851,6 +852,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
 def compile_blocks(model):
     """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
     torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for float32; the blocks are bfloat16
     for block in model.blocks:
         block.compile()
 
