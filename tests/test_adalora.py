@@ -43,8 +43,7 @@ CASES = [  # seed, blocks, targets, steps, flags
     (2, 5, ["up", "out"], 80, dict(rank=2, adalora_delta_t=7, adalora_t_init=3, adalora_t_final=20, adalora_orth=0.1)),
     (3, 1, ["query", "down"], 40, dict(rank=3, adalora_init_ratio=3.0, adalora_t_init=1, adalora_t_final=1,
                                        adalora_beta1=0.6, adalora_beta2=0.9, adalora_delta_t=4, alpha=32.0)),
-    (4, 2, ["query"], 37, dict(rank=3, adalora_init_ratio=2.0, adalora_t_init=0, adalora_t_final=0)),
-]
+    (4, 2, ["query"], 37, dict(rank=3, adalora_init_ratio=2.0, adalora_t_init=0, adalora_t_final=0))]
 
 
 def converted(allocator, dtype):

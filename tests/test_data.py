@@ -58,8 +58,7 @@ LAYOUTS = {
     "qnli": ("QNLI", "index\tquestion\tsentence\tlabel\n0\tQ?\tS.\tnot_entailment\n1\tR?\tT.\tentailment\n",
              [("Q?", "S.", 1), ("R?", "T.", 0)]),
     "rte": ("RTE", "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n1\tC\tD\tnot_entailment\n",
-            [("A", "B", 0), ("C", "D", 1)]),
-}
+            [("A", "B", 0), ("C", "D", 1)])}
 LEFT_OUT = {"qqp": "skipped 1 short row", "mnli": "left out 1 row without a gold label"}
 
 
@@ -157,8 +156,7 @@ READ = {
                                             ["c", "d"], [0, 1], "2 train rows"),
     "files that are not read": (dict.fromkeys(("train.tsv", "dev.tsv"), "text\tlabel\nc\tx\nd\ty\n") | dict.fromkeys(
         ("train.csv", "train.tsv.gz", "test.csv", "README.txt"), "x"), ["c", "d"], [0, 1],
-        ": rows are read from dev.tsv, train.tsv, not 'test.csv, train.csv, train.tsv.gz'"),
-}
+        ": rows are read from dev.tsv, train.tsv, not 'test.csv, train.csv, train.tsv.gz'")}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -369,8 +367,7 @@ PROCESSORS = {
     "DeiTImageProcessor": {"size": {"height": 27, "width": 29}, **CROP},
     "CLIPImageProcessor": {"size": {"shortest_edge": 24}, **CROP},
     "CLIPFeatureExtractor": {"size": 26, "crop_size": 24, "do_convert_rgb": True},
-    "CLIPImageProcessorFast": {**SQUARE, **CROP},
-}
+    "CLIPImageProcessorFast": {**SQUARE, **CROP}}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -467,8 +464,7 @@ OVERRIDES = {
     "llama no space": ("Llama", {"add_prefix_space": False}), "llama legacy": ("Llama", {"legacy": True}),
     "llama byte level": ("Roberta", {"tokenizer_class": "LlamaTokenizer"}),
     "deberta": ("DebertaV2", {}), "deberta changed": ("DebertaV2", {"do_lower_case": True, "split_by_punct": True}),
-    "xlm": ("XLMRoberta", {}), "xlm no space": ("XLMRoberta", {"add_prefix_space": False}),
-}
+    "xlm": ("XLMRoberta", {}), "xlm no space": ("XLMRoberta", {"add_prefix_space": False})}
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
@@ -747,8 +743,7 @@ BAD = [
     ("npz", npz(images=some_images((3, 6, 6, 5))), r"images\[.\]: uint8 \(6, 6, 5\)"),
     ("npz", npz(split=np.zeros(4)), r"and split \(4,\): expected"),
     ("npz", npz(split=np.array(["train", "test", "test"])), "N times 0 or 1"),
-    ("image-folder", {"train/a/1.ppm": "P6 65536 32768 255\n", "train/b/1.ppm": ""}, "1.ppm: .*2147483648 pixels"),
-]
+    ("image-folder", {"train/a/1.ppm": "P6 65536 32768 255\n", "train/b/1.ppm": ""}, "1.ppm: .*2147483648 pixels")]
 
 
 def read_bad(folder, name, content, pattern, split="train"):

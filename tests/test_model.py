@@ -45,8 +45,7 @@ DECODERS = {
     "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16)),
     "olmo2": ("Olmo2", dict(num_key_value_heads=2)),
     "gpt2": ("GPT2", dict(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, n_inner=40)),
-    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16)),
-}
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16))}
 ENCODERS = {
     "bert": ("Bert", dict()),
     "roberta": ("Roberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1, layer_norm_eps=1e-5)),
@@ -59,8 +58,7 @@ ENCODERS = {
     "deberta-c2p": ("DebertaV2", dict(DEBERTA, pos_att_type="c2p", share_att_key=True, norm_rel_ebd="none",
                                       position_buckets=-1)),
     "deberta-p2c": ("DebertaV2", dict(DEBERTA, pos_att_type=["p2c"], position_biased_input=True, position_buckets=-1,
-                                      max_relative_positions=20)),
-}
+                                      max_relative_positions=20))}
 VITS = {
     "vit": ("ViT", dict(image_size=16, patch_size=4, num_channels=3)),
     "vit-gray": ("ViT", dict(image_size=[8, 12], patch_size=[4, 2], num_channels=1, qkv_bias=False, hidden_size=24))}

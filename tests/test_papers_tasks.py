@@ -66,8 +66,7 @@ PUBLISHED = {
          "test_list": ["assert x"]}], [('"""\nT\nassert x\n"""\n', "x = 1\r\ny = 2")] * 3),
     "alpacaeval": ("alpaca_eval.json", [
         {"dataset": "helpful_base", "instruction": HOSTILE, "output": "O", "generator": "text_davinci_003"}],
-        [(ask(HOSTILE), "O")]),
-}
+        [(ask(HOSTILE), "O")])}
 TARGETS = {"math": ["\\frac{3}{2}"] * 3, "gsm8k": ["1200", "-3"]}
 
 

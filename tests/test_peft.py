@@ -117,8 +117,7 @@ MADE = {
     "all-linear": dict(target_modules="all-linear"),
     "pooler and DoRA": dict(target_modules=["pooler.dense", "value", "output.dense"], use_dora=True),
     "pooler whole": dict(target_modules=["query"], modules_to_save=["pooler", "classifier"]),
-    "pooler and head": dict(target_modules=["query", "classifier"], modules_to_save=["pooler"], task_type=None),
-}
+    "pooler and head": dict(target_modules=["query", "classifier"], modules_to_save=["pooler"], task_type=None)}
 
 
 def made_by_peft(theirs, folder, options):
