@@ -383,7 +383,7 @@ class Comparison:
     tune_rows: int = setting(0, "fairness", "training rows of those runs; 0 = as --limit-train says")
     split_eval: bool = setting(False, "fairness", "tune on one half of the evaluation rows, report the other")
     run: bool = setting(True, "runs", "make the runs that are missing; without, print what there is")
-    keep_old: bool = setting(False, "runs", "take results that another version of the program or its input has made")
+    keep_old: bool = setting(False, "runs", "take results of another version of the program, input or device")
     jobs: int = setting(1, "runs", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
     results: str = setting("runs/quality.jsonl", "runs", "file of finished runs, a line each: they are not made again")
     runs: str = setting("runs/quality", "runs", "folder of their run folders")
@@ -394,9 +394,10 @@ class Comparison:
 class Run:
     """One run of train.py: `row` and `task` are its place in the table, `flags` what it is told besides task and seed.
 
-    `settings` is what they set, as train.py reads it; runs with the same `key`, that and the hash of the source and of
-    the flags' files, are the same run. `columns` are the tasks that it has numbers for, `point` where on --steps and
-    --budgets the row is, `times` its rank over the one that was told, `line` what `make` has found or made, or None.
+    `settings` is what they set, as train.py reads it; runs with the same `key`, that, the hash of the source and of
+    the flags' files and the kind of device, are the same run. `columns` are the tasks that it has numbers for, `point`
+    where on --steps and --budgets the row is, `times` its rank over the one that was told, `line` what `make` has found
+    or made, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
@@ -410,7 +411,9 @@ class Run:
         self.s = train.Settings(**vars(TRAIN.parse_args(self.words)))
         allocators.policy(self.s.method)  # complains about one that is not known
         self.settings = changed(vars(self.s))
-        self.key = json.dumps(self.settings, sort_keys=True), source.source_of(self.s)
+        told = json.dumps(self.settings, sort_keys=True)
+        device = devices.find_device("auto") if self.s.device == "auto" else self.s.device
+        self.key = told, source.source_of(self.s), device.partition(":")[0]
         content = hashlib.sha256("".join(self.key).encode()).hexdigest()
         self.out = Path(folder) / re.sub(r"[^\w+.]+", "-", f"{row}-{task.rpartition(':')[2]}-{seed}-{content[:8]}")
 
@@ -465,7 +468,8 @@ def finished(q):
             line = json.loads(text)
             told = json.dumps(line["settings"], sort_keys=True)
             if line.keys() >= {"settled", "trainable_params", "seconds", "peak_memory_mb"}:
-                lines[told, line["source"]] = lines[told] = line
+                device = line["settled"]["device"].partition(":")[0]
+                lines[told, line["source"], device] = lines[told] = line
     return lines
 
 
@@ -478,7 +482,7 @@ def make(runs, q):
     lines, failed, different = finished(q), {}, {run.key: run for run in runs}
     old, take_old = [key for key in different if key not in lines and key[0] in lines], q.keep_old or not q.run
     if old:
-        say(f"note: {len(old)} of {len(different)} results are of another version of the program or its input: "
+        say(f"note: {len(old)} of {len(different)} results are of another version of the program, input or device: "
             + ("taken as they are" if take_old else "made again; --keep-old takes them as they are"))
     if take_old:
         lines |= {key: lines[key[0]] for key in old}

@@ -241,10 +241,13 @@ def test_runs_that_failed_and_results_of_other_input(tmp_path, capsys):
     assert "taken as they are" in said and len(results(tmp_path)) == 1
     _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     first, second = results(tmp_path)
-    assert "1 of 1 results are of another version of the program or its input: made again" in said
+    assert "1 of 1 results are of another version of the program, input or device: made" in said
     assert first["source"] != second["source"] and first["settings"] == second["settings"]
     _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     assert "another version" not in said and len(results(tmp_path)) == 2
+    lines = [json.dumps(line | {"settled": line["settled"] | {"device": "cuda:1"}}) for line in results(tmp_path)]
+    (tmp_path / "results" / "r.jsonl").write_text("\n".join(lines))
+    assert "program, input or device: made" in compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")[1]
 
 
 @pytest.mark.parametrize("named, shares", [("GPU-a,3", ["GPU-a", "3", "GPU-a"]), ("1", ["1"] * 3), ("", [""] * 3)])
@@ -283,8 +286,7 @@ def run_with(row, flags, metric, value, task="digits-rot90", seed=0):
     return run
 
 
-@pytest.mark.parametrize("rows, against", [
-    (["lora --lr 1e-3", "lora --lr 5e-3", "lalora --lr 5e-3"], [None, None, 1]),
+@pytest.mark.parametrize("rows, against", [(["lora --lr 1e-3", "lora --lr 5e-3", "lalora --lr 5e-3"], [None, None, 1]),
     (["lora", "lalora --lr 5e-3", "lalora --lr 4e-3", "lora --clip 1"], [None, 0, None, None]),  # lora's lr, too
     (["lalora", "lora --rank 4", "lora --clip 0.5"], [None] * 3),
     (["lora", "lalora --lalora-gamma 2", "adalora", "random", "full", "lora --ranks x"], [None, 0, 0, 0, 0, 0]),

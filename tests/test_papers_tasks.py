@@ -58,10 +58,8 @@ PUBLISHED = {
         {"task_id": f"HumanEval/{i}", "prompt": f"def f():\n    {HOSTILE}\n", "entry_point": "f",
          "canonical_solution": "    return 1\n", "test": "assert f()"} for i in range(2)],
         [(f"def f():\n    {HOSTILE}".rstrip(), "    return 1\n")] * 2),
-    "mbpp": ("mbpp.jsonl", [
-        *({"text": "T", "code": "x = 1\r\ny = 2", "task_id": i, "test_setup_code": "",
-           "challenge_test_list": [], "test_list": ["assert x", "assert y"]}
-          for i in (1, 10, 11, 510, 511, 974)),
+    "mbpp": ("mbpp.jsonl", [*({"text": "T", "code": "x = 1\r\ny = 2", "task_id": i, "test_setup_code": "",
+           "challenge_test_list": [], "test_list": ["assert x", "assert y"]} for i in (1, 10, 11, 510, 511, 974)),
         {"source_file": "sanitized", "task_id": 12, "prompt": "T", "code": "x = 1\r\ny = 2", "test_imports": [],
          "test_list": ["assert x"]}], [('"""\nT\nassert x\n"""\n', "x = 1\r\ny = 2")] * 3),
     "alpacaeval": ("alpaca_eval.json", [
