@@ -88,7 +88,7 @@ class Settings:
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "auto = bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16"))
     weights: str = setting("float", "machine", "int8 = the frozen matrices of the blocks in 8 bits", ("float", "int8"))
-    compile: str = setting("auto", "machine", "torch.compile each block; auto = on a GPU", ("auto", "on", "off"))
+    compile: str = setting("auto", "machine", "compile blocks; auto = 1,000 steps on a GPU", ("auto", "on", "off"))
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
     forward_rows: int = setting(0, "machine", "rows of a forward pass at most; 0 = all, or what fits a GPU's memory")
     shard: bool = setting(False, "machine", "under torchrun: spread the frozen weights over the devices (FSDP)")
@@ -171,9 +171,7 @@ def settle(s, config):
     taken = [f"{name} {unset[name]:g} ({reason})" for name, reason in reasons.items() if name in unset]
     if taken:
         say(f"{s.method}: " + ", ".join(taken))
-    cuda = devices.settle(s, adapters=allocators.base_method(s.method) not in ("full", "bitfit"))
-    if s.compile == "auto":
-        s.compile = "on" if cuda else "off"
+    devices.settle(s, adapters=allocators.base_method(s.method) not in ("full", "bitfit"))
     if not s.out:
         stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}"
         names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
@@ -618,6 +616,8 @@ def set_up(s, alive):
     model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
     split = processor.training(rows, s.max_length)
     splits, batches = processor.evaluation(s), data.Batches(s, split, process, count)
+    if s.compile == "auto":  # that takes 15 to 60 s, which few steps do not win back (RESULTS.md)
+        s.compile = "on" if s.device.startswith("cuda") and batches.total_steps >= 1000 else "off"
     if warmup_is_ours and s.warmup >= 1:  # the papers' number of steps is for longer runs
         s.warmup = min(s.warmup, math.ceil(0.1 * batches.total_steps))
     # a regression head starts at the mean label: from 0 STS-B (mean 2.7) is not learned at rate 2e-3 (RESULTS.md)
