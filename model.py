@@ -853,7 +853,6 @@ def compile_blocks(model):
     """Compile each block on its own: blocks of one kind share a graph, and policies' work is outside."""
     torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for float32; the blocks are bfloat16
-    note("the first steps compile the blocks, which may take a minute (--compile off)")
     for block in model.blocks:
         block.compile()
 

@@ -636,6 +636,7 @@ def set_up(s, alive):
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
     if s.compile == "on":
+        say("the first steps compile the blocks, which may take a minute (--compile off)")
         models.compile_blocks(model)
     if count > 1 and process == 0:
         after_process_0(s)

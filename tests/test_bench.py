@@ -241,7 +241,7 @@ def test_runs_that_failed_and_results_of_other_input(tmp_path, capsys):
     assert "taken as they are" in said and len(results(tmp_path)) == 1
     _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     first, second = results(tmp_path)
-    assert "1 of 1 results are of another version of the program, input or device: made" in said
+    assert "1 of 1 results are of another version of the program, input or device: made again" in said
     assert first["source"] != second["source"] and first["settings"] == second["settings"]
     _, said = compare(capsys, tmp_path, *asked, f"lora --ranks {ranks}")
     assert "another version" not in said and len(results(tmp_path)) == 2
