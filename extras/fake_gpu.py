@@ -335,8 +335,7 @@ def prepare(folder, family):
 
 
 SHORT = """--init-weights random --device cuda --rank 4 --batch-size 4 --limit-train 80 --limit-eval 8 --max-length 96
-    --steps 9 --save-every 6 --log-every 50 --eval-every 50 --weightlora-examples 8
-    --credit-examples 8""".split()
+    --steps 9 --save-every 6 --log-every 50 --eval-every 50 --weightlora-examples 8 --credit-examples 8""".split()
 
 
 def small_run(family, *extra):

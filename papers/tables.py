@@ -37,7 +37,7 @@ class Published:
     metric: str = train.setting(None, "table", "the number to compare; default: the table's")
     seeds: int = train.setting(0, "table", "0 = the paper's number")
     jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
-    keep_old: bool = train.setting(False, "table", "take results that another version of the program has made")
+    keep_old: bool = train.setting(False, "table", "take results of another version of the program, input or device")
     results: str = train.setting("runs/tables.jsonl", "table", "file of finished runs, a line each")
     runs: str = train.setting("runs/tables", "table", "folder of their run folders")
 
