@@ -581,8 +581,8 @@ class Credit(WeightLora):
         share_i = max(credit_i, 0)^power / cost_i
 
     cost_i is what a unit of rank costs: in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". What
-    uniform LoRA of rank r costs, times `credit_share`, is dealt out unit by unit to the largest share_i / (units_i + 1)
-    that may have one: at most `credit_cap` r, its own rank, and what is left. Then plain LoRA starts, at one scale.
+    uniform LoRA of rank r' = `credit_share` r costs is dealt out: `credit_floor` r' units to each, then one by one to
+    the largest share_i / (units_i + 1), at most `credit_cap` r (or its own) each. Then plain LoRA starts at one scale.
     """
 
     saved = ("credit",)
@@ -602,22 +602,22 @@ class Credit(WeightLora):
         if max(shares) <= 0:
             note("credit: no matrix has gained in the warm-up, so all get the same rank: lower --lr or --credit-power")
         most = [min(*size, int(s.credit_cap * s.rank)) for size in self.sizes]
-        return dict(zip(self.names, dealt_units(shares, costs, most, s.credit_share * s.rank * sum(costs))))
+        rank = s.credit_share * s.rank
+        return dict(zip(self.names, dealt_units(shares, costs, most, int(s.credit_floor * rank), rank * sum(costs))))
 
     def log(self):
         return {"credit": dict(zip(self.names, self.credit.tolist()))}
 
 
-def dealt_units(shares, costs, most, budget):
-    """Units of rank for each matrix, one by one to the largest share_i / (units_i + 1); ties to who has the fewest."""
-    units, budget = [0] * len(shares), max(budget, min(costs))  # one at least
-    while True:
-        able = [i for i, cost in enumerate(costs) if units[i] < most[i] and cost <= budget]
-        if not able:
-            return units
+def dealt_units(shares, costs, most, least, budget):
+    """Units of rank for each matrix: `least`, then to the largest share_i / (units_i + 1); ties to who has fewest."""
+    units = [min(least, limit) for limit in most]
+    budget = max(budget, min(costs)) - sum(n * cost for n, cost in zip(units, costs))  # one unit at least
+    while able := [i for i, cost in enumerate(costs) if units[i] < most[i] and cost <= budget]:
         best = max(able, key=lambda i: (shares[i] / (units[i] + 1), -units[i]))
         units[best] += 1
         budget -= costs[best]
+    return units
 
 
 WINDOWS = ("first", "middle", "last")  # locations: the largest singular components, those from m/2 on, the smallest

@@ -10,9 +10,10 @@ import allocators
 import lora
 
 
-def deal(credit, cost, cap, budget, power):
+def deal(credit, cost, cap, budget, power, floor):
     """The docstring of Credit in plain loops."""
-    share, units = [max(c, 0) ** power / k for c, k in zip(credit, cost)], [0] * len(credit)
+    share, units = [max(c, 0) ** power / k for c, k in zip(credit, cost)], [floor] * len(credit)
+    budget -= floor * sum(cost)
     while True:
         worth = [(s / (u + 1), -u) if u < most and k <= budget else (-1, 0)
                  for s, u, most, k in zip(share, units, cap, cost)]
@@ -25,6 +26,7 @@ def deal(credit, cost, cap, budget, power):
 @pytest.mark.parametrize("changes", [
     dict(targets=ALL, credit_power=0.0, freeze_a=True), dict(rank=1, targets=ALL), dict(init="pissa", weight_decay=0.1),
     dict(targets=ALL, credit_budget="ranks"), dict(credit_share=1e-3), dict(targets=["up", "down"], credit_cap=1.5),
+    dict(rank=4, credit_floor=0.6, credit_share=0.9),
     dict(credit_steps=0), dict(targets=ALL, credit_power=1.0), dict(targets=["value", "up"], dora=True)], ids=str)
 def test_credit_and_ranks_are_the_formulas(changes):
     torch.manual_seed(0)
@@ -51,8 +53,9 @@ def test_credit_and_ranks_are_the_formulas(changes):
         np.testing.assert_allclose(allocator.credit, credit, rtol=1e-4, atol=1e-5 * abs(credit).max())
         assert (allocator.allocations == 1) == (step == steps) and (step == 1) == (not credit.any())
     costs = costs if s.credit_budget == "parameters" else [1] * len(names)
-    budget = max(s.credit_share * s.rank * sum(costs), min(costs))
-    expected = deal(allocator.credit.tolist(), costs, cap, budget, s.credit_power)
+    rank = s.credit_share * s.rank
+    budget = max(rank * sum(costs), min(costs))
+    expected = deal(allocator.credit.tolist(), costs, cap, budget, s.credit_power, int(s.credit_floor * rank))
     assert list(allocator.ranks().values()) == expected
     spent = sum(k * units for k, units in zip(costs, expected))
     assert budget - min(costs) < spent <= budget and max(expected) <= s.credit_cap * s.rank

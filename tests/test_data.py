@@ -46,8 +46,7 @@ def own_cache(tmp_path, monkeypatch):
     data.note.cache_clear()
 
 
-LAYOUTS = {
-    "cola": ("CoLA", 'gj04\t1\t\tHe said "go.\ngj04\t0\t*\tHim \u2028 went\x85\r\x1c off.\r\n',
+LAYOUTS = {"cola": ("CoLA", 'gj04\t1\t\tHe said "go.\ngj04\t0\t*\tHim \u2028 went\x85\r\x1c off.\r\n',
              [('He said "go.', 1), ("Him \u2028 went\x85\r\x1c off.", 0)]),
     "mrpc": ("MRPC", '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tA "b\tC\r\n0\t9\t10\tD\tE',
              [('A "b', "C", 1), ("D", "E", 0)]),
@@ -131,8 +130,7 @@ PARSED = {"sentence1": "a b", "sentence2": "c d", "sentence1_parse": "(ROOT a b)
 MSR = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n" + "".join(
     f'{i % 2}\t{i}\t{i + 100}\tleft {i}\tright "{i}\r\n' for i in range(6))
 # (files, training texts, their labels, what is noted): what spreadsheets, pandas, SNLI and people write
-READ = {
-    "mrpc": ({"msr_paraphrase_train.txt": MSR, "mrpc_dev_ids.tsv": "1\t101\n4\t104\n2\t999\n"},
+READ = {"mrpc": ({"msr_paraphrase_train.txt": MSR, "mrpc_dev_ids.tsv": "1\t101\n4\t104\n2\t999\n"},
              ["left 0", "left 2", "left 3", "left 5"], [0, 0, 1, 1], "4 train rows"),
     "numbers sort as numbers, 1.0 is 1, spaces around a label do not count": (
         {"train.jsonl": jsonl([{"text": "t", "label": n} for n in (10, "9", 1.0, "10.0", " 1 ")])},
@@ -360,8 +358,7 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
 
 CROP = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
 SQUARE = {"size": {"height": 24, "width": 24}}
-PROCESSORS = {
-    "ViTImageProcessor": {**SQUARE, "resample": 0, "do_normalize": False},
+PROCESSORS = {"ViTImageProcessor": {**SQUARE, "resample": 0, "do_normalize": False},
     "ViTImageProcessorFast": {**SQUARE, "do_rescale": False, "resample": 3},
     "ViTFeatureExtractor": {"size": 24, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.9] * 3},
     "DeiTImageProcessor": {"size": {"height": 27, "width": 29}, **CROP},

@@ -114,8 +114,7 @@ def tensor(start=0, end=8, shape=(2,), dtype="F32"):
 
 
 QUERY = "vit.encoder.layer.0.attention.attention.query.weight"
-HEADERS = {
-    "short": b"\x05\x00", "length 2^63": header({}, length=2**63), "a list": header(b"[]"),
+HEADERS = {"short": b"\x05\x00", "length 2^63": header({}, length=2**63), "a list": header(b"[]"),
     "length 99 MB": header({"a": tensor()}, length=99_000_000), "deep": header(b'{"a":' * 10_000, 0),
     "not UTF-8": header(b'{"\xff": 1}'), "overlapping": header({"a": tensor(), "b": tensor(4, 12)}, 12),
     "a gap": header({"a": tensor(), "b": tensor(16, 24)}, 24), "backwards": header({"a": tensor(8, 0)}),
