@@ -76,7 +76,7 @@ class Allocator:
         if there:
             self.take_over(there)
         else:
-            self.add(given_ranks(self.settings, self.names))
+            self.add(given_ranks(self.settings, self.names, self.cost.tolist()))
 
     def watch(self, name, x, real):
         """See the input x (B, T, in) of the matrix `name` in a training pass; real (B, T): no padding, None = all.
@@ -237,8 +237,8 @@ class Allocator:
         return (self.current * self.cost).sum() + lengths
 
 
-def given_ranks(s, names):
-    """{name: rank} for uniform LoRA: --rank for all, or those of --ranks, with --ranks-shuffled dealt by the seed."""
+def given_ranks(s, names, cost):
+    """{name: rank} for uniform LoRA: --rank, or those of --ranks, --ranks-shuffled among matrices of the same cost."""
     if not s.ranks:
         return dict.fromkeys(names, s.rank)
     path = Path(s.ranks)
@@ -253,7 +253,8 @@ def given_ranks(s, names):
         raise UserError(f"--ranks {file}: no ranks in it for this run ({error!r}): name a run's folder or a file of "
                         '{"blocks.0.query": 4, ...}, and --targets to fit') from None
     order = shuffled(len(names), s.seed) if s.ranks_shuffled else range(len(names))
-    return {name: ranks.get(names[i], 0) for name, i in zip(names, order)}
+    dealt = dict(zip(sorted(range(len(names)), key=cost.__getitem__), sorted(order, key=cost.__getitem__)))
+    return {name: ranks.get(names[dealt[i]], 0) for i, name in enumerate(names)}
 
 
 def shuffled(n, seed):
@@ -268,6 +269,8 @@ class Static(Allocator):
         s = self.settings
         ranks = {name: int(self.shape(i, kind, self.blocks, s.rank)) for name, i, kind in self.sites}
         self.add({name: min(max(rank, s.r_min), s.r_max) for name, rank in ranks.items()})
+        if min(ranks.values()) < s.r_min or max(ranks.values()) > s.r_max or len({*ranks.values()}) == 1:
+            note(f"{s.method}: its ranks are not the paper's shape here: see --rank, --r-min, --r-max, --targets")
 
     def shape(self, i, kind, L, r_base):
         """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
@@ -312,7 +315,7 @@ class AdaLora(Allocator):
     after the optimizer's step, scale alpha over the triplets that a matrix starts with.
     """
 
-    refuses = ("init", "lora_plus_ratio", "freeze_a")  # own start; lambda is what starts at 0; reads A's gradient
+    refuses = ("init", "lora_plus_ratio", "freeze_a", "scaling")  # own start and scale; reads A's gradient
     dynamic = True
     saved = ("kept", "last", "smooth", "unsure")
 
@@ -464,8 +467,7 @@ class LaLora(Allocator):
     def warning(self):
         share = float(self.budget_rank) / self.mask.numel()
         if share < 0.3:
-            gamma = self.settings.lalora_gamma
-            return f"La-LoRA's budget ended at {share:.0%} of the most, r L: raise --lalora-gamma ({gamma:g})"
+            return f"La-LoRA's budget ended at {share:.0%} of r L: raise --lalora-gamma, {self.settings.lalora_gamma:g}"
 
 
 def whole_ranks(shares, total, r):
@@ -480,7 +482,7 @@ class WeightLora(Allocator):
     """WeightLoRA and WeightLoRA+: W + omega_i s B A; a short warm-up finds the K matrices worth adapting (Eqs. 1-2).
 
     For T steps omega, one number per matrix, follows StoIHT (Appendix B): a plain gradient step, scaled by the learning
-    rate's schedule as in the authors' code, then only the K largest stay, those tied with the K-th included; with
+    rate's schedule (not clipped, as theirs is); then only the K largest stay, those tied with the K-th included; with
     `weightlora_threshold` "end" only after step T. What is not the largest by "moved", |omega - 1|, goes back to 1.
     Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and all others
     are plain frozen layers again. Ties that step T leaves go to the matrix that comes first in the model.
@@ -585,8 +587,7 @@ class Credit(WeightLora):
     the largest share_i / (units_i + 1), at most `credit_cap` r (or its own) each. Then plain LoRA starts at one scale.
     """
 
-    saved = ("credit",)
-    group = "credit"
+    saved, group = ("credit",), "credit"
 
     def setup(self):
         self.start(self.settings.credit_steps or min(10, self.steps - 1))
@@ -661,8 +662,7 @@ class LeLora(Allocator):
             for j, location in enumerate(self.locations):
                 first = {"first": 0, "middle": R, "last": 3 * R - r}[location]
                 self.masks[i, j, first:first + r] = 1
-        place = [(block, lora.TARGETS.index(kind)) for _, block, kind in self.sites]
-        self.place = torch.tensor(place, device=self.device)  # (n, 2)
+        self.place = torch.tensor([(i, lora.TARGETS.index(kind)) for _, i, kind in self.sites], device=self.device)
         start = "uniform" if s.lelora_ablate == "random" else s.lelora_start
         self.policy = Policy(self.blocks, 1 + widest, *self.masks.shape[:2], s.seed, start).to(self.device)
         optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[s.lelora_policy_optimizer]

@@ -619,7 +619,7 @@ def match_budget(cells, q):
 
     for _ in range(6):
         for cell, rank in ranks.items():
-            times = rank / told[cell].rank
+            times = (rank / told[cell].rank) ** (0.5 if told[cell].scaling == "rslora" else 1)  # keeps the scale
             run = cell.again(0, "--rank", str(rank), "--alpha", f"{told[cell].alpha * times:g}")
             run.times = times
             tried[cell].append(run)

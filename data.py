@@ -866,8 +866,8 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
-ADALORA_RATES = {"mnli": 5e-4, "qnli": 5e-4, "cola": 8e-4, "qqp": 8e-4, "sst2": 8e-4, "mrpc": 1e-3, "rte": 1.2e-3,
-                 "stsb": 2.2e-3}  # QingruZhang/AdaLoRA, NLU/scripts
+ADALORA = {"mnli": (5e-4, 0.0), "qnli": (5e-4, 0.01), "cola": (8e-4, 0.0), "qqp": (8e-4, 0.01), "sst2": (8e-4, 0.01),
+           "mrpc": (1e-3, 0.01), "rte": (1.2e-3, 0.01), "stsb": (2.2e-3, 0.1)}  # QingruZhang/AdaLoRA, NLU/scripts
 
 
 def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_ratio=1.5):
@@ -898,12 +898,18 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
         reasons["lr"] = "usual without adapters"
     elif method == "adalora":
         triplets = round(adalora_init_ratio * rank)
-        chosen.update(lr=ADALORA_RATES.get(task.name, 2 * chosen["lr"]), alpha=16 * triplets)
-        reasons["lr"] = "its authors' script" if task.name in ADALORA_RATES else "twice LoRA's"
+        chosen.update(lr=2 * chosen["lr"], alpha=16 * triplets)
+        reasons["lr"] = "twice LoRA's"
+        if task.name in ADALORA:
+            chosen["lr"], chosen["weight_decay"] = ADALORA[task.name]
+            reasons["lr"] = reasons["weight_decay"] = "its authors' script"
         reasons["alpha"] = f"16 x the {triplets} triplets that a matrix starts with, as in its authors' scripts"
     elif method == "lalora":
         chosen["lalora_gamma"] = round(1.1 * math.log(max(2, rank)) / math.log(8), 3)
         reasons["lalora_gamma"] = f"for rank {rank}: the budget's ceiling is {rank} times its start"
     elif method in ("weightlora", "weightlora+", "random"):
-        chosen["warmup"], reasons["warmup"] = 0.0, "none, as in WeightLoRA's GLUE scripts"
+        chosen["warmup"], reasons["warmup"] = 0.0, "none: it would slow omega, and WeightLoRA's GLUE script has none"
+    elif method in ("linear-decay", "attention-heavy", "empirical") and task.kind == "lm":
+        chosen.update(rank=16, alpha=16 * chosen["alpha"] / chosen["rank"])
+        reasons.update(rank="its paper's", alpha="LoRA's scale")
     return chosen, reasons

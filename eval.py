@@ -557,6 +557,11 @@ def expected(low, high):
     return f"must be from {low} to below {high:g}"
 
 
+def told(s, names):
+    """The flags of those settings that are not the defaults, for a message."""
+    return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(type(s), name))
+
+
 def check_bounds(settings):
     """Raises UserError for a number out of its bounds: settings made in Python, or of a run.json, had no parser."""
     for f in fields(settings):

@@ -34,7 +34,7 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from eval import check_bounds, criterion, parser_of, say, setting, validation
+from eval import check_bounds, criterion, parser_of, say, setting, told, validation
 from extras import devices, source
 from extras.adapter_files import load_adapter, save_adapter
 from extras.cards import write_cards
@@ -57,9 +57,9 @@ class Settings:
     alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets at first; lelora: none", low=1e-9)
     dropout: float = setting(None, "adapter", "on the adapter's input; none on W's own components", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
-    scaling: str = setting("nominal", "adapter", "alpha / r, / r_i or / sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
+    scaling: str = setting("nominal", "adapter", "alpha / r, own R or sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
     ranks: str = setting(None, "adapter", "for --method lora: the last ranks of a run folder, or {name: rank} in JSON")
-    ranks_shuffled: bool = setting(False, "adapter", "deal the ranks of --ranks to other matrices, by the seed")
+    ranks_shuffled: bool = setting(False, "adapter", "deal the ranks of --ranks to other matrices of the same cost")
     adapter: str = setting(None, "adapter", "folder of a PEFT adapter for --method lora to start from, as it is")
     init: str = setting("lora", "adapter", "start at W's r largest or smallest components", lora.INITS)
     dora: bool = setting(False, "adapter", "DoRA: trainable lengths of the rows of W + s B A")
@@ -135,7 +135,8 @@ class Settings:
     lelora_locations: list = setting(None, "LeLoRA", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "LeLoRA", "alpha of the reward, the weight of the loss's change (Eq. 4)")
     lelora_every: int = setting(1, "LeLoRA", "iterations between actions", low=1)
-    lelora_ablate: str = setting("none", "LeLoRA", "learn one head, or none", ("none", "rank", "location", "random"))
+    lelora_ablate: str = setting("none", "LeLoRA", "learn the rank or location alone (Fig. 5a), or nothing (random)",
+                                 ("none", "rank", "location", "random"))
     lelora_start: str = setting("uniform", "LeLoRA", "first actions alike, or as in Appendix B", ("uniform", "kaiming"))
     lelora_baseline: str = setting("mean", "LeLoRA", "of the reward: its mean, or the loss's trend", ("mean", "trend"))
     lelora_policy_lr: float = setting(1e-3, "LeLoRA", "eta_2, the policy network's learning rate (Eq. 10)")
@@ -150,11 +151,18 @@ DEFAULTS = {  # by kind of model: the projections that the papers adapt, a task,
 READERS = {  # groups of settings that are policies' own
     "static shapes": ("linear-decay", "attention-heavy", "empirical"), "AdaLoRA": ("adalora",), "La-LoRA": ("lalora",),
     "WeightLoRA": ("weightlora", "weightlora+", "random"), "credit": ("credit",), "LeLoRA": ("lelora",)}
+UNREAD = {"lelora": "alpha dropout", **dict.fromkeys(("full", "bitfit"), "rank alpha dropout targets"),
+          **dict.fromkeys(("linear-decay", "attention-heavy"), "empirical_depth"),
+          "random": "weightlora_steps weightlora_examples weightlora_lr weightlora_threshold weightlora_rank_by"}
 BROUGHT = ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks")  # by an --adapter
 
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
+    unread = told(s, (f.name for f in dataclasses.fields(s) if f.name in UNREAD.get(s.method, "").split()
+                      or s.method not in READERS.get(f.metadata["group"], [s.method])))
+    if unread and s.method in allocators.METHODS and not s.resume:
+        say(f"note: --method {s.method} does not read {unread}")
     targets, default, takes = DEFAULTS[config.kind]
     s.task = s.task or default
     task = data.find_task(s.task, s.data)
@@ -164,8 +172,7 @@ def settle(s, config):
                                            s.rank, s.adalora_init_ratio)
     chosen["targets"] = targets
     settled = {"epochs", "steps"} if s.epochs or s.steps else set()
-    if s.adapter:
-        settled |= {*BROUGHT}
+    settled |= {*BROUGHT} if s.adapter else set()
     unset = {name: chosen[name] for name in chosen.keys() - settled if getattr(s, name) is None}
     vars(s).update(unset)
     taken = [f"{name} {unset[name]:g} ({reason})" for name, reason in reasons.items() if name in unset]
@@ -174,8 +181,7 @@ def settle(s, config):
     devices.settle(s, adapters=allocators.base_method(s.method) not in ("full", "bitfit"))
     if not s.out:
         stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}"
-        names = [stem] + [f"{stem}-{n}" for n in range(2, 10_000)]
-        s.out = next(name for name in names if not Path(name).exists())
+        s.out = next(name for name in [stem] + [f"{stem}-{n}" for n in range(2, 10_000)] if not Path(name).exists())
     check(s, allocators.policy(s.method))
     return task
 
@@ -183,13 +189,9 @@ def settle(s, config):
 def check(s, policy):
     """Refuse settings that cannot work; raises UserError with one line that names the flag."""
     check_bounds(s)
-    def told(names):
-        """Flags of those settings that are not the defaults, for a message."""
-        return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(Settings, name))
-
     method, base = f"--method {s.method}", allocators.base_method(s.method)
     itself = base in ("full", "bitfit")  # the model's own weights are trained
-    foreign, brought = told(policy.refuses), told(BROUGHT) if s.adapter and not s.resume else ""
+    foreign, brought = told(s, policy.refuses), told(s, BROUGHT) if s.adapter and not s.resume else ""
     rules = [
         (brought, f"--adapter {s.adapter}: for --method lora, with ranks of its own: leave out {brought}"),
         (s.r_min > s.r_max, f"--r-min {s.r_min} is above --r-max {s.r_max}"),
@@ -211,9 +213,6 @@ def check(s, policy):
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
-    idle = told(f.name for f in dataclasses.fields(s) if s.method not in READERS.get(f.metadata["group"], [s.method]))
-    if idle and s.method in allocators.METHODS:
-        say(f"note: {method} does not read {idle}")
 
 
 # ---------------------------------------------------------------------------------------------- a step and the loop

@@ -176,7 +176,8 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert compare(capsys, tmp_path, *asked, "--no-run")[0] == about  # from the results file alone
 
 
-def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
+@pytest.mark.parametrize("scaling, power", [("nominal", 1), ("rslora", 0.5)])
+def test_matching_budgets_takes_the_best_rank_that_works(scaling, power, monkeypatch, capsys):
     """Made-up budgets: half of uniform LoRA's, one that fails above rank 64, one that always fails."""
     budget = {"lora": lambda r: 100 * r, "random": lambda r: 50 * r, "lalora": lambda r: 8 * r if r <= 64 else None,
               "lelora": lambda r: None}
@@ -185,10 +186,12 @@ def test_matching_budgets_takes_the_best_rank_that_works(monkeypatch, capsys):
             size = budget[run.row](run.s.rank)
             run.line = {"trainable_params": {"mean": size}} if size else None
     monkeypatch.setattr(bench, "make", make_up)
-    cells = [bench.Run(row, "digits-rot90", 0, ["--method", row], "runs") for row in (*budget, "full")]
+    flags = {row: ["--method", row] + ["--scaling", scaling] * (row != "lelora") for row in budget}
+    cells = [bench.Run(row, "digits-rot90", 0, flags.get(row, ["--method", row]), "runs") for row in (*budget, "full")]
     matched = bench.match_budget(cells, None)
     assert [run.s.rank for run in matched[:2]] == [8, 16] and 57 <= matched[2].s.rank <= 64
-    assert [run.s.alpha / run.s.rank for run in matched[:3]] == [2, 2, 2] and matched[-1] is cells[-1]
+    scales = [run.s.alpha / run.s.rank ** power for run in matched[:3]]
+    assert scales == pytest.approx([16 / 8 ** power] * 3, rel=1e-5) and matched[-1] is cells[-1]
     said = capsys.readouterr().err
     assert "random, digits-rot90: rank 16, mean budget +0.0 %" in said and said.count("no rank tried comes closer") == 2
 

@@ -444,8 +444,7 @@ def compare_with_transformers(folder):
 
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 # name: (transformers' class, what tokenizer_config.json says against tokenizer.json, family); oracle: AutoTokenizer
-OVERRIDES = {
-    "as it is": ("Roberta", FAST), "bert": ("Bert", {}), "split": ("Bert", {"split_special_tokens": True}),
+OVERRIDES = {"as it is": ("Roberta", FAST), "bert": ("Bert", {}), "split": ("Bert", {"split_special_tokens": True}),
     "no class": ("Bert", {"tokenizer_class": None, "do_lower_case": False}),
     "accents, chinese": ("Bert", {"strip_accents": False, "tokenize_chinese_chars": False}),
     "left": ("Bert", {"truncation_side": "left"}), "special tokens": ("Bert", {"cls_token": "[UNK]"}),
@@ -620,7 +619,8 @@ PAPERS = [
     ("boolq", "llama", 4096, {}, dict(lr=3e-4, batch_size=64, epochs=3, warmup=100, dropout=0.05)),  # lelora 7
     ("cola", "llama", 4096, {}, dict(steps=1024, epochs=None, batch_size=32, alpha=32, weight_decay=1e-4)),  # 10
     ("gsm8k", "qwen3", 4096, {}, dict(steps=5000, warmup=500, batch_size=32, alpha=32, max_length=512)),  # and 11
-    ("rte", "roberta", 768, dict(method="adalora", rank=4), dict(alpha=16 * 6, lr=1.2e-3)),
+    ("rte", "roberta", 768, dict(method="adalora", rank=4), dict(alpha=16 * 6, lr=1.2e-3, weight_decay=0.01)),
+    ("boolq", "llama", 4096, dict(method="empirical"), dict(rank=16, alpha=32)),
     ("boolq", "llama", 4096, dict(method="adalora", adalora_init_ratio=1.25), dict(alpha=16 * 40, lr=6e-4)),
     ("rte", "roberta", 768, dict(method="lalora", rank=64), dict(lalora_gamma=2.2)),
     *(("rte", "roberta", 768, dict(method=method), dict(warmup=0)) for method in ("weightlora+", "random"))]

@@ -287,3 +287,6 @@ def test_given_ranks(tmp_path):
         assert all(layer.scale == 8 / 4 for layer in allocator.layers.values())
     dealt = [tuple(given(ranks_shuffled=True, seed=seed).ranks().values()) for seed in (0, 0, 1, 2)]
     assert dealt[0] == dealt[1] and len(set(dealt)) == 3 and all(sorted(d) == [0, 1, 2, 3, 4, 7] for d in dealt)
+    source.joinpath("ranks.jsonl").write_text(json.dumps({"ranks": {"blocks.0.value": 5, "blocks.1.up": 2}}) + "\n")
+    mixed = [given(targets=["value", "up"], ranks_shuffled=i > 0, seed=i) for i in range(5)]  # of two sizes
+    assert len({policy.budget().item() for policy in mixed}) == 1 < len({str(policy.ranks()) for policy in mixed})

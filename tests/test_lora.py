@@ -20,8 +20,7 @@ peft = pytest.importorskip("peft")
 loraplus = pytest.importorskip("peft.optimizers")
 
 Family = namedtuple("Family", "changes targets task_type")  # of test_model's settings; what is adapted; PEFT's word
-FAMILIES = {
-    "roberta": Family(NO_DROPOUT, ["query", "value", "out", "down"], "SEQ_CLS"),
+FAMILIES = {"roberta": Family(NO_DROPOUT, ["query", "value", "out", "down"], "SEQ_CLS"),
     "bert": Family(NO_DROPOUT, ["query", "out", "down"], "SEQ_CLS"), "vit": Family({}, ["query", "value", "up"], None),
     "deberta": Family(NO_DROPOUT, ["query", "key", "value", "out", "up", "down"], "SEQ_CLS"),
     "llama": Family(dict(num_key_value_heads=2), ["query", "value", "up", "down"], "CAUSAL_LM")}

@@ -31,8 +31,7 @@ DEBERTA = dict(relative_attention=True, position_buckets=8, max_relative_positio
 BUCKETS = dict(position_buckets=256, max_relative_positions=-1, num_hidden_layers=2, max_position_embeddings=512)
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 # name -> (transformers' prefix, settings beside BASE)
-DECODERS = {
-    "llama": ("Llama", dict()),
+DECODERS = {"llama": ("Llama", dict()),
     "llama-gqa-tied": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "llama-bias-head_dim": ("Llama", dict(attention_bias=True, mlp_bias=True, head_dim=12, num_key_value_heads=1)),
     "llama-llama3": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=500.0), head_dim=16)),
@@ -46,8 +45,7 @@ DECODERS = {
     "olmo2": ("Olmo2", dict(num_key_value_heads=2)),
     "gpt2": ("GPT2", dict(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, n_inner=40)),
     "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16))}
-ENCODERS = {
-    "bert": ("Bert", dict()),
+ENCODERS = {"bert": ("Bert", dict()),
     "roberta": ("Roberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1, layer_norm_eps=1e-5)),
     "roberta-pad0": ("Roberta", dict(pad_token_id=0, bos_token_id=1, hidden_act="relu", num_hidden_layers=1)),
     "xlm-roberta": ("XLMRoberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1)),
@@ -59,8 +57,7 @@ ENCODERS = {
                                       position_buckets=-1)),
     "deberta-p2c": ("DebertaV2", dict(DEBERTA, pos_att_type=["p2c"], position_biased_input=True, position_buckets=-1,
                                       max_relative_positions=20))}
-VITS = {
-    "vit": ("ViT", dict(image_size=16, patch_size=4, num_channels=3)),
+VITS = {"vit": ("ViT", dict(image_size=16, patch_size=4, num_channels=3)),
     "vit-gray": ("ViT", dict(image_size=[8, 12], patch_size=[4, 2], num_channels=1, qkv_bias=False, hidden_size=24))}
 ALL = {**DECODERS, **ENCODERS, **VITS}
 

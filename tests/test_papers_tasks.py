@@ -22,8 +22,7 @@ SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
 
 # task: (file, rows as they are published at the task's address, prompt and answer of each that is read)
 ask = data.prompt
-PUBLISHED = {
-    "metamathqa": ("MetaMathQA-395K.json", [
+PUBLISHED = {"metamathqa": ("MetaMathQA-395K.json", [
         {"type": "GSM_Rephrased", "query": f"Q{i}", "original_question": "o", "response": HOSTILE} for i in range(20)],
         [(ask(f"Q{i}"), HOSTILE) for i in range(20)]),
     "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
@@ -105,8 +104,7 @@ def test_math_as_it_is_in_the_official_archive(tmp_path):
 
 
 # hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
-ANSWERS = [
-    ("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
+ANSWERS = [("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
     ("The answer is: $5", "$5"), ("\\boxed{7} The answer is: 8.", "8"), ("the answer is 4", ""),
     ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
     ("\\boxed 9$ and", "9"), ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""),

@@ -102,8 +102,7 @@ def test_gpt2_adapters_made_by_peft(options, tmp_path):
     assert {"blocks.0.query", "blocks.0.key", "blocks.2.value"} <= layers.keys()
 
 
-MADE = {
-    "regex targets, normal start": dict(target_modules=r".*layer\.[02]\.attention\.self\.(query|value)",
+MADE = {"regex targets, normal start": dict(target_modules=r".*layer\.[02]\.attention\.self\.(query|value)",
                                         init_lora_weights="gaussian"),
     "patterns": dict(target_modules=["query", "key", "output.dense"], rank_pattern={r"layer\.1\..*query": 2, "key": 5},
                      alpha_pattern={"0.attention.self.query": 3, "output.dense": 11}),
@@ -157,8 +156,7 @@ def test_the_head_has_to_be_in_the_adapter_or_its_base(tmp_path):
         adapter_files.load_adapter(models.load(tmp_path / "bare", "classify", 3), tmp_path / "adapter")
 
 
-UNSUPPORTED = {
-    "bias": peft.LoraConfig(target_modules=["query"], bias="lora_only"),
+UNSUPPORTED = {"bias": peft.LoraConfig(target_modules=["query"], bias="lora_only"),
     "lora_bias": peft.LoraConfig(target_modules=["query"], lora_bias=True),
     "pissa": peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa"),
     "IA3": peft.IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
