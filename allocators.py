@@ -42,7 +42,7 @@ class Allocator:
     validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
     saved = ("allocations", "current", "made", "calls")  # what a restart needs, each class adding its own: names of
-    # attributes that are tensors (restored in place: views stay views), lists of them, numbers, modules, optimizers ...
+    # tensors (restored in place: views stay views), lists that keep their length, numbers, modules, optimizers ...
     own = ()  # parameters that the policy moves itself
     summed = ()  # names of the tensors that `watch` fills: added up over the processes, zeroed by the loop after a step
     ok = torch.ones((), dtype=torch.bool)  # the loop sets it, on the device: False where a step's gradients were not
@@ -244,6 +244,8 @@ def given_ranks(s, names, cost):
     path = Path(s.ranks)
     file = path / "ranks.jsonl" if path.is_dir() else path
     try:
+        if path.is_dir() and not (path / "result.json").exists():
+            raise ValueError("that run has not finished")
         text = file.read_text(encoding="utf-8")
         ranks = json.loads(text.splitlines()[-1])["ranks"] if path.is_dir() else json.loads(text)
         wrong = [name for name, rank in ranks.items() if name not in names or type(rank) is not int or rank < 0]
@@ -636,8 +638,7 @@ class LeLora(Allocator):
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")  # A and B are W's own components, scale 1
     dynamic, validation_rows = True, 32
-    saved = ("choice", "features", "entropy", "lowest", "reward", "mean", "spread", "before", "policy",
-             "optimizer", "generator")
+    saved = tuple("choice features entropy lowest reward mean spread before policy optimizer generator".split())
 
     def setup(self):
         s, n, ranks = self.settings, len(self.names), [min(size) for size in self.sizes]
@@ -670,7 +671,7 @@ class LeLora(Allocator):
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
         self.reward, self.mean, self.spread, self.before = (torch.zeros((), device=self.device) for _ in range(4))
         self.heads = [(i, head) for i, head in enumerate(("rank", "location")) if self.masks.shape[i] > 1]  # that learn
-        self.lowest = torch.ones(2, device=self.device)  # entropy
+        self.lowest = torch.ones(2, device=self.device)  # entropy, of which 1 is uniform
         self.act(0)
 
     def characteristics(self):
@@ -687,8 +688,7 @@ class LeLora(Allocator):
         self.features = self.characteristics()
         self.log_p = self.policy(self.place, self.features)  # kept with its graph for the reward
         heads = [log_p.detach().exp() for log_p in self.log_p]  # (n, dims), (n, locations)
-        entropies = [torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads]
-        self.entropy = torch.stack(entropies)  # 1 = uniform
+        self.entropy = torch.stack([torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads])
         if step <= self.steps / 10:
             self.lowest.clamp_max_(self.entropy)
         draws = [p / torch.empty_like(p).exponential_(generator=self.generator) for p in heads]

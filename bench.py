@@ -540,6 +540,8 @@ def check(q, rows, tuned):
                 raise UserError(f"row {row!r}: its {flag} would be --tune's, --budgets' or --steps'; leave one out")
     if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
         raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, never reported: lower it")
+    if not q.run and not Path(q.results).is_file():
+        raise UserError(f"--no-run --results {q.results}: there is no such file; name one, or leave out --no-run")
     for file in filter(None, (q.csv, q.picture)):
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"{file}: there is no such folder; name another place")
@@ -562,7 +564,7 @@ def quality(argv):
         rows = {method: shlex.split(method) for method in methods}
     except ValueError as error:
         raise UserError(f"--methods {q.methods}: {error}: close the quotation") from None
-    check(q, rows | {"of all": flags}, tuned=grid[0][::2])
+    check(q, rows | {"of every row": flags}, tuned=grid[0][::2])
     for name, values in (("steps", q.steps), ("rank", q.budgets)):
         if values:
             rows = {f"{row} @ {name} {n}" if len(values) > 1 else row: [*words, f"--{name}", n]
@@ -683,8 +685,8 @@ def tune(cells, q):
 
 
 VARIANTS = {"scaling", "init", "dora", "lora_plus_ratio", "freeze_a"}  # settings that go with any policy
-POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {
-    f.name for f in dataclasses.fields(train.Settings) if f.metadata["group"] in train.READERS}
+POLICY = {"method", "adapter", "ranks", "ranks_shuffled"} | {f.name for f in dataclasses.fields(train.Settings) if
+          f.metadata["group"] not in ("what", "adapter", "optimization", "data", "machine")}
 
 
 def scores(runs, metric=None):
@@ -813,7 +815,7 @@ def main(argv=None):
         return
     parser = parser_of(Bench, __doc__.split("\n\n")[0])
     parser.usage = f"%(prog)s {{{','.join(COMMANDS)}}} [flags]  |  %(prog)s quality [--help]"
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to measure")
     given = vars(parser.parse_args(argv))
     command, b = given.pop("command"), Bench(**given)
     settle(b)

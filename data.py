@@ -369,7 +369,8 @@ def instruction(task, where, row):
     asks, says = next((pair for pair in COLUMNS if {*pair} <= {*row}), COLUMNS[0])
     extra = next((name for name in ("input", "context") if row.get(name) not in (None, "", [])), None)
     system = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    name_unread(where, row, (asks, says, extra, system, "answer", "subject" if task.sources else None))    # MATH's
+    name_unread(where, row, (asks, says, extra, system, "answer" if task.answers or task.sources else None,
+                            "subject" if task.sources else None))   # MATH's
     answer = last_message(row, says, where) if isinstance(row.get(says), list) else get(row, says, where)
     text = task.template(get(row, asks, where), get(row, extra, where) if extra else "")
     result = {"prompt": f"{get(row, system, where)}\n\n{text}" if system else text, "answer": answer}
@@ -382,13 +383,15 @@ def instruction(task, where, row):
     if not target or words and target not in words:
         expected = " or ".join(words) or f"one marked as {task.name}'s are"
         raise UserError(f"{where}: answer {target[:40]!r}, expected {expected}: mend the row")
+    if words and extract_answer(answer, words) != target:
+        raise UserError(f"{where}: answer {target!r}, but {says} says {answer[:60]!r}: mend the row")
     return {**result, "target": target, "answers": task.answers}
 
 
 def last_message(row, says, where):
     """Return what the last message of a conversation says, "" if there is none or it is the user's."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
-    if len(parts) > 2:
+    if len(parts) > 2 or parts and parts[0].get("role") == "system":
         note(f"{where.rsplit(' ', 2)[0]}: conversations of more than two messages: only prompt and last one are read")
     return get(parts[-1], "content", where) if parts and parts[-1].get("role") not in ("user", "system") else ""
 
@@ -415,7 +418,8 @@ NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 def last_number(text, reference=False):
     """Return the last number of a text as GSM8K writes it; in its own solutions (reference) it stands after ####."""
     text = text.partition("####")[2] if reference else text
-    number = (NUMBER.findall(text.replace("$", "")) or [""])[-1].replace(",", "")
+    found = NUMBER.findall(text.replace("$", "")) or [""]
+    number = found[-1].replace(",", "") if len(found) == 1 or not reference else ""
     return number.rstrip("0").rstrip(".") or "0" if "." in number else number
 
 

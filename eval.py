@@ -420,7 +420,7 @@ def load_untrained(name, adapter, random_head, changes):
     s = SimpleNamespace(model=name, **settings | changes)
     model, processor = load(s, task, adapted=adapter is not None)
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, name)
     elif model.fresh and not random_head:
         raise UserError(f"{name} has no head trained for {task.name}, its answers would be random: name a model "
                         "that has one, train one, or say --random-head")
@@ -447,6 +447,19 @@ def read_log(file):
     if not lines:
         raise UserError(f"{file}: empty; the run has not logged a step yet")
     return lines
+
+
+def rewind_log(file, step):
+    """Drop what a run's log says of later than `step`, and half a line at its end; UserError names a damaged line."""
+    lines, kept = file.read_bytes().splitlines(keepends=True) if file.exists() else [], []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text) if text.endswith(b"}\n") or number < len(lines) else {"step": math.inf}
+            kept += [text] if line["step"] < step + ("eval" not in line) else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} line {number}: no line of a run's log ({error!r}): remove it") from None
+    with models.publish(file, folder=False) as part:
+        part.write_bytes(b"".join(kept))
 
 
 def save_model(model, processor, folder):

@@ -834,6 +834,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     else:
         model.fresh = read_weights(model, folder, there, outputs, dtype=dtype, device=device, mapped=mapped, int8=int8)
         path = folder / "generation_config.json"
+        path = path if path.is_file() else folder / "config.json"  # where older releases have them
         asked = read_settings(path)
         other = [f"{key} {asked[key]}" for key, plain in DECODING.items() if asked.get(key) not in (None, plain)]
         model.decoding = f"{path}: not applied, decoding is greedy: {', '.join(other)}" if other else None

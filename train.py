@@ -513,8 +513,8 @@ class Survival(contextlib.ExitStack):
             try:
                 training.restore(state)
                 lora.restore(batches, state, "batches")
-            except KeyError as error:
-                raise UserError(f"{out}: its checkpoints, of another version, lack {error}: start it again") from None
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{out}: its checkpoints do not fit ({error}); start again") from None
             torch.set_rng_state(state["random.cpu"])
             if s.device.startswith("cuda"):
                 torch.cuda.set_rng_state(state["random.cuda"], s.device)
@@ -523,17 +523,14 @@ class Survival(contextlib.ExitStack):
         else:
             say(f"{out} has no checkpoint yet: starting from the beginning")
         for file in (out / "metrics.jsonl", out / "ranks.jsonl") if process_and_count()[0] == 0 else ():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-            logged = [(json.loads(line), line) for line in lines if line.endswith("}\n")]  # others are half a line
-            kept = [text for line, text in logged if line["step"] < about["step"] + ("eval" not in line)]
-            with models.publish(file, folder=False) as part:
-                part.write_text("".join(kept), encoding="utf-8")
+            evaluation.rewind_log(file, about["step"])
         return about["step"], about["seconds"]
 
 
 def checkpoints(out):
     """Checkpoint folders of a run folder, the newest first."""
-    return sorted(Path(out).glob("checkpoints/step-*[0-9]"), key=lambda path: -int(path.name[5:]))
+    found = [path for path in Path(out).glob("checkpoints/step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -602,6 +599,7 @@ def set_up(s, alive):
         after_process_0(s)
     elif s.resume:
         alive.claim()
+        source.warn_if_changed(s)
     warmup_is_ours = s.warmup is None
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
@@ -624,7 +622,7 @@ def set_up(s, alive):
         if name.startswith("head.") and name.endswith("bias") and model.get_parameter(name).numel() == 1:
             model.get_parameter(name).data.fill_(split.labels.mean())
     if s.adapter:
-        layers = load_adapter(model, s.adapter)
+        layers = load_adapter(model, s.adapter, s.model)
         if not layers:
             raise UserError(f"--adapter {s.adapter}: there is no matrix with an adapter in it to train")
         s.targets = sorted({name.split(".")[-1] for name in layers}, key=lora.TARGETS.index)

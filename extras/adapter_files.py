@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora import TARGETS, DoraLinear, LoraLinear, adapters
-from model import UserError, as_stored, note, open_weights, publish, read_json, stored_names
+from model import HUB, UserError, as_stored, note, open_weights, publish, read_json, stored_names
 
 
 def save_adapter(model, folder, base, task_type=None, head=True):
@@ -76,14 +76,18 @@ def stack_factors(layers):
     return torch.cat(As), torch.block_diag(*Bs), torch.cat(lengths).detach() if dora else None, first.scale
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, name=None):
     """Attach the LoRA adapters (and the trained head) stored in PEFT's layout in `folder`; returns {name: layer}.
 
     The tensors say which matrices have an adapter and of what rank; alpha_pattern, rsLoRA, DoRA, dropout and a head or
     pooler in modules_to_save are read. LoRA on a pooler or a classification head is merged there. Raises UserError for
-    a file that is missing, damaged, does not fit the model, or uses what this project does not have.
+    a file that is missing, damaged, does not fit the model, or uses what this project does not have. `name` is the
+    model's: where the adapter names another, a note says so.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
+    base = Path(str(config.get("base_model_name_or_path", name))).name
+    if name and base != Path(HUB.get(name, name)).name:
+        note(f"{folder}: an adapter for {base}, put on {name}")
     top = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
     kinds = tuple(f".{kind}.weight" for kind in TARGETS)
     names = stored_names(model, every_spelling=True)
@@ -100,7 +104,10 @@ def load_adapter(model, folder):
         if of_outputs and tensor.dim():
             tensor = tensor[rows_of_head(model, config["labels"], len(tensor), file)]
         if match and (ours[0].startswith(top) or ours[0].endswith(kinds)):
-            found.setdefault((match[1], *ours), {})[match[2] or match[3]] = tensor
+            parts, part = found.setdefault((match[1], *ours), {}), match[2] or match[3]
+            if part in parts:
+                raise UserError(f"{file}: {key!r} is there under another name, too: save one adapter")
+            parts[part] = tensor
         elif base is not None and ours[0].startswith(top) and base.shape == tensor.shape:
             base.copy_(tensor)  # a copy: the tensor may be a view of the file
             changed.add(ours[0])
@@ -204,7 +211,11 @@ def read_adapter(folder):
             config["labels"] = [str(label) for label in json.loads((opened.metadata() or {}).get("labels", "[]"))]
         except (ValueError, TypeError) as error:
             raise UserError(f"{weights}: its metadata's labels are no list ({error}): save it again") from None
-        return config, {key: opened.get_tensor(key) for key in opened.keys()}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if whole:
+        raise UserError(f"{weights}: {whole[0]} is {tensors[whole[0]].dtype}, not float: save it in float32")
+    return config, tensors
 
 
 def rows_of_head(model, labels, count, file):

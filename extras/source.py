@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from model import UserError, digest
+from model import UserError, digest, note, read_settings
 
 
 @functools.cache
@@ -65,6 +65,13 @@ def content(path):
 def source_of(s):
     """`source_hash` of a run with these settings."""
     return source_hash(s.method, s.task, s.ranks, s.adapter, s.data, s.model)
+
+
+def warn_if_changed(s):
+    """Say so if a run that goes on is not with the program and the files that it began with."""
+    began = read_settings(Path(s.out) / "run.json").get("source")
+    if began and began != source_of(s):
+        note(f"{s.out}: the program, or a file behind --data, --model, --adapter or --ranks, has changed since")
 
 
 @functools.cache

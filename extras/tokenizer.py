@@ -52,6 +52,7 @@ class Tokenizer:
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
+        typed = "token_type_ids" in names.get("model_input_names", ["token_type_ids"]) and kind != "DistilBertTokenizer"
         kind = re.sub("^(DistilBert|Electra|MobileBert|ConvBert)Tokenizer$", "BertTokenizer", kind)
         try:
             self.backend = build(path, kind)
@@ -76,7 +77,7 @@ class Tokenizer:
         self.eos_id = next(iter(ids("eos")), None)
         self.eos_ids = sorted(set(ids("eos")))
         self.pad_id = [*ids("pad"), *ids("eos"), *ids("unk"), 0][0]
-        self.types = family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size"))
+        self.types = typed and (family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size")))
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
         whole = self.backend.encode("a")
         self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []

@@ -189,9 +189,8 @@ def test_matching_budgets_takes_the_best_rank_that_works(scaling, power, monkeyp
     flags = {row: ["--method", row] + ["--scaling", scaling] * (row != "lelora") for row in budget}
     cells = [bench.Run(row, "digits-rot90", 0, flags.get(row, ["--method", row]), "runs") for row in (*budget, "full")]
     matched = bench.match_budget(cells, None)
-    assert [run.s.rank for run in matched[:2]] == [8, 16] and 57 <= matched[2].s.rank <= 64
-    scales = [run.s.alpha / run.s.rank ** power for run in matched[:3]]
-    assert scales == pytest.approx([16 / 8 ** power] * 3, rel=1e-5) and matched[-1] is cells[-1]
+    assert [run.s.rank for run in matched[:2]] == [8, 16] and 57 <= matched[2].s.rank <= 64 and matched[-1] is cells[-1]
+    assert [run.s.alpha / run.s.rank ** power for run in matched[:3]] == pytest.approx([16 / 8 ** power] * 3, rel=1e-5)
     said = capsys.readouterr().err
     assert "random, digits-rot90: rank 16, mean budget +0.0 %" in said and said.count("no rank tried comes closer") == 2
 
@@ -268,7 +267,7 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
     ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --nonsense 1", "unrecognized"),
     ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --methods \"lora '\"", "close the quotation"),
     ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
-    ("quality --tune rank=1,2 --match-budget", "what --match-budget, "),
+    ("quality --tune rank=1,2 --match-budget", "what --match-b"), ("quality --no-run --results no", "no such fi"),
     ("speed --methods nothing", "choose from"), ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
     ("inference --model vit-digits", "choose a decoder"), ("table nothing", "lalora-table5"),
     ("table weightlora-table3 --small", "no small version")])

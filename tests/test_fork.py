@@ -281,6 +281,7 @@ def test_given_ranks(tmp_path):
     (tmp_path / "ranks.jsonl").write_text("".join(json.dumps({"step": 1, "ranks": r}) + "\n" for r in (first, last)))
     (tmp_path / "own.json").write_text(json.dumps({name: rank for name, rank in last.items() if rank}))
     for source in (tmp_path / "own.json", tmp_path):
+        (tmp_path / "result.json").touch()
         allocator = given()
         assert allocator.ranks() == last
         assert {name: layer.rank for name, layer in allocator.layers.items()} == {n: r for n, r in last.items() if r}

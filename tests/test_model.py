@@ -41,8 +41,7 @@ DECODERS = {"llama": ("Llama", dict()),
                                    max_window_layers=1, tie_word_embeddings=True)),
     "qwen2-layer-types": ("Qwen2", dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=3, layer_types=[
         "sliding_attention", "full_attention", "sliding_attention"])),
-    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16)),
-    "olmo2": ("Olmo2", dict(num_key_value_heads=2)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16)), "olmo2": ("Olmo2", dict(num_key_value_heads=2)),
     "gpt2": ("GPT2", dict(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, n_inner=40)),
     "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16))}
 ENCODERS = {"bert": ("Bert", dict()),
@@ -156,8 +155,7 @@ def refused(*parts, call=load, args=(), **keywords):
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("name, kind, labels", [
-    *((name, "CausalLM", 2) for name in DECODERS),
+@pytest.mark.parametrize("name, kind, labels", [*((name, "CausalLM", 2) for name in DECODERS),
     *((name, "SequenceClassification", labels) for labels in (1, 3) for name in (
         "llama-gqa-tied", "mistral", "olmo2", "gpt2", "qwen2-window", "qwen3", "gemma", *ENCODERS)),
     *((name, "QuestionAnswering", 2) for name in ("bert", "roberta", "deberta", "deberta-unshared"))])
@@ -373,9 +371,13 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
     close(run(ours, tokens), run(oracle, tokens))
     for _ in range(2):
         generate(ours, tokens, None, 2, None, 0)
-    key, head, decoding = caplog.messages
+    (tmp_path / "generation_config.json").unlink()
+    edit_config(tmp_path, repetition_penalty=5)
+    generate(load(tmp_path), tokens, None, 2, None, 0)
+    key, head, decoding, *others = caplog.messages
     assert key.endswith("with it: residual_multiplier, cls_dropout") and head.endswith(": v_head.summary.weight")
     assert decoding.endswith(": do_sample True, repetition_penalty 1.1")
+    assert others[-1].endswith("config.json: not applied, decoding is greedy: repetition_penalty 5")
 
 
 @pytest.mark.parametrize("name, kind, fresh, dtype", [
@@ -454,15 +456,13 @@ def test_save_loads_in_transformers(name, kind, tmp_path):
         assert run(load(tmp_path / "saved"), inputs).equal(run(ours, inputs))
 
 
-BAD_SETTINGS = {
-    "llama": [
+BAD_SETTINGS = {"llama": [
         dict(model_type=...), dict(model_type="gpt_neox"), dict(hidden_size=...), dict(hidden_size=-4),
         dict(hidden_size=33), dict(head_dim=7), dict(num_key_value_heads=3), dict(hidden_act="mish"),
         dict(vocab_size=True), dict(attention_dropout=1.5), dict(quantization_config=dict(bits=4)),
         dict(problem_type="multi_label_classification"), dict(rope_scaling="linear"),
         dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), dict(rope_parameters=dict(rope_theta=-1.0)),
-        dict(rope_parameters=dict(full_attention=dict(rope_type="default")))],
-    "deberta": [
+        dict(rope_parameters=dict(full_attention=dict(rope_type="default")))], "deberta": [
         dict(relative_attention=False), dict(pos_att_type="p2p|c2p"), dict(pos_att_type=...), dict(position_buckets=23),
         dict(position_buckets=1), dict(max_relative_positions="12"), dict(relative_attention=...)],
     "qwen2-layer-types": [dict(layer_types=["full_attention"]), dict(sliding_window=-3)]}
@@ -474,8 +474,7 @@ INDEX, QUERY = "model.safetensors.index.json", "model.layers.1.self_attn.q_proj.
 @pytest.mark.parametrize("name, file, content, parts", [
     *((name, "config.json", changes, [REMEDIES.get(key, key) for key in changes])
       for name, rows in BAD_SETTINGS.items() for changes in rows),
-    *(("llama", "model.safetensors", change, parts) for change, parts in [
-        (lambda t: t.pop(QUERY), [QUERY, "missing"]),
+    *(("llama", "model.safetensors", change, parts) for change, parts in [(lambda t: t.pop(QUERY), [QUERY, "missing"]),
         (lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}), ["layers.9", "unexpected"]),
         (lambda t: t.update({QUERY: torch.zeros(32, 31)}), [QUERY, "[32, 31]", "[32, 32]"]),
         (lambda t: t.update({QUERY: torch.zeros(32, 32, dtype=torch.int8)}), [QUERY, "I8", "floats"]),

@@ -24,8 +24,7 @@ SOLUTION = "We have $\\frac12$ of 3.\nSo it is $\\boxed{\\frac{3}{2}}$."
 ask = data.prompt
 PUBLISHED = {"metamathqa": ("MetaMathQA-395K.json", [
         {"type": "GSM_Rephrased", "query": f"Q{i}", "original_question": "o", "response": HOSTILE} for i in range(20)],
-        [(ask(f"Q{i}"), HOSTILE) for i in range(20)]),
-    "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
+        [(ask(f"Q{i}"), HOSTILE) for i in range(20)]), "codefeedback": ("CodeFeedback-Filtered-Instruction.jsonl", [
         {"query": HOSTILE, "answer": "```\nx```", "resource": "evolinstruct", "lang": "python"}] * 11,
         [(ask(HOSTILE), "```\nx```")] * 11),
     # two of its own rows, then one as HuggingFaceH4/ultrafeedback_binarized has them
@@ -39,8 +38,7 @@ PUBLISHED = {"metamathqa": ("MetaMathQA-395K.json", [
          "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "good"}]},
         {"source": "flan", "instruction": "Q2", "models": ["a"], "completions": [
             {"response": "half \ud83d pair", "overall_score": 1, "principle": "helpfulness"}]}],
-        [(ask("Q0"), HOSTILE), (ask("Q1"), "good"), (ask("Q2"), "half ? pair")]),
-    "alpaca": ("alpaca_data.json", [
+        [(ask("Q0"), HOSTILE), (ask("Q1"), "good"), (ask("Q2"), "half ? pair")]), "alpaca": ("alpaca_data.json", [
         {"instruction": "I0", "input": "", "output": "O0"}, {"instruction": "I1", "input": HOSTILE, "output": HOSTILE},
         {"instruction": "some are empty", "input": "", "output": ""}],
         [(ask("I0"), "O0"), (ask("I1", HOSTILE), HOSTILE)]),
@@ -192,8 +190,7 @@ def test_cifar100s_binary_files(tmp_path):
     assert all(np.array_equal(row["pixels"].transpose(1, 2, 0), picture) for row, picture in zip(read, pictures))
 
 
-BAD = [
-    ("math", {"test.jsonl": {"problem": "a", "solution": "4"}}, "line 1: answer '', expected one marked"),
+BAD = [("math", {"test.jsonl": {"problem": "a", "solution": "4"}}, "line 1: answer '', expected one marked"),
     ("gsm8k", {"test.jsonl": {"question": "a", "answer": "5 of 7"}}, "line 1: answer '', expected one marked"),
     ("ultrafeedback", {"x.jsonl": {"instruction": "a", "completions": ["b"]}}, "'completions' is str 'b'"),
     ("ultrafeedback", {"x.jsonl": {"instruction": "a", "completions": [{"overall_score": "N/A"}] * 2}},

@@ -167,8 +167,7 @@ UNSUPPORTED = {"bias": peft.LoraConfig(target_modules=["query"], bias="lora_only
     "lm_head": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])}
 
 
-@pytest.mark.parametrize("name, family, options", [
-    *((name, "bert", {}) for name in UNSUPPORTED if name != "lm_head"),
+@pytest.mark.parametrize("name, family, options", [*((name, "bert", {}) for name in UNSUPPORTED if name != "lm_head"),
     *(("lm_head", "llama", dict(tie_word_embeddings=tied)) for tied in (True, False))])
 def test_what_is_not_supported_is_one_line(name, family, options, tmp_path):
     wrapped = peft.get_peft_model(saved(family, tmp_path / "base", **options), UNSUPPORTED[name])

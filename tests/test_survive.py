@@ -207,7 +207,7 @@ def test_a_second_signal_stops_at_once_as_does_the_first_while_loading(where, tm
     assert (tmp_path / "run").exists() == ("--resume" in last_line(err.read_text())) == (where == "criterion")
 
 
-def test_what_cannot_be_resumed_or_started(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_resumed_or_started(tmp_path, monkeypatch, capsys, caplog):
     """Another run is at work there, or only damaged checkpoints are; of two that find no folder the first claims it."""
     out = tmp_path / "run"
 
@@ -225,7 +225,13 @@ def test_what_cannot_be_resumed_or_started(tmp_path, monkeypatch, capsys):
     (out / "result.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(train.allocators.Allocator, "saved", (*train.allocators.Allocator.saved, "nominal"))
-        assert "of another version, lack 'policy.nominal'" in refused(train, ["--resume", out], capsys)
+        assert "do not fit ('policy.nominal')" in refused(train, ["--resume", out], capsys)
+    (out / "run.json").write_text((out / "run.json").read_text().replace('"source": "', '"source": "0'))
+    shutil.copytree(next(out.glob("checkpoints/step-*")), out / "checkpoints" / "step-8 (copy)")
+    for log in (b'{"note": 1}\n', b"\xff\n{}\n"):
+        (out / "ranks.jsonl").write_bytes(log)
+        assert "ranks.jsonl line 1: no line of" in refused(train, ["--resume", out], capsys)
+    assert "--ranks, has changed since" in caplog.text
     for file in out.glob("checkpoints/*/state.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     for flags, expected in (("run", "no whole checkpoint"), ("none", "run.json"), ("run --lr 1", "leave the other")):
