@@ -392,7 +392,7 @@ def last_message(row, says, where):
     """Return what the last message of a conversation says, "" if there is none or it is the user's."""
     parts = [get({says: part}, says, where, dict) for part in row[says]]
     if len(parts) > 2 or parts and parts[0].get("role") == "system":
-        note(f"{where.rsplit(' ', 2)[0]}: conversations of more than two messages: only prompt and last one are read")
+        note(f"{where.rsplit(' ', 2)[0]}: a system's or more than two messages: only prompt and last one are read")
     return get(parts[-1], "content", where) if parts and parts[-1].get("role") not in ("user", "system") else ""
 
 

@@ -87,7 +87,7 @@ def load_adapter(model, folder, name=None):
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
     base = Path(str(config.get("base_model_name_or_path", name))).name
     if name and base != Path(HUB.get(name, name)).name:
-        note(f"{folder}: an adapter for {base}, put on {name}")
+        note(f"{folder}: an adapter for {base!r}, put on {name}")
     top = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
     kinds = tuple(f".{kind}.weight" for kind in TARGETS)
     names = stored_names(model, every_spelling=True)
@@ -214,7 +214,7 @@ def read_adapter(folder):
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     if whole:
-        raise UserError(f"{weights}: {whole[0]} is {tensors[whole[0]].dtype}, not float: save it in float32")
+        raise UserError(f"{weights}: {whole[0]!r} is {tensors[whole[0]].dtype}, not float: save it in float32")
     return config, tensors
 
 

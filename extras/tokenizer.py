@@ -52,7 +52,8 @@ class Tokenizer:
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
-        typed = "token_type_ids" in names.get("model_input_names", ["token_type_ids"]) and kind != "DistilBertTokenizer"
+        inputs = str(names.get("model_input_names") or "token_type_ids")
+        typed = "token_type_ids" in inputs and kind != "DistilBertTokenizer"
         kind = re.sub("^(DistilBert|Electra|MobileBert|ConvBert)Tokenizer$", "BertTokenizer", kind)
         try:
             self.backend = build(path, kind)
