@@ -513,8 +513,10 @@ class Survival(contextlib.ExitStack):
             try:
                 training.restore(state)
                 lora.restore(batches, state, "batches")
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{out}: its checkpoints do not fit ({error}); start again") from None
+            except KeyError as error:
+                raise UserError(f"{out}: its checkpoints, of another version, lack {error}: start it again") from None
+            except TypeError as error:
+                raise UserError(f"{out}: its checkpoints do not fit: {error}") from None
             torch.set_rng_state(state["random.cpu"])
             if s.device.startswith("cuda"):
                 torch.cuda.set_rng_state(state["random.cuda"], s.device)

@@ -225,7 +225,7 @@ def test_what_cannot_be_resumed_or_started(tmp_path, monkeypatch, capsys, caplog
     (out / "result.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(train.allocators.Allocator, "saved", (*train.allocators.Allocator.saved, "nominal"))
-        assert "do not fit ('policy.nominal')" in refused(train, ["--resume", out], capsys)
+        assert "of another version, lack 'policy.nominal'" in refused(train, ["--resume", out], capsys)
     (out / "run.json").write_text((out / "run.json").read_text().replace('"source": "', '"source": "0'))
     shutil.copytree(next(out.glob("checkpoints/step-*")), out / "checkpoints" / "step-8 (copy)")
     for log in (b'{"note": 1}\n', b"\xff\n{}\n"):
