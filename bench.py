@@ -800,7 +800,7 @@ def answer(command, text, about):
 
 def report(command, b, rows):
     """Print what was measured: a table, and one line of JSON."""
-    answer(command, table(rows), {"device": devices.device_name(b.device), "dtype": b.dtype, **evaluation.VERSIONS,
+    answer(command, table(rows), {"device": devices.device_name(b.device), "dtype": b.dtype, **devices.VERSIONS,
                                   "settings": dataclasses.asdict(b), "rows": rows})
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -434,8 +433,9 @@ def read_run(folder):
     try:
         settings = {key: run["settings"][key] for key in ("model", "task", "data", "method", "seed", "device", "dtype",
                                                           "init_weights", "limit_eval", "max_length", "batch_size")}
-        if not all(isinstance(settings[key], int) for key in ("seed", "limit_eval", "max_length", "batch_size")):
-            raise ValueError("a number is missing")
+        numbers = all(isinstance(settings[key], int) for key in ("seed", "limit_eval", "max_length", "batch_size"))
+        if not numbers or settings["dtype"] not in ("float32", "bfloat16", "float16"):
+            raise ValueError("a number or the dtype is missing")
         return SimpleNamespace(**run["settings"]), run["labels"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: missing, or no settings of a run ({error!r}); name a run's folder") from None
@@ -492,7 +492,6 @@ def merge(folder, out, changes):
 
 # ---------------------------------------------------------------------------------------------- words for numbers
 
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 def say(message):
     """A line for the person who watches, on stderr."""

@@ -643,7 +643,7 @@ def set_up(s, alive):
         shard(model, s.device)
     devices.fit_memory(training, batches)
     if not s.resume and process == 0:
-        alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": evaluation.VERSIONS,
+        alive.claim({"settings": dataclasses.asdict(s), "labels": list(task.labels), "versions": devices.VERSIONS,
                      "device": devices.device_name(s.device), "command": shlex.join(sys.argv),
                      "commit": source.commit(), "source": source.source_of(s)})
     trainable, everything = (sum(p.numel() for p in some) for some in (training.params, model.parameters()))

@@ -18,6 +18,8 @@ import data
 from extras.processes import largest, process_and_count
 from model import UserError, note
 
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
 
 def environments(jobs):
     """The environment of each of `jobs` processes: they share out the cores, and the GPUs that this one may use."""
