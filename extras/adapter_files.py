@@ -85,9 +85,9 @@ def load_adapter(model, folder, name=None):
     model's: where the adapter names another, a note says so.
     """
     (config, tensors), file = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    base = Path(str(config.get("base_model_name_or_path", name))).name
-    if name and base != Path(HUB.get(name, name)).name:
-        note(f"{folder}: an adapter for {base!r}, put on {name}")
+    meant = Path(str(config.get("base_model_name_or_path", name))).name
+    if name and meant != Path(HUB.get(name, name)).name:
+        note(f"{folder}: an adapter for {meant!r}, put on {name}")
     top = ("head.", "pooler.") if model.head_kind != "lm" else ()  # a language model's head stays as it is
     kinds = tuple(f".{kind}.weight" for kind in TARGETS)
     names = stored_names(model, every_spelling=True)
