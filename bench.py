@@ -44,7 +44,7 @@ import model as models
 import train
 from eval import parser_of, say, setting
 from extras import devices, images, source
-from extras.report import LOSSES, comparison, sign_flip, table, write_csv
+from extras.report import LOSSES, comparison, read_results, sign_flip, table, write_csv
 from model import UserError
 
 
@@ -457,29 +457,13 @@ def changed(settings):
     return {name: value for name, value in settings.items() if value != getattr(train.Settings, name, None)}
 
 
-def finished(q):
-    """The lines of the results by their runs' keys, and by the settings alone: the last of several.
-
-    What is no such line, or half of one, is skipped.
-    """
-    lines, file = {}, Path(q.results)
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(text)
-            told = json.dumps(line["settings"], sort_keys=True)
-            if line.keys() >= {"settled", "trainable_params", "seconds", "peak_memory_mb"}:
-                device = line["settled"]["device"].partition(":")[0]
-                lines[told, line["source"], device] = lines[told] = line
-    return lines
-
-
 def make(runs, q):
     """Give the runs their `line` in the results, and make those that have none, q.jobs at a time.
 
     Returns {name: what went wrong} of those that failed. A run that was begun goes on from its last checkpoint. Ctrl-C
     reaches the runs, too: they stop at a checkpoint.
     """
-    lines, failed, different = finished(q), {}, {run.key: run for run in runs}
+    lines, failed, different = read_results(q.results), {}, {run.key: run for run in runs}
     old, take_old = [key for key in different if key not in lines and key[0] in lines], q.keep_old or not q.run
     if old:
         say(f"note: {len(old)} of {len(different)} results are of another version of the program, input or device: "
@@ -704,8 +688,8 @@ def scores(runs, metric=None):
             known = [name for name in (*data.task_row(task).metrics, "loss") if name in numbers]
             if known:  # else another program scores the task
                 metrics[task] = metrics[task] or known[0]
-                value = numbers.get(metrics[task])
-                values[run.row].setdefault(task, {})[run.seed] = math.nan if value is None else value
+                value = numbers.get(metrics[task])  # NaN is null in the file
+                values[run.row].setdefault(task, {})[run.seed] = value if type(value) in (int, float) else math.nan
     if len(tasks) > 1 and len({metrics[task] in LOSSES for task in tasks}) == 1:  # else there is none
         metrics["average"] = ""
         for row in values.values():

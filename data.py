@@ -340,6 +340,8 @@ def read_image_folder(task, data, split):
     for path in sorted(map(Path, glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))):  # follows links, too
         parts = path.relative_to(root).parts
         hidden = path.name.lower() in ("thumbs.db", "desktop.ini")
+        if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()) or path.is_fifo():
+            raise UserError(f"{path}: a link to a folder that it is in, or a pipe: remove it")
         if not path.is_dir() and not hidden and len(parts) > 1:  # a link to nowhere is an error
             yield str(path), {"pixels": path, "label": parts[0]}
         elif not path.is_dir() and not hidden:

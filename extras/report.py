@@ -1,11 +1,13 @@
 """Tables of what bench.py measured, as Markdown and as CSV, and the test of their differences."""
 
 import csv
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
-from model import UserError
+from model import UserError, note
 
 LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
 LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
@@ -75,6 +77,29 @@ def score_text(score, means, less):
     if score["p"] is not None and score["p"] <= LEVEL:
         text += " ↑" if score["difference"] > 0 else " ↓"
     return text
+
+
+def read_results(file):
+    """The lines of a file of finished runs by bench.Run's keys and by the settings alone: the last of several.
+
+    What is no such line, as half of one that a killed process left, is named and skipped.
+    """
+    lines, file = {}, Path(file)
+    texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text or "{}")
+            if not line:
+                continue
+            told = json.dumps(line["settings"], sort_keys=True)
+            numbers = [*line["trainable_params"].values(), line["seconds"], line["peak_memory_mb"]]
+            if not all(type(value) in (int, float) for value in numbers):
+                raise TypeError("a number is none")
+            device = line["settled"]["device"].partition(":")[0]
+            lines[told, line["source"], device] = lines[told] = line
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            note(f"{file} line {number}: no finished run, left out ({error!r})")
+    return lines
 
 
 def write_csv(path, runs):

@@ -328,8 +328,7 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
     expected["two.gif"] = expected["P.png"]
     np.save(folder / "i8.npy", grey.astype(np.int64))
     np.save(folder / "rgba.npy", np.stack([grey] * 3 + [255 - grey], -1))
-    greys = ("I16.png", "F.tiff", "i8.npy", "u16.npy", "rgba.npy")
-    expected |= dict.fromkeys(greys, np.asarray(made["L.png"].convert("RGB")))
+    expected |= dict.fromkeys("I16.png F.tiff i8.npy u16.npy rgba.npy".split(), np.array(made["L.png"].convert("RGB")))
     expected["turned.png"] = np.rot90(np.asarray(colour), -1)
     np.save(folder / "u16.npy", (grey.astype(np.uint16) * 257).astype(">u2"))
     folder.rename(tmp_path / "elsewhere")
@@ -337,10 +336,11 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
     task = data.find_task("image-folder", tmp_path)
     *rows, last = data.read(task, tmp_path)
     assert task.labels == ("a", "b") and last["label"] == 1 and "not read: *.jpg in no class's folder" in caplog.text
-    (folder / "lost.png").symlink_to("/nowhere")
-    with refused("lost.png: not an image"):
-        encoded(settings(tmp_path), *(row["pixels"] for row in data.read(task, tmp_path)))
-    (folder / "lost.png").unlink()
+    for name, place, message in (("lost.png", "/nowhere", "not an image"), ("loop", folder, "a link to a folder")):
+        (folder / name).symlink_to(place)
+        with refused(f"{name}: {message}"):
+            encoded(settings(tmp_path), *(row["pixels"] for row in data.read(task, tmp_path)))
+        (folder / name).unlink()
     assert {row["pixels"].name for row in rows if row["label"] == 0} == expected.keys()
     for row in rows:
         file, pixels = row["pixels"].name, data.read_image(row["pixels"]).transpose(1, 2, 0)
