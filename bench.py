@@ -689,7 +689,10 @@ def scores(runs, metric=None):
             if known:  # else another program scores the task
                 metrics[task] = metrics[task] or known[0]
                 value = numbers.get(metrics[task])  # NaN is null in the file
-                values[run.row].setdefault(task, {})[run.seed] = value if type(value) in (int, float) else math.nan
+                if type(value) not in (int, float, type(None)):
+                    raise UserError(f"--results: {metrics[task]} of {run.row}, {task}, seed {run.seed} is no number "
+                                    f"({value!r:.60}): remove that line")
+                values[run.row].setdefault(task, {})[run.seed] = math.nan if value is None else value
     if len(tasks) > 1 and len({metrics[task] in LOSSES for task in tasks}) == 1:  # else there is none
         metrics["average"] = ""
         for row in values.values():

@@ -87,10 +87,10 @@ def read_results(file):
     lines, file = {}, Path(file)
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
     for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
         try:
-            line = json.loads(text or "{}")
-            if not line:
-                continue
+            line = json.loads(text)
             told = json.dumps(line["settings"], sort_keys=True)
             numbers = [*line["trainable_params"].values(), line["seconds"], line["peak_memory_mb"]]
             if not all(type(value) in (int, float) for value in numbers):

@@ -331,8 +331,7 @@ def test_photos_of_every_mode_and_size(tmp_path, caplog):
     expected |= dict.fromkeys("I16.png F.tiff i8.npy u16.npy rgba.npy".split(), np.array(made["L.png"].convert("RGB")))
     expected["turned.png"] = np.rot90(np.asarray(colour), -1)
     np.save(folder / "u16.npy", (grey.astype(np.uint16) * 257).astype(">u2"))
-    folder.rename(tmp_path / "elsewhere")
-    folder.symlink_to(tmp_path / "elsewhere")
+    folder.symlink_to(folder.rename(tmp_path / "elsewhere"))
     task = data.find_task("image-folder", tmp_path)
     *rows, last = data.read(task, tmp_path)
     assert task.labels == ("a", "b") and last["label"] == 1 and "not read: *.jpg in no class's folder" in caplog.text
