@@ -54,8 +54,7 @@ class Bench:
 
     methods: list = setting(None, "what", "methods and dora, or all; default: all for speed, a policy each for memory")
     model: str = setting("roberta-base", "what", "short name, Hub id or folder")
-    init_weights: str = setting("random", "what", "random needs no checkpoint; the time does not depend on the values",
-                                ("random", "checkpoint"))
+    init_weights: str = setting("random", "what", "the time does not depend on it", ("random", "checkpoint"))
     weights: str = setting("float", "what", "int8 = the frozen matrices of the blocks in 8 bits", ("float", "int8"))
     layers: int = setting(0, "what", "number of blocks; 0 = the model's own")
     batch_size: int = setting(8, "what", "examples per step", low=1)
@@ -66,11 +65,10 @@ class Bench:
     seed: int = setting(0, "what", "of weights and data")
     rounds: int = setting(15, "how", "timed steps per contender, interleaved", low=1)
     warmup: int = setting(3, "how", "steps before", low=3)
-    modes: list = setting(None, "how", "eager or eager,compiled; default eager on a CPU, both on a GPU")
+    modes: list = setting(None, "how", "of eager,compiled,graphs; default eager on a CPU, eager,compiled on a GPU")
     peft: bool = setting(True, "how", "PEFT beside it, where it is installed")
     device: str = setting("auto", "machine", "cpu, cuda ...; auto = a GPU if there is one")
-    dtype: str = setting("auto", "machine", "the model's; auto = bfloat16 on a GPU, else float32",
-                         ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "machine", "auto = bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16"))
 
 
 # ---------------------------------------------------------------------------------------------- contenders
@@ -146,6 +144,8 @@ class Contender:
         number = 1 + len(self.losses)
         if self.training:
             return self.training.step(number, [(inputs, labels, 1 / labels.numel())])[0]
+        if self.s.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         loss = self.loss(inputs, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -201,14 +201,19 @@ def compiled_so_far():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+def method_of(name):
+    """(METHOD, its end: "", "/compiled" or "/graphs") of a contender's name; a policy's file may have / in its path."""
+    return re.fullmatch("(.*?)(|/compiled|/graphs)", name).groups()
+
+
 def contender(b, base, kind, name):
-    """Build `name`: METHOD, dora, floor or uniform+validation, each with /compiled or not, or peft/METHOD."""
-    method = name.removesuffix("/compiled")  # a policy's may have / in its file's path
+    """Build `name`: METHOD, dora, floor, uniform+validation or peft/METHOD, with or without /compiled or /graphs."""
+    method, end = method_of(name)
+    s = settings_for(b, method.removeprefix("peft/"))
+    s.compile = {"": "off", "/compiled": "on", "/graphs": "graphs"}[end]
     if method.startswith("peft/"):
         from extras import peft_contender
-        s = settings_for(b, method.removeprefix("peft/"))
-        return Contender(s, *peft_contender.build(s, base, kind, compiled=method != name))
-    s = settings_for(b, method)
+        return Contender(s, *peft_contender.build(s, base, kind))
     policy = allocators.policy(s.method)
     moves_w = issubclass(policy, (allocators.Direct, allocators.LeLora))
     if moves_w and b.weights == "int8":
@@ -227,8 +232,8 @@ def contender(b, base, kind, name):
         if method == "uniform+validation":
             allocator.after_backward = lambda step: allocator.validation_loss()
         made = Contender(s, model, training=train.Training(s, model, kind, allocator))
-    if method != name:
-        models.compile_blocks(model)
+    if end:
+        models.compile_blocks(model, s.compile == "graphs")
     return made
 
 
@@ -255,7 +260,7 @@ def floor(s, model, kind):
 def contender_names(b, default):
     """Names of all contenders, in the table's order; those of PEFT are left out with a note where it is absent."""
     methods = list(allocators.METHODS) if b.methods == ["all"] else b.methods or default
-    ends = ["/compiled" * (mode == "compiled") for mode in b.modes]
+    ends = ["" if mode == "eager" else f"/{mode}" for mode in b.modes]
     names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
     names = [name + end for end in ends for name in names]
     theirs = [f"peft/{method}{end}" for end in ends for method in ("lora", "adalora", "dora") if method in methods]
@@ -268,7 +273,7 @@ def contender_names(b, default):
 
 def leave_out(b, name, error):
     """Name a contender that has nothing to train in this model, as bitfit without biases; its error if asked for."""
-    if name.removesuffix("/compiled") in (b.methods or ()):
+    if method_of(name)[0] in (b.methods or ()):
         raise error
     say(f"note: {name} is left out: {error}")
 
@@ -293,8 +298,7 @@ def speed(b):
 
     tokens, rows = b.batch_size * (1 if kind == "image" else b.length), []  # an image counts as one
     for name, r in runners.items():
-        seconds, method = statistics.median(r.times[b.warmup:]), name.removesuffix("/compiled")
-        end = name.removeprefix(method)
+        seconds, (method, end) = statistics.median(r.times[b.warmup:]), method_of(name)
         row = {"contender": name, "step_ms": 1e3 * seconds, "to_lora": ratio(r, "lora" + end),
                "to_floor": ratio(r, "floor" + end), "to_peft": ratio(r, f"peft/{method}{end}")}
         if method == "lelora":
@@ -375,8 +379,7 @@ class Comparison:
     metric: str = setting(None, "columns", "the number to compare; default: the task's headline")
     seeds: int = setting(5, "fairness", "runs of each, with seeds from --first-seed on", low=1, high=41)
     first_seed: int = setting(0, "fairness", "the first seed that is reported")
-    match_budget: bool = setting(False, "fairness", "choose ranks, and alphas in proportion, for mean trainable "
-                                                    "parameters within 5 %% of uniform LoRA's")
+    match_budget: bool = setting(False, "fairness", "choose ranks and alphas for uniform LoRA's parameters, to 5 %%")
     tune: str = setting("", "fairness", "a grid, as in 'lr=5e-4,1e-3 alpha=8,16': each row and task takes from it what "
                                         "is best on average over seeds that are not reported")
     tune_seeds: int = setting(2, "fairness", "runs of each choice, with seeds 1000, 1001, ...", low=1)
@@ -773,8 +776,8 @@ def settle(b):
     b.device = devices.find_device(b.device)
     cuda = devices.settle(b)
     b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
-    if not {*b.modes} <= {"eager", "compiled"}:
-        raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled")
+    if not {*b.modes} <= {"eager", "compiled", "graphs"[:6 * cuda]}:
+        raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled" + ", graphs" * cuda)
 
 
 def answer(command, text, about):

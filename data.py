@@ -845,8 +845,12 @@ class Batches:
         self.per_epoch = math.ceil(len(split) / s.batch_size)
         self.steps_per_epoch = math.ceil(self.per_epoch / s.accumulate)
         self.total_steps = s.steps or max(1, math.ceil(s.epochs * self.steps_per_epoch))
-        widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]  # 8, 12, 16, 24, 32 ...
-        self.widths = [w for w in widths if w <= (s.max_length or 0)] if s.compile == "on" else None
+
+    @property
+    def widths(self):
+        """Widths to pad to, 8, 12, 16, 24, 32 ..., so that compiled code sees few shapes; None: each batch its own."""
+        widths = [2 ** k * f // 2 for k in range(3, 16) for f in (2, 3)]
+        return [w for w in widths if w <= (self.s.max_length or 0)] if self.s.compile != "off" else None
 
     def take(self, least_rows=0):
         """The passes of the next step (train.Training.step): `accumulate` batches of an epoch, or `least_rows` rows."""

@@ -606,22 +606,19 @@ def main(argv=None):
         "merge RUN OUT: write a run's merged model to OUT; --plot: runs")
     add("--plot", action="store_true",
         help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
-    add("--task", metavar="X",
-        help="task of an untouched model, or my_tasks.py:MY_TASK; default: the one a run was trained on")
+    add("--task", metavar="X", help="task of an untouched model, or mine.py:MY_TASK; default: the run's")
     add("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
     add("--random-head", action="store_true", help="evaluate although the head was drawn at random: what chance gives")
     add("--score", choices=("generation", "likelihood"), metavar="X",
         help="score the answers that the model generates, or the likeliest of the allowed ones")
-    add("--samples", metavar="FILE", help="write generated answers for another program to score: a list in a .json, "
-        "else JSON lines")
+    add("--samples", metavar="FILE", help="write generated answers to score elsewhere: .json a list, else JSON lines")
     add("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
     add("--limit-eval", type=number(int), metavar="X", help="use only the first N rows; 0 = all")
     add("--batch-size", type=number(int, 1), metavar="X", dest="eval_batch_size",
         help="examples at a time; default: the run's, else 32, on a GPU what fits it")
     add("--max-length", type=number(int, 1), metavar="X", help="longest input; default: the run's or task's")
     add("--device", metavar="X", help="cpu, cuda ...; default: the run's, else a GPU if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X",
-        help="the model's; default: the run's, else float32")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), metavar="X", help="default: the run's, else float32")
     args = parser.parse_args(argv)
     (what, *places), own = args.what, ("what", "plot", "adapter", "samples", "random_head")
     changes = {name: value for name, value in vars(args).items() if value is not None and name not in own}

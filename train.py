@@ -88,7 +88,7 @@ class Settings:
     device: str = setting("auto", "machine", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     dtype: str = setting("auto", "machine", "auto = bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16"))
     weights: str = setting("float", "machine", "int8 = the frozen matrices of the blocks in 8 bits", ("float", "int8"))
-    compile: str = setting("auto", "machine", "compile blocks; auto = 1,000 steps on a GPU", ("auto", "on", "off"))
+    compile: str = setting("auto", "machine", "of blocks; auto = 1,000 steps on a GPU", ("auto", "on", "graphs", "off"))
     checkpointing: bool = setting(False, "machine", "recompute activations in the backward pass to save memory")
     forward_rows: int = setting(0, "machine", "rows of a forward pass at most; 0 = all, or what fits a GPU's memory")
     shard: bool = setting(False, "machine", "under torchrun: spread the frozen weights over the devices (FSDP)")
@@ -135,8 +135,7 @@ class Settings:
     lelora_locations: list = setting(None, "LeLoRA", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "LeLoRA", "alpha of the reward, the weight of the loss's change (Eq. 4)")
     lelora_every: int = setting(1, "LeLoRA", "iterations between actions", low=1)
-    lelora_ablate: str = setting("none", "LeLoRA", "learn the rank or location alone (Fig. 5a), or nothing (random)",
-                                 ("none", "rank", "location", "random"))
+    lelora_ablate: str = setting("none", "LeLoRA", "learn this alone (Fig. 5a)", ("none", "rank", "location", "random"))
     lelora_start: str = setting("uniform", "LeLoRA", "first actions alike, or as in Appendix B", ("uniform", "kaiming"))
     lelora_baseline: str = setting("mean", "LeLoRA", "of the reward: its mean, or the loss's trend", ("mean", "trend"))
     lelora_policy_lr: float = setting(1e-3, "LeLoRA", "eta_2, the policy network's learning rate (Eq. 10)")
@@ -208,6 +207,8 @@ def check(s, policy):
          "--shard spreads frozen weights over processes: torchrun --nproc-per-node N ..., not for full or bitfit"),
         (s.shard and issubclass(policy, allocators.WeightLora) and (s.dora or s.init != "lora"),
          f"{method} --shard: survivors would start at weights that are spread by then: leave out --init and --dora"),
+        (s.compile == "graphs" and (s.shard or s.checkpointing or itself or not s.device.startswith("cuda")),
+         "--compile graphs: is for adapters on a GPU, without --shard or --checkpointing: choose --compile on"),
         (not s.resume and process_and_count()[0] == 0 and Path(s.out).exists() and os.listdir(s.out),
          f"--out {s.out}: exists and is not empty; choose another folder or remove it")]
     for wrong, message in rules:
@@ -244,9 +245,7 @@ class Training:
         stacks = [p for stack in self.allocator.stacks for p in stack.parameters]
         return [p.data for p in dict.fromkeys([*self.params, *self.allocator.own, *stacks])]
 
-    @property
-    def vectors(self):
-        return self.allocator.vectors()
+    vectors = property(lambda self: self.allocator.vectors())
 
     def follow(self):
         """Make the optimizers hold the parameters that there are now, after adapters came or went."""
@@ -267,9 +266,11 @@ class Training:
         lora.restore(self, state)
 
     def forward_backward(self, passes):
-        """Leave the gradients of the loss at the layers; returns it, a 0-d tensor."""
+        """Leave the gradients of the loss at the parameters; returns it, a 0-d tensor."""
         loss = torch.zeros((), device=self.device)
         for inputs, labels, weight in passes:
+            if self.model.graphs:  # what the last pass left in them may be overwritten now
+                torch.compiler.cudagraph_mark_step_begin()
             self.allocator.real, self.allocator.watching = inputs.get("mask"), weight > 0
             if self.kind == "lm" and not self.allocator.reads_outputs():
                 outputs, part = None, evaluation.token_loss(self.model, inputs, labels) * weight
@@ -279,6 +280,7 @@ class Training:
             penalty = self.allocator.penalty(inputs, labels, outputs) * (labels.numel() * weight)
             self.allocator.watching = False  # --checkpointing computes a pass again in its backward pass
             (part + penalty).backward()
+            lora.gather_gradients([*self.params, *self.allocator.own])
             loss += part.detach()
         return loss
 
@@ -295,9 +297,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * rate * group["lr_ratio"]
         loss = self.forward_backward(passes)
-
         moved = [*self.params, *allocator.own]
-        lora.gather_gradients(moved)
         grads = [p.grad for p in moved if p.grad is not None]
         add_up([loss, *grads, *(getattr(allocator, name) for name in allocator.summed)])
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
@@ -552,7 +552,8 @@ def run(s):
             if process and not s.shard:
                 return
             rows = devices.rows_at_once(s, task, model, splits)
-            metrics = evaluation.evaluate_splits(model, task, splits, rows, processor.tokenizer, generate=False)
+            with models.uncompiled(model):
+                metrics = evaluation.evaluate_splits(model, task, splits, rows, processor.tokenizer, generate=False)
             alive.log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": training.budget()})
             if step == 0:
                 say("before training: " + evaluation.summary(metrics))
@@ -568,7 +569,7 @@ def run(s):
         else:
             evaluation.save_model(model, processor, out / "model")
         warning, train_rows = allocator.warning(), len(batches.split)
-        if s.compile == "on":
+        if s.compile != "off":
             torch._dynamo.reset()  # it holds on to the model
         del model, allocator, training, batches  # room for a fresh base with the saved adapter
         if s.shard:
@@ -634,9 +635,9 @@ def set_up(s, alive):
         allocator.validation_loss = validation(model, task.kind, processor.training(aside, s.max_length), s.device)
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
-    if s.compile == "on":
+    if s.compile != "off":
         say("the first steps compile the blocks, which may take a minute (--compile off)")
-        models.compile_blocks(model)
+        models.compile_blocks(model, s.compile == "graphs")
     if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:

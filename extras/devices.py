@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import data
 from extras.processes import largest, process_and_count
-from model import UserError, note
+from model import UserError, note, uncompiled
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
@@ -125,20 +125,21 @@ def fit_memory(training, batches):
     rows = math.ceil(min(s.batch_size, len(batches.split)) / process_and_count()[1])
     halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
     longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
-    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
+    held = [torch.empty_like(p) for p in training.params for _ in range(2)]  # moments  # noqa: F841
     model.train()
-    for recompute, n in itertools.product(sorted({s.checkpointing, True}), halved):
+    for recompute, n in itertools.product(sorted({s.checkpointing, not model.graphs}), halved):
         s.checkpointing = model.checkpointing = recompute
         before = torch.cuda.get_rng_state(device)
         try:
             batch = data.collate(batches.split, longest[:n], batches.widths, s.device)
-            training.forward_backward([(*batch, 0.0)])
+            with uncompiled(model):
+                training.forward_backward([(*batch, 0.0)])
             break
         except torch.OutOfMemoryError:
             continue
         finally:
             torch.cuda.set_rng_state(before, device)
-            for p in [*model.parameters(), *training.params]:
+            for p in [*model.parameters(), *training.params, *training.allocator.own]:
                 p.grad = None
             torch.cuda.empty_cache()
     else:

@@ -9,11 +9,12 @@ from extras.cards import AUTO
 from model import UserError
 
 
-def build(s, base, kind, compiled=False):
+def build(s, base, kind):
     """transformers' model on the weights of `base`, with PEFT's adapters as the settings say.
 
-    With `compiled` each of its blocks is compiled on its own, as ours are. Returns (model, its trained parameters,
-    loss(inputs, labels), the mean loss, and after(step), PEFT's allocation, or None), what bench.Contender takes.
+    Each of its blocks is compiled on its own, as ours are, if `s.compile` says so. Returns (model, its trained
+    parameters, loss(inputs, labels), the mean loss, and after(step), PEFT's allocation, or None), what bench.Contender
+    takes.
     Raises UserError for GPT-2.
     """
     if base.family == "gpt2":
@@ -42,9 +43,9 @@ def build(s, base, kind, compiled=False):
         chosen = peft.LoraConfig(r=s.rank, use_dora=s.dora, **options)
     theirs.config.use_cache = False  # keys and values are for generation
     theirs = peft.get_peft_model(theirs, chosen)
-    if compiled:
+    if s.compile in ("on", "graphs"):
         for block in max((m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
-            block.compile()
+            block.compile(mode="reduce-overhead" if s.compile == "graphs" else None)
 
     def loss(inputs, labels):
         if kind == "image":

@@ -581,6 +581,9 @@ def test_instruction_batches(tmp_path, caplog):
     assert [tokenizer.decode(ids) for ids in answers] == [row["answer"] for row in rows]
     assert {ids[-1] for ids in answers} == {tokenizer.eos_id} and labels.tolist() == sum(answers, [])
     assert len(labels) == data.count_labels(split, list(range(12)))
+    s = SimpleNamespace(batch_size=6, accumulate=1, steps=1, seed=0, forward_rows=0, max_length=192, device="cpu")
+    batches, s.compile = data.Batches(s, split), "on"  # it is settled once the number of steps is known
+    assert {given["tokens"].shape[1] for given, _, _ in batches.take()[0]} <= {*batches.widths}
     places = [range(512 * i + split.starts[i] - 1, 512 * i + split.lengths[i] - 1) for i in range(12)]
     assert inputs["positions"].tolist() == [place for part in places for place in part]
     for ids, tokens, mask in zip(split.tokens, inputs["tokens"], inputs["mask"]):

@@ -300,8 +300,7 @@ def test_generation_ends_at_stop_strings(checkpoints, tmp_path, monkeypatch, cap
     cut = [text[:min(text.find(word) for word in stop if word in text)] for text in whole]
     for batch_size in (1, 4, 11):
         assert written(batch_size, stop=stop)[0] == cut
-    longest = max(len(text.split()) for text in cut)
-    assert written(11, stop=stop)[1] <= longest + 8 < 40
+    assert written(11, stop=stop)[1] <= max(len(text.split()) for text in cut) + 8 < 40
     assert "tokens/s" in capsys.readouterr().err
 
 

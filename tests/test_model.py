@@ -50,8 +50,7 @@ ENCODERS = {"bert": ("Bert", dict()),
     "xlm-roberta": ("XLMRoberta", dict(pad_token_id=1, bos_token_id=0, type_vocab_size=1)),
     # 8 buckets up to a distance of 11: most of a batch's distances share one, or lie beyond the last
     "deberta": ("DebertaV2", dict(DEBERTA, pos_att_type="p2c|c2p", share_att_key=True)),
-    "deberta-unshared": ("DebertaV2", dict(DEBERTA, pos_att_type=["c2p", "p2c"], share_att_key=False,
-                                           type_vocab_size=2)),
+    "deberta-apart": ("DebertaV2", dict(DEBERTA, pos_att_type=["c2p", "p2c"], share_att_key=False, type_vocab_size=2)),
     "deberta-c2p": ("DebertaV2", dict(DEBERTA, pos_att_type="c2p", share_att_key=True, norm_rel_ebd="none",
                                       position_buckets=-1)),
     "deberta-p2c": ("DebertaV2", dict(DEBERTA, pos_att_type=["p2c"], position_biased_input=True, position_buckets=-1,
@@ -158,7 +157,7 @@ def refused(*parts, call=load, args=(), **keywords):
 @pytest.mark.parametrize("name, kind, labels", [*((name, "CausalLM", 2) for name in DECODERS),
     *((name, "SequenceClassification", labels) for labels in (1, 3) for name in (
         "llama-gqa-tied", "mistral", "olmo2", "gpt2", "qwen2-window", "qwen3", "gemma", *ENCODERS)),
-    *((name, "QuestionAnswering", 2) for name in ("bert", "roberta", "deberta", "deberta-unshared"))])
+    *((name, "QuestionAnswering", 2) for name in ("bert", "roberta", "deberta", "deberta-apart"))])
 def test_logits(name, kind, labels, padding, tmp_path):
     oracle, ours = both(name, tmp_path, kind, num_labels=labels)
     tokens, mask = inputs_for(name, padding)
@@ -213,7 +212,7 @@ def test_masks_only_where_they_are_needed(name, padding, T, masked, causal, tmp_
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gemma", "gpt2", "olmo2", "qwen3", "bert", "vit", "deberta",
-                                  "deberta-unshared"])
+                                  "deberta-apart"])
 def test_bfloat16(name, tmp_path):
     saved(name, tmp_path, num_labels=3)
     oracle = class_of(name).from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -230,7 +229,7 @@ def test_bfloat16(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral", "qwen3", "olmo2", "gpt2", "gemma", "bert", "roberta",
-                                  "deberta", "deberta-unshared", "vit"])
+                                  "deberta", "deberta-apart", "vit"])
 def test_training_mode(name, tmp_path):
     """Without dropout: transformers' logits and gradients, also checkpointed, which keeps less; no graph break."""
     oracle, ours = (model.train() for model in both(name, tmp_path, **NO_DROPOUT))
@@ -444,7 +443,7 @@ def test_named_architectures(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name, kind", [
     *((name, None) for name in ("llama-gqa-tied", "mistral", "xlm-roberta", "vit")), ("gpt2", "SequenceClassification"),
-    *((name, "QuestionAnswering") for name in ("bert", "roberta", "deberta-unshared"))])
+    *((name, "QuestionAnswering") for name in ("bert", "roberta", "deberta-apart"))])
 def test_save_loads_in_transformers(name, kind, tmp_path):
     _, ours = both(name, tmp_path / "original", kind, num_labels=2 if kind == "QuestionAnswering" else 3)
     inputs = inputs_for(name)[0]

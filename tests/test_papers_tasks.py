@@ -113,8 +113,7 @@ ANSWERS = [("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe 
     ("\\boxed{10\\text{ units}}", "10"), ("\\boxed{\\$10}", "10"), ("\\boxed{.1}", "0.1"), ("\\boxed{10\\%}", "10"),
     ("\\boxed{\\left(x-2\\right)\\left(x+2\\right)}", "(x-2)(x+2)"), ("\\boxed{\\frac34i}", "\\frac{3}{4}i"),
     ("\\boxed{10\\sqrt{3} + \\sqrt4}", "10\\sqrt{3}+\\sqrt{4}"), ("\\boxed{1/2}", "\\frac{1}{2}"),
-    ("\\boxed{0.5}", "\\frac{1}{2}"),
-    # and other rules of its math_equivalence.py
+    ("\\boxed{0.5}", "\\frac{1}{2}"),  # and other rules of its math_equivalence.py:
     ("\\boxed{x = 5}", "5"), ("\\boxed{abc=5}", "abc=5"), ("\\boxed{90^\\circ}", "90"), ("\\boxed{45^{\\circ}}", "45"),
     ("\\boxed{\\frac{.5}2}", "\\frac{0.5}2"), ("\\boxed{-3/4}", "\\frac{-3}{4}"),
     ("\\boxed{03/4}", "03/4"), ("\\boxed{\\frac}", "\\frac"), ("\\boxed{\\sqrt}", "\\sqrt")]

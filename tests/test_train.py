@@ -258,8 +258,7 @@ def test_lelora_never_trains_on_its_validation_rows(checkpoints, texts, tmp_path
     with train.Survival(parse(*flags, "--method", "lelora", "--out", tmp_path / "run")) as alive:
         _, batches, task, *_ = train.set_up(alive.s, alive)
     used, aside = ([(row["text"], row["label"]) for row in split.rows] for split in (batches.split, *splits))
-    everything = data.read(task, str(flags[5]))
-    assert sorted(used + aside) == sorted((row["text"], row["label"]) for row in everything)
+    assert sorted(used + aside) == sorted((row["text"], row["label"]) for row in data.read(task, str(flags[5])))
     assert len(aside) == 32
 
 
@@ -306,6 +305,7 @@ BAD = """
 --targets query,wvalue                      | wvalue
 --targets ,                                 | --targets
 --shard                                     | torchrun
+--compile graphs                            | on a GPU
 --device cuda:99                            | cuda:99
 --method full --optimizer muon              | muon
 --method lelora --weights int8              | --weights int8
