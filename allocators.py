@@ -370,9 +370,9 @@ class AdaLora(Allocator):
     def observe(self):
         """Smoothed sensitivity (Eqs. 8-9) and its uncertainty (Eq. 10) of every entry of lambda, Q and P."""
         for w, smooth, unsure in zip(self.weights, self.smooth, self.unsure):
-            sensitivity = (w * w.grad).abs()
-            smooth += (sensitivity - smooth) * (1 - self.settings.adalora_beta1) * self.ok  # not after a bad step
-            unsure += ((sensitivity - smooth).abs() - unsure) * (1 - self.settings.adalora_beta2) * self.ok
+            sensitivity = (w * w.grad).abs_()
+            smooth.lerp_(sensitivity, (1 - self.settings.adalora_beta1) * self.ok)  # not after a bad step
+            unsure.lerp_((sensitivity - smooth).abs_(), (1 - self.settings.adalora_beta2) * self.ok)
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""

@@ -586,7 +586,6 @@ class Transformer(nn.Module):
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
         self.tied = head == "lm" and config.tie_word_embeddings  # the head is the embedding
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
-        self.graphs = False  # whether the blocks are compiled into CUDA graphs
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
         self.labels = ()  # of a classifier's outputs, and which of the base's they are; eval.load sets all three
@@ -853,16 +852,15 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
 
 def compile_blocks(model, graphs=False):
     """Compile each block on its own: those of one kind share code; with `graphs` a GPU replays it as a CUDA graph."""
-    model.graphs = graphs
     torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for float32; the blocks are bfloat16
     for block in model.blocks:
         block.compile(mode="reduce-overhead" if graphs else None)
 
 
-def uncompiled(model):
+def without_graphs(s):
     """Inside this context no CUDA graph is made or used: for shapes that come once, and trials of memory."""
-    return torch.compiler.set_stance("force_eager") if model.graphs else contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if s.compile == "graphs" else contextlib.nullcontext()
 
 
 def place(model, name, value, dtype, device, int8=False, mapped=False):

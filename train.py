@@ -269,7 +269,7 @@ class Training:
         """Leave the gradients of the loss at the parameters; returns it, a 0-d tensor."""
         loss = torch.zeros((), device=self.device)
         for inputs, labels, weight in passes:
-            if self.model.graphs:  # what the last pass left in them may be overwritten now
+            if self.s.compile == "graphs":  # what the last pass left in them may be overwritten now
                 torch.compiler.cudagraph_mark_step_begin()
             self.allocator.real, self.allocator.watching = inputs.get("mask"), weight > 0
             if self.kind == "lm" and not self.allocator.reads_outputs():
@@ -552,7 +552,7 @@ def run(s):
             if process and not s.shard:
                 return
             rows = devices.rows_at_once(s, task, model, splits)
-            with models.uncompiled(model):
+            with models.without_graphs(s):
                 metrics = evaluation.evaluate_splits(model, task, splits, rows, processor.tokenizer, generate=False)
             alive.log("metrics.jsonl", {"step": step, "eval": metrics, "trainable_params": training.budget()})
             if step == 0:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import data
 from extras.processes import largest, process_and_count
-from model import UserError, note, uncompiled
+from model import UserError, note, without_graphs
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
@@ -127,12 +127,12 @@ def fit_memory(training, batches):
     longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
     held = [torch.empty_like(p) for p in training.params for _ in range(2)]  # moments  # noqa: F841
     model.train()
-    for recompute, n in itertools.product(sorted({s.checkpointing, not model.graphs}), halved):
+    for recompute, n in itertools.product(sorted({s.checkpointing, s.compile != "graphs"}), halved):
         s.checkpointing = model.checkpointing = recompute
         before = torch.cuda.get_rng_state(device)
         try:
             batch = data.collate(batches.split, longest[:n], batches.widths, s.device)
-            with uncompiled(model):
+            with without_graphs(s):
                 training.forward_backward([(*batch, 0.0)])
             break
         except torch.OutOfMemoryError:
