@@ -135,7 +135,7 @@ class Settings:
     lelora_locations: list = setting(None, "LeLoRA", "candidate windows; default first,middle,last")
     lelora_reward_alpha: float = setting(0.8, "LeLoRA", "alpha of the reward, the weight of the loss's change (Eq. 4)")
     lelora_every: int = setting(1, "LeLoRA", "iterations between actions", low=1)
-    lelora_ablate: str = setting("none", "LeLoRA", "learn this alone (Fig. 5a)", ("none", "rank", "location", "random"))
+    lelora_ablate: str = setting("none", "LeLoRA", "ablations, as in Fig. 5a", ("none", "rank", "location", "random"))
     lelora_start: str = setting("uniform", "LeLoRA", "first actions alike, or as in Appendix B", ("uniform", "kaiming"))
     lelora_baseline: str = setting("mean", "LeLoRA", "of the reward: its mean, or the loss's trend", ("mean", "trend"))
     lelora_policy_lr: float = setting(1e-3, "LeLoRA", "eta_2, the policy network's learning rate (Eq. 10)")
