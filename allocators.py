@@ -508,8 +508,8 @@ class WeightLora(Allocator):
     def start(self, warmup):
         """Begin a warm-up of so many steps, with a gate omega on every matrix's adapter."""
         if not 2 <= warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
-            raise UserError(f"a warm-up of {warmup} steps (--{self.group}-steps) takes at least 2 and has to end "
-                            f"before the run does, which has {self.steps}: train longer")
+            raise UserError(f"--{self.group}-steps {warmup}: the warm-up takes at least 2 steps and has to end "
+                            f"before the run does, which has {self.steps}")
         self.warmup = warmup
         self.add(dict.fromkeys(self.names, self.settings.rank), init="lora")  # omega must not scale components of W
         self.omega = torch.ones(len(self.names), dtype=torch.float64, device=self.device)  # early steps are tiny
