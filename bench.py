@@ -233,7 +233,7 @@ def contender(b, base, kind, name):
             allocator.after_backward = lambda step: allocator.validation_loss()
         made = Contender(s, model, training=train.Training(s, model, kind, allocator))
     if end:
-        models.compile_blocks(model, s.compile == "graphs")
+        models.compile_blocks(model.blocks, s.compile == "graphs")
     return made
 
 

@@ -850,11 +850,11 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     return model.eval()
 
 
-def compile_blocks(model, graphs=False):
+def compile_blocks(blocks, graphs=False):
     """Compile each block on its own: those of one kind share code; with `graphs` a GPU replays it as a CUDA graph."""
-    torch._dynamo.config.recompile_limit = 64 + 8 * len(model.blocks)  # 8 are too few where adapters differ by block
+    torch._dynamo.config.recompile_limit = 64 + 8 * len(blocks)  # 8 are too few where adapters differ by block
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for float32; the blocks are bfloat16
-    for block in model.blocks:
+    for block in blocks:
         block.compile(mode="reduce-overhead" if graphs else None)
 
 

@@ -637,7 +637,7 @@ def set_up(s, alive):
     model.checkpointing = s.checkpointing
     if s.compile != "off":
         say("the first steps compile the blocks, which may take a minute (--compile off)")
-        models.compile_blocks(model, s.compile == "graphs")
+        models.compile_blocks(model.blocks, s.compile == "graphs")
     if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:

@@ -125,7 +125,7 @@ def fit_memory(training, batches):
     rows = math.ceil(min(s.batch_size, len(batches.split)) / process_and_count()[1])
     halved = [math.ceil(rows / 2**k) for k in range(1 + (rows - 1).bit_length())]  # rows ... 1
     longest = np.argsort(batches.split.lengths)[::-1][:rows].tolist()
-    held = [torch.empty_like(p) for p in training.params for _ in range(2)]  # moments  # noqa: F841
+    held = [torch.empty_like(p) for p in training.params for _ in range(3)]  # gradients, moments  # noqa: F841
     model.train()
     for recompute, n in itertools.product(sorted({s.checkpointing, s.compile != "graphs"}), halved):
         s.checkpointing = model.checkpointing = recompute

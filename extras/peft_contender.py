@@ -6,7 +6,7 @@ import transformers
 
 import lora
 from extras.cards import AUTO
-from model import UserError
+from model import UserError, compile_blocks
 
 
 def build(s, base, kind):
@@ -44,8 +44,8 @@ def build(s, base, kind):
     theirs.config.use_cache = False  # keys and values are for generation
     theirs = peft.get_peft_model(theirs, chosen)
     if s.compile in ("on", "graphs"):
-        for block in max((m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), key=len):
-            block.compile(mode="reduce-overhead" if s.compile == "graphs" else None)
+        blocks = max((m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        compile_blocks(blocks, s.compile == "graphs")
 
     def loss(inputs, labels):
         if kind == "image":
