@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError
+from model import UserError, dropout
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")  # canonical names, the same in every model family
 INITS = ("lora", "pissa", "milora")
@@ -69,7 +69,7 @@ class LoraLinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.linear.forward(flat)
         if self.enabled and not self.merged:
-            h = F.linear(F.dropout(flat, self.dropout, self.training), self.A.to(x.dtype))  # (N, R)
+            h = F.linear(dropout(flat, self.dropout * self.training), self.A.to(x.dtype))  # (N, R)
             y.addmm_(h, transposed(self.scaled_B(), x.dtype))  # in place: y is read once
         elif not (self.enabled or self.merged or self.start is None):  # W was this one and what was split off
             A, B = (t.to(x.device, x.dtype) for t in self.start)
@@ -146,7 +146,7 @@ class DoraLinear(LoraLinear):
         if self.merged or not self.enabled:
             return super().forward(x)
         flat = x.flatten(0, -2)
-        kept = F.dropout(flat, self.dropout, self.training)
+        kept = dropout(flat, self.dropout * self.training)
         A, B = self.A.to(x.dtype), self.scaled_B()
         y = self.linear.forward(kept)  # (N, out)
         y.addmm_(F.linear(kept, A), transposed(B, x.dtype))

@@ -403,8 +403,8 @@ def dropout(x, p):
     if x.device.type != "cpu" or p in (0, 1) or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    keep = bits[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * (keep * torch.tensor(1 / (1 - p), dtype=x.dtype))
+    keep = bits[:x.numel()].view(x.shape).ge_(round(p * 2**16) - 2**15)  # 0 or 1, still int16: bool is slow to convert
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Dropout):
