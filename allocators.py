@@ -576,7 +576,7 @@ def matrices_to_keep(settings, n):
 
 
 class Credit(WeightLora):
-    """Rank in proportion to what it earns: this project's own method, on WeightLoRA's gate.
+    """Rank in proportion to what it earns: ours, on WeightLoRA's gate; GoRA (He et al. 2025) goes by |W dL/dW|.
 
     For T steps every matrix has an adapter of rank r with a gate g_i that itself stays 1. To first order -dL/dg_i is
     what the loss gains from the adapter (WeightLoRA's Eq. 4), and every backward pass gives it for nothing:
