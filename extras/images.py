@@ -64,25 +64,31 @@ PROCESSORS = {
     "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
              "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
 NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
-            "return_tensors", "data_format", "input_data_format", "default_to_square", "disable_grouping")
+            "return_tensors", "data_format", "input_data_format", "disable_grouping")
 
 
 def image_settings(folder, image_size=None):
-    """Return what a checkpoint's preprocessor_config.json does to an image, as in transformers for ViT, DeiT and CLIP.
+    """Return what a checkpoint's preprocessor does to an image, as in transformers for ViT, DeiT and CLIP.
 
     image_size: the model's (channels, height, width), if not config.json's; folder: None for ViT's defaults. {size
     (height, width), channels, resize: (height, width), the shortest edge or None, resample, crop, scale, mean, std}.
     """
     path = Path(folder or "") / "preprocessor_config.json"
     channels, *target = image_size or find_config(folder)[0].image_size
-    given = read_settings(path) if folder else {}
-    named = "image_processor_type" if "image_processor_type" in given else "feature_extractor_type"
+    first = path.with_name("processor_config.json")     # where transformers 5 looks first
+    given = read_settings(first).get("image_processor") if folder else {}
+    if given:
+        path = first
+    elif folder:
+        given = read_settings(path)
+    named = "image_processor_type" if given.get("image_processor_type") else "feature_extractor_type"
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
     steps = {"size": target, **PROCESSORS.get(kind, VIT), **given}
     edge = isinstance(steps["size"], dict) and [*steps["size"]] == ["shortest_edge"]
+    square = steps.get("default_to_square", kind != "CLIP")
     if edge:
         steps["size"] = steps["size"]["shortest_edge"]
-    elif kind == "CLIP":    # a number, as earlier releases wrote it
+    elif not square:    # a number, as earlier releases wrote it
         edge = type(steps["size"]) is int
 
     def check(fits, key):
@@ -100,7 +106,7 @@ def image_settings(folder, image_size=None):
 
     check(kind in PROCESSORS, named)
     for key, value in given.items():
-        check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
+        check(not value or key == "default_to_square" or key in VIT or key in NO_STEPS or key.startswith("_"), key)
     check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
     resize = numbers("size", 2, 0, (int,)) if steps["do_resize"] else None
     if steps["do_center_crop"]:

@@ -11,14 +11,30 @@ from model import UserError, note, read_settings
 
 
 # transformers' class -> the tokens it has by default; in these classes tokenizer_config.json rules over tokenizer.json
+ENDS = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
+BRACKETS = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 CLASSES = {
-    "BertTokenizer": {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"},
-    "RobertaTokenizer": {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
-                         "mask": "<mask>"},
+    "BertTokenizer": BRACKETS, "DebertaV2Tokenizer": BRACKETS | {"bos": "[CLS]", "eos": "[SEP]"},
+    "RobertaTokenizer": ENDS, "XLMRobertaTokenizer": ENDS,
     "GPT2Tokenizer": {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": "<|endoftext|>"},
-    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
-FAMILIES = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}    # where none is named
-KINDS = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+    "Qwen2Tokenizer": {"unk": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
+    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"},
+    "GemmaTokenizer": {"unk": "<unk>", "bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "mask": "<mask>"}}
+FAMILIES = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer",     # where none is named
+            "xlm-roberta": "XLMRobertaTokenizer", "deberta-v2": "DebertaV2Tokenizer", "qwen2": "Qwen2Tokenizer",
+            "qwen3": "Qwen2Tokenizer", "gemma": "GemmaTokenizer"}
+# class -> the model that it makes of tokenizer.json's, and that one's settings, whatever the file says
+PLAIN = dict(dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None)
+BYTES = dict(PLAIN, unk_token=None, fuse_unk=False)
+MODELS = {"BertTokenizer": ("WordPiece", dict(continuing_subword_prefix="##", max_input_chars_per_word=100)),
+          "RobertaTokenizer": ("BPE", BYTES), "GPT2Tokenizer": ("BPE", BYTES),
+          "Qwen2Tokenizer": ("BPE", dict(BYTES, byte_fallback=False)),
+          "LlamaTokenizer": ("BPE", dict(PLAIN, unk_token=None, fuse_unk=True, byte_fallback=True)),
+          "GemmaTokenizer": ("BPE", dict(PLAIN, fuse_unk=True, byte_fallback=True)),
+          "XLMRobertaTokenizer": ("Unigram", {}), "DebertaV2Tokenizer": ("Unigram", {})}
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+")   # how a text is split before it is encoded
+KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")    # in the order in which transformers adds them
 # settings in tokenizer_config.json that are read, and those that do not change a text's ids
 TOKENIZER_SETTINGS = set("""
     tokenizer_class do_lower_case strip_accents tokenize_chinese_chars add_prefix_space add_bos_token add_eos_token
@@ -52,13 +68,19 @@ class Tokenizer:
         family = str(config.get("model_type"))
         kind = str(names.get("tokenizer_class") or config.get("tokenizer_class") or FAMILIES.get(family))
         kind = "" if family in ("mistral", "olmo2") else kind.removesuffix("Fast")  # whose tokenizer.json rules
+        kind = "Qwen2Tokenizer" if family == "qwen2" else kind   # whatever class is named
         inputs = str(names.get("model_input_names") or "token_type_ids")
         typed = "token_type_ids" in inputs and kind != "DistilBertTokenizer"
         kind = re.sub("^(DistilBert|Electra|MobileBert|ConvBert)Tokenizer$", "BertTokenizer", kind)
+        kind = re.sub("^(Bart|LED|Longformer)Tokenizer$", "RobertaTokenizer", kind)
+        if kind not in (*MODELS, "PreTrainedTokenizer", "TokenizersBackend", "None", ""):
+            note(f"{about}: what transformers' class {kind[:40]!a} does is not followed, tokenizer.json alone is")
+        self.path = path
         try:
             self.backend = build(path, kind)
             tokens = special_tokens(self.backend, names, kind)
-            configure(self.backend, names, kind, tokens)
+            configure(self.backend, names, kind, tokens, legacy=not path.is_file())
+            whole = self.backend.encode("a")
         except UserError:
             raise
         except Exception as error:  # tokenizers raises nothing more specific
@@ -80,7 +102,6 @@ class Tokenizer:
         self.pad_id = [*ids("pad"), *ids("eos"), *ids("unk"), 0][0]
         self.types = typed and (family == "bert" or family == "deberta-v2" and bool(config.get("type_vocab_size")))
         # what the post-processor puts before a text, such as bos; what it puts after would stop a generation there
-        whole = self.backend.encode("a")
         self.prefix = whole.ids[:whole.special_tokens_mask.index(0)] if 0 in whole.special_tokens_mask else []
         begins, ends = whole.tokens[:1] == [tokens.get("bos")], whole.tokens[-1:] == [tokens.get("eos")]
         for key, there in (("add_bos_token", begins), ("add_eos_token", ends)):
@@ -99,9 +120,12 @@ class Tokenizer:
         for start in tqdm(range(0, len(texts), 4096), "tokenizing", leave=False, disable=len(texts) < 10_000):
             part = slice(start, start + 4096)       # encodings hold much besides ids: not all at once
             chunk = texts[part] if pairs is None else list(zip(texts[part], pairs[part]))
-            for encoding in self.backend.encode_batch(chunk, add_special_tokens=special):
-                ids.append(np.array(encoding.ids, np.int32))
-                types.append(np.array(encoding.type_ids, np.int32))
+            try:
+                encodings = self.backend.encode_batch(chunk, add_special_tokens=special)
+            except Exception as error:  # such as a character that is in no token, and no token for unknown ones
+                raise UserError(f"{self.path}: cannot encode a text ({error}): fetch the tokenizer again") from None
+            ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
+            types += [np.array(encoding.type_ids, np.int32) for encoding in encodings]
         self.backend.no_truncation()
         return ids, types
 
@@ -152,47 +176,74 @@ def special_tokens(backend, names, kind):
     def content(token):
         return token.get("content") if isinstance(token, dict) else token
 
+    def added(token, **flags):      # a text, or a dict with flags
+        given = token if isinstance(token, dict) else {}
+        flags |= {flag: bool(value) for flag, value in given.items() if flag not in ("content", "__type", "id", *flags)}
+        return tokenizers.AddedToken(content(token), **flags)
+
     for number, token in sorted(names["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
-        flags = {flag: bool(token[flag]) for flag in token if flag not in ("content", "__type", "id")}
-        backend.add_tokens([tokenizers.AddedToken(content(token), **flags)])
+        backend.add_tokens([added(token)])
         if backend.token_to_id(content(token)) != int(number):
             note(f"tokenizer_config.json: token {content(token)!a} has id {number} in added_tokens_decoder, "
                  f"{backend.token_to_id(content(token))} in the tokenizer: the latter is used, as in transformers")
     tokens = CLASSES.get(kind, {}) | {key: content(names[f"{key}_token"]) for key in KINDS if f"{key}_token" in names}
-    tokens = {key: token for key, token in tokens.items() if token}
+    tokens = {key: tokens[key] for key in KINDS if tokens.get(key)}
     extra, more = names.get("extra_special_tokens") or [], names.get("additional_special_tokens") or []
-    extra = [content(token) for token in [*(extra.values() if isinstance(extra, dict) else extra), *more]]
+    extra = [*(extra.values() if isinstance(extra, dict) else extra), *more]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new = [token for token in [*tokens.values(), *extra] if token and token not in known]
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in dict.fromkeys(new)])
+    given = [names.get(f"{key}_token", token) for key, token in tokens.items()] + extra
+    new = {content(token): token for token in reversed(given)}      # the first that is given of the same ones
+    backend.add_special_tokens([added(new[token], special=True) for token in dict.fromkeys(map(content, given))
+                                if token and token not in known])
     return tokens
 
 
-def configure(backend, names, kind, tokens):
-    """Do to the backend what transformers' class `kind` does on loading: AutoTokenizer's ids."""
+def configure(backend, names, kind, tokens, legacy):
+    """Do to the backend what transformers' class `kind` does on loading; legacy: there is no tokenizer.json."""
+    backend.encode_special_tokens = bool(names.get("split_special_tokens"))
     model, byte_level = type(backend.model).__name__, "ByteLevel" in repr(backend.pre_tokenizer)
-    ends = [(tokens[key], backend.token_to_id(tokens[key])) for key in ("sep", "cls") if key in tokens]
+    ids = {key: (token, backend.token_to_id(token)) for key, token in tokens.items()}
+
+    def around(*templates):     # of a text, of a pair
+        return tokenizers.processors.TemplateProcessing(*(text.format(**tokens) for text in templates),
+                                                        special_tokens=[*dict(ids.values()).items()])
+
     space, before, normalizers = names.get("add_prefix_space"), tokenizers.pre_tokenizers, tokenizers.normalizers
-    if kind == "BertTokenizer" and model == "WordPiece":
+    makes, settings = MODELS.get(kind, (None, {}))
+    if kind == "LlamaTokenizer" and byte_level:     # of LLaMA 3, whose tokenizer.json rules
+        return
+    if makes not in (None, model):
+        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
+        return
+    for name, value in settings.items():
+        setattr(backend.model, name, value)
+    if kind == "BertTokenizer":
+        backend.model.unk_token = tokens.get("unk", "[UNK]")
         backend.normalizer = normalizers.BertNormalizer(
             clean_text=True, handle_chinese_chars=names.get("tokenize_chinese_chars", True),
             strip_accents=names.get("strip_accents"), lowercase=names.get("do_lower_case", True))
         backend.pre_tokenizer = before.BertPreTokenizer()
         backend.decoder = tokenizers.decoders.WordPiece()
-        backend.post_processor = tokenizers.processors.BertProcessing(*ends)
-    elif kind == "Qwen2Tokenizer" and space is not None and isinstance(backend.pre_tokenizer, before.Sequence):
-        for step in backend.pre_tokenizer:
-            if isinstance(step, before.ByteLevel):
-                step.add_prefix_space = bool(space)
-    elif kind in ("RobertaTokenizer", "GPT2Tokenizer") and byte_level:
-        if space is not None and isinstance(backend.pre_tokenizer, before.ByteLevel):
-            backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
-        if kind == "RobertaTokenizer":
-            backend.post_processor = tokenizers.processors.RobertaProcessing(*ends, add_prefix_space=bool(space))
-    elif kind == "XLMRobertaTokenizer" and model == "Unigram":
+        backend.post_processor = tokenizers.processors.BertProcessing(ids["sep"], ids["cls"])
+    elif kind == "Qwen2Tokenizer":
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = before.Sequence([
+            before.Split(tokenizers.Regex(QWEN), "isolated"),
+            before.ByteLevel(add_prefix_space=bool(space), use_regex=False)])
+    elif kind in ("RobertaTokenizer", "GPT2Tokenizer"):
+        backend.normalizer = None
+        backend.pre_tokenizer = before.ByteLevel(add_prefix_space=bool(space))
+        if kind == "GPT2Tokenizer" and names.get("add_bos_token") and legacy:
+            backend.post_processor = around("{bos} $A", "{bos} $A {bos} $B")
+        elif kind == "RobertaTokenizer":
+            backend.post_processor = tokenizers.processors.RobertaProcessing(
+                ids["sep"], ids["cls"], add_prefix_space=bool(space))
+    elif kind == "XLMRobertaTokenizer":
+        backend.post_processor = around("{bos} $A {eos}", "{bos} $A {eos} {eos} $B {eos}")
         backend.pre_tokenizer = before.Sequence([
             before.WhitespaceSplit(), before.Metaspace(prepend_scheme="never" if space is False else "always")])
-    elif kind == "DebertaV2Tokenizer" and model == "Unigram":
+    elif kind == "DebertaV2Tokenizer":
+        backend.post_processor = around("{cls} $A {sep}", "{cls} $A {sep} $B:1 {sep}:1")
         steps = [normalizers.Lowercase()] if names.get("do_lower_case") else []
         backend.normalizer = normalizers.Sequence([
             *steps, normalizers.Replace(tokenizers.Regex(r"\s{2,}|[\n\r\t]"), " "), normalizers.NFC(),
@@ -200,10 +251,11 @@ def configure(backend, names, kind, tokens):
         steps = [before.Punctuation(behavior="isolated")] if names.get("split_by_punct") else []
         backend.pre_tokenizer = before.Sequence([
             *steps, before.Metaspace(prepend_scheme="first" if space is False else "always")])
-    elif kind == "LlamaTokenizer" and model == "BPE" and not byte_level:
+    elif kind == "LlamaTokenizer":
         scheme = "never" if space is False else "always" if names.get("legacy") else "first"
         backend.normalizer = None
         backend.pre_tokenizer = before.Metaspace(prepend_scheme=scheme, split=False)
-    elif kind in CLASSES and model != "Unigram" and not byte_level:
-        note(f"tokenizer_config.json: tokenizer_class {kind} does not fit the {model} in tokenizer.json, which is used")
-    backend.encode_special_tokens = bool(names.get("split_special_tokens"))
+    elif kind == "GemmaTokenizer":
+        backend.model.unk_token = tokens["unk"]
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = before.Split(" ", "merged_with_previous")
