@@ -1,4 +1,4 @@
-"""Rank-allocation policies behind one interface: static shapes, AdaLoRA, La-LoRA, WeightLoRA(+) and LeLoRA.
+"""Rank-allocation policies behind one interface: static shapes, AdaLoRA, La-LoRA, WeightLoRA(+), credit, LeLoRA.
 
 A policy attaches the adapters and then decides, while training runs, how much rank each matrix gets. The training loop
 drives every policy in the same way and does not know which one it is:
@@ -9,9 +9,7 @@ drives every policy in the same way and does not know which one it is:
 """
 
 import functools
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 import lora
 from extras import singular
+from extras.ranks_file import given_ranks, shuffled
 from extras.source import own_module
 from model import UserError, note
 
@@ -37,7 +36,8 @@ class Allocator:
     `stacks` hold the adapters by shape (lora.Stack); `in_model_order` sorts what is computed on them.
     """
 
-    refuses = ()  # settings of init, dora, lora_plus_ratio, freeze_a that mean nothing with this policy
+    refuses = ()  # settings of init, dora, lora_plus_ratio, freeze_a, scaling that mean nothing with this policy
+    unread = ()  # settings that it does not read, besides those in another policy's group of --help
     dynamic = False  # True: a run that ends before `allocations` > 0 is an error, not a result
     validation_rows = 0  # training rows kept aside; the loop then sets `validation_loss` (a call, 0-d tensor)
     validation_loss = None
@@ -178,9 +178,9 @@ class Allocator:
         current, calls = self.current.clone(), self.calls
         if wrong:  # else the stacks stay those that the policy may hold
             self.drop([name for name in wrong if name in self.layers])
-        for generation, init in sorted({(made[1], made[2]) for made in wrong.values() if made[0]}):
-            self.calls = generation - 1
-            self.add({name: made[0] for name, made in wrong.items() if made[1] == generation}, lora.INITS[init])
+        for call, init in sorted({(call, init) for rank, call, init in wrong.values() if rank}):
+            self.calls = call - 1  # `add` counts one more
+            self.add({name: rank for name, (rank, by, _) in wrong.items() if by == call}, lora.INITS[init])
         self.current.copy_(current)
         self.calls = calls
         for name, layer in self.layers.items():
@@ -237,33 +237,6 @@ class Allocator:
         return (self.current * self.cost).sum() + lengths
 
 
-def given_ranks(s, names, cost):
-    """{name: rank} for uniform LoRA: --rank, or those of --ranks, --ranks-shuffled among matrices of the same cost."""
-    if not s.ranks:
-        return dict.fromkeys(names, s.rank)
-    path = Path(s.ranks)
-    file = path / "ranks.jsonl" if path.is_dir() else path
-    try:
-        if path.is_dir() and not (path / "result.json").exists():
-            raise ValueError("that run has not finished")
-        text = file.read_text(encoding="utf-8")
-        ranks = json.loads(text.splitlines()[-1])["ranks"] if path.is_dir() else json.loads(text)
-        wrong = [name for name, rank in ranks.items() if name not in names or type(rank) is not int or rank < 0]
-        if wrong or not any(ranks.values()):
-            raise ValueError(f"{', '.join(wrong)} is no target or has no whole rank from 0, or all ranks are 0")
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"--ranks {file}: no ranks in it for this run ({error!r}): name a run's folder or a file of "
-                        '{"blocks.0.query": 4, ...}, and --targets to fit') from None
-    order = shuffled(len(names), s.seed) if s.ranks_shuffled else range(len(names))
-    dealt = dict(zip(sorted(range(len(names)), key=cost.__getitem__), sorted(order, key=cost.__getitem__)))
-    return {name: ranks.get(names[dealt[i]], 0) for i, name in enumerate(names)}
-
-
-def shuffled(n, seed):
-    """The numbers 0 to n - 1 in an order that the seed draws."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 class Static(Allocator):
     """Fixed shapes of the Adaptive LoRA paper, section 3.1, floored and clamped to [r_min, r_max]; r_base is --rank."""
 
@@ -278,7 +251,7 @@ class Static(Allocator):
         """Rank of the projection `kind` in block i of L, before it is floored and clamped."""
         if base_method(self.settings.method) == "linear-decay":  # falls linearly with depth (section 3.1.1)
             return r_base - (r_base - self.settings.r_min) * i / (L - 1) if L > 1 else r_base
-        if self.settings.method == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
+        if base_method(self.settings.method) == "attention-heavy":  # half for feed-forward matrices (section 3.1.2)
             return r_base if kind in ("query", "key", "value", "out") else r_base / 2
         # empirical: middle blocks get the most rank, early ones the least (section 3.1.3)
         whole = L if self.settings.empirical_depth == "text" else L - 1
@@ -291,6 +264,7 @@ class Direct(Allocator):
     """No adapters: `full` trains every weight, `bitfit` every bias (Zaken et al. 2022)."""
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")
+    unread = ("rank", "alpha", "dropout", "targets")
 
     def setup(self):
         method, head = self.settings.method, self.model.head_kind != "lm"  # every method trains a new head, apart
@@ -299,6 +273,8 @@ class Direct(Allocator):
                         and (method != "bitfit" or name.endswith("bias"))]
         if not self.trained:
             raise UserError(f"--method {method}: a {self.model.family} model has no biases to train")
+        for p in self.trained:
+            p.decays = p.dim() > 1  # biases and norms do not, as in transformers' Trainer
         self.size = torch.tensor(sum(p.numel() for p in self.trained), dtype=torch.float64, device=self.device)
 
     def parameters(self):
@@ -319,7 +295,7 @@ class AdaLora(Allocator):
 
     refuses = ("init", "lora_plus_ratio", "freeze_a", "scaling")  # own start and scale; reads A's gradient
     dynamic = True
-    saved = ("kept", "last", "smooth", "unsure")
+    saved = ("kept", "last", "sensitivity", "uncertainty")
 
     def setup(self):
         s = self.settings
@@ -338,7 +314,7 @@ class AdaLora(Allocator):
             layer.g = nn.Parameter(torch.zeros(R, device=self.device))
         self.g = lora.stacked([layer.g for layer in self.layers.values()])  # (n, R), in model order
         self.weights = [self.g, *(stack.A for stack in self.stacks), *(stack.B for stack in self.stacks)]
-        self.smooth, self.unsure = ([torch.zeros_like(w.data) for w in self.weights] for _ in range(2))
+        self.sensitivity, self.uncertainty = ([torch.zeros_like(w.data) for w in self.weights] for _ in range(2))
         self.kept = torch.ones_like(self.g.data)  # (n, R): 1, or 0 where pruned
         self.last = 0  # step of the last allocation
 
@@ -368,17 +344,17 @@ class AdaLora(Allocator):
         return False
 
     def observe(self):
-        """Smoothed sensitivity (Eqs. 8-9) and its uncertainty (Eq. 10) of every entry of lambda, Q and P."""
-        for w, smooth, unsure in zip(self.weights, self.smooth, self.unsure):
-            sensitivity = (w * w.grad).abs_()
-            smooth.lerp_(sensitivity, (1 - self.settings.adalora_beta1) * self.ok)  # not after a bad step
-            unsure.lerp_((sensitivity - smooth).abs_(), (1 - self.settings.adalora_beta2) * self.ok)
+        """Smooth the sensitivity of every entry of lambda, Q and P, and its uncertainty; not after a bad step."""
+        for w, sensitivity, uncertainty in zip(self.weights, self.sensitivity, self.uncertainty):
+            now = (w * w.grad).abs_()  # Eq. 8
+            sensitivity.lerp_(now, (1 - self.settings.adalora_beta1) * self.ok)  # Eq. 9
+            uncertainty.lerp_((now - sensitivity).abs_(), (1 - self.settings.adalora_beta2) * self.ok)  # Eq. 10
 
     def scores(self):
         """Importance of each triplet, (n, R): lambda's plus the means over its row of Q, column of P (Eqs. 7, 11)."""
-        value, *rest = [smooth * unsure for smooth, unsure in zip(self.smooth, self.unsure)]
+        lambdas, *rest = [mean * spread for mean, spread in zip(self.sensitivity, self.uncertainty)]  # Eq. 11
         Q, P = rest[:len(self.stacks)], rest[len(self.stacks):]
-        return value + self.in_model_order([q.mean(2) + p.mean(1) for q, p in zip(Q, P)])
+        return lambdas + self.in_model_order([q.mean(2) + p.mean(1) for q, p in zip(Q, P)])
 
     def triplets(self, step):
         """How many triplets to keep at `step`: from n R down to n r along a cubic (Eq. 12)."""
@@ -407,7 +383,7 @@ class LaLora(Allocator):
         self.block = torch.tensor([block for _, block, _ in self.sites], device=self.device)  # (n,)
         self.member = F.one_hot(self.block, L).T.double()  # (L, n): sums over a block's matrices
         self.block_ranks = torch.full((L,), r if full else 1, device=self.device)
-        self.budget_rank = torch.tensor(r * L if full else L, dtype=torch.float64, device=self.device)  # D, DCDPB
+        self.budget_rank = torch.tensor(r * L if full else L, dtype=torch.float64, device=self.device)  # D of Eq. 5
         self.mask = torch.zeros(L, r, device=self.device)
         for name, block, _ in self.sites:
             self.layers[name].g = self.mask[block]  # a view: one write changes every layer
@@ -484,7 +460,7 @@ class WeightLora(Allocator):
     """WeightLoRA and WeightLoRA+: W + omega_i s B A; a short warm-up finds the K matrices worth adapting (Eqs. 1-2).
 
     For T steps omega, one number per matrix, follows StoIHT (Appendix B): a plain gradient step, scaled by the learning
-    rate's schedule (not clipped, as theirs is); then only the K largest stay, those tied with the K-th included; with
+    rate's schedule (unclipped; theirs clips it); then only the K largest stay, those tied with the K-th included; with
     `weightlora_threshold` "end" only after step T. What is not the largest by "moved", |omega - 1|, goes back to 1.
     Then the K survivors start afresh as standard LoRA of rank r, or 2r with `weightlora+` (section 2.2), and all others
     are plain frozen layers again. Ties that step T leaves go to the matrix that comes first in the model.
@@ -507,8 +483,9 @@ class WeightLora(Allocator):
 
     def start(self, warmup):
         """Begin a warm-up of so many steps, with a gate omega on every matrix's adapter."""
-        if not 2 <= warmup < self.steps:  # after one step every gradient of omega was 0, since B = 0
-            raise UserError(f"--{self.group}-steps {warmup}: the warm-up takes at least 2 steps and has to end "
+        least = 2 + bool(self.settings.warmup)  # while B = 0 every gradient of omega is 0; step 1 may have rate 0
+        if not least <= warmup < self.steps:
+            raise UserError(f"--{self.group}-steps {warmup}: the warm-up takes at least {least} steps and has to end "
                             f"before the run does, which has {self.steps}")
         self.warmup = warmup
         self.add(dict.fromkeys(self.names, self.settings.rank), init="lora")  # omega must not scale components of W
@@ -560,6 +537,8 @@ class WeightLora(Allocator):
 
 class RandomLora(Allocator):
     """Uniform LoRA on K matrices drawn at random from the seed: WeightLoRA's control (RLoRA, Appendix D)."""
+
+    unread = tuple(f"weightlora_{name}" for name in ("steps", "examples", "lr", "threshold", "rank_by"))
 
     def setup(self):  # no warm-up: adapters that are thrown away cannot change the draw
         s, n = self.settings, len(self.names)
@@ -637,6 +616,7 @@ class LeLora(Allocator):
     """
 
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")  # A and B are W's own components, scale 1
+    unread = ("alpha", "dropout")
     dynamic, validation_rows = True, 32
     saved = tuple("choice features entropy lowest reward mean spread before policy optimizer generator".split())
 

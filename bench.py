@@ -42,8 +42,8 @@ import eval as evaluation
 import lora
 import model as models
 import train
-from eval import parser_of, say, setting
 from extras import devices, images, source
+from extras.flags import parser_of, run_program, say, setting, to_json
 from extras.report import LOSSES, comparison, read_results, sign_flip, table, write_csv
 from model import UserError
 
@@ -263,8 +263,8 @@ def contender_names(b, default):
     ends = ["" if mode == "eager" else f"/{mode}" for mode in b.modes]
     names = ["floor", *methods, *["uniform+validation"] * ("lelora" in methods)]
     names = [name + end for end in ends for name in names]
-    theirs = [f"peft/{method}{end}" for end in ends for method in ("lora", "adalora", "dora") if method in methods]
-    theirs *= b.peft and b.weights == "float"
+    in_peft = ("lora", "adalora", "dora") if b.peft and b.weights == "float" else ()
+    theirs = [f"peft/{method}{end}" for end in ends for method in in_peft if method in methods]
     if theirs and not (importlib.util.find_spec("peft") and importlib.util.find_spec("transformers")):
         say("note: peft and transformers are not installed (requirements-dev.txt), so their column is left out")
         theirs = []
@@ -399,8 +399,8 @@ class Run:
 
     `settings` is what they set, as train.py reads it; runs with the same `key`, that, the hash of the source and of
     the flags' files and the kind of device, are the same run. `columns` are the tasks that it has numbers for, `point`
-    where on --steps and --budgets the row is, `times` its rank over the one that was told, `line` what `make` has found
-    or made, or None.
+    where on --steps and --budgets the row is, `times` its alpha over the one that was told, `line` what `make` has
+    found or made, or None.
     """
 
     def __init__(self, row, task, seed, flags, folder):
@@ -473,7 +473,7 @@ def make(runs, q):
             + ("taken as they are" if take_old else "made again; --keep-old takes them as they are"))
     if take_old:
         lines |= {key: lines[key[0]] for key in old}
-    waiting = [run for key, run in different.items() if key not in lines] * q.run
+    waiting = [run for key, run in different.items() if key not in lines] if q.run else []
     for folder in (Path(q.results).parent, Path(q.runs)) if waiting else ():
         folder.mkdir(parents=True, exist_ok=True)
     lock, todo = threading.Lock(), iter(waiting)
@@ -512,26 +512,30 @@ def append(file, line):
     with open(file, "a+b") as f:
         f.seek(max(0, f.tell() - 1))
         torn = f.read() not in (b"", b"\n")
-        f.write(b"\n" * torn + evaluation.to_json(line).encode() + b"\n")
+        f.write(b"\n" * torn + to_json(line).encode() + b"\n")
 
 
 def check(q, rows, tuned):
     """Refuse what would be chosen twice (by `rows`, by --tune: `tuned`), tuning seeds, files without a folder."""
     axes = [flag for flag, there in (("--steps", q.steps), ("--rank", q.budgets)) if there]
     for flag in tuned:
+        if tuned.count(flag) > 1:
+            raise UserError(f"--tune {flag[2:]}: is there twice: write its values once, with commas between them")
         if flag in axes or flag == "--rank" and q.match_budget:  # which goes on from a row's own rank
             raise UserError(f"--tune {flag[2:]}: what --match-budget, --budgets or --steps choose; leave one out")
+    for task in q.tasks or ():
+        data.task_row(task)  # complains about one that is not known
     for row, words in rows.items():
         for flag in (word.partition("=")[0] for word in words):
             if flag in (*axes, *tuned):
                 raise UserError(f"row {row!r}: its {flag} would be --tune's, --budgets' or --steps'; leave one out")
-    if q.tune and range(max(1000, q.first_seed), min(1000 + q.tune_seeds, q.first_seed + q.seeds)):
+    if q.tune and {*range(1000, 1000 + q.tune_seeds)} & {*range(q.first_seed, q.first_seed + q.seeds)}:
         raise UserError(f"--first-seed {q.first_seed}: seeds from 1000 on are --tune's, never reported: lower it")
     if not q.run and not Path(q.results).is_file():
         raise UserError(f"--no-run --results {q.results}: there is no such file; name one, or leave out --no-run")
     for file in filter(None, (q.csv, q.picture)):
-        if not Path(file).absolute().parent.is_dir():
-            raise UserError(f"{file}: there is no such folder; name another place")
+        if not Path(file).absolute().parent.is_dir() or Path(file).is_dir():
+            raise UserError(f"{file}: no file can be there; name another place")
     if q.picture and not q.picture.endswith((".png", ".pdf", ".svg")):
         raise UserError(f"--picture {q.picture}: a .png, .pdf or .svg is written; name one")
 
@@ -774,16 +778,16 @@ def summarise(runs, metric=None, free=()):
 def settle(b):
     """Fill what depends on the machine; raises UserError for what cannot work."""
     b.device = devices.find_device(b.device)
-    cuda = devices.settle(b)
-    b.modes = b.modes or ["eager", "compiled"][:1 + cuda]
-    if not {*b.modes} <= {"eager", "compiled", "graphs"[:6 * cuda]}:
-        raise UserError(f"--modes {','.join(b.modes)}: choose from eager, compiled" + ", graphs" * cuda)
+    known = ["eager", "compiled", "graphs"] if devices.settle(b) else ["eager", "compiled"]
+    b.modes = b.modes or known[:-1]
+    if not {*b.modes} <= {*known}:
+        raise UserError(f"--modes {','.join(b.modes)}: choose from {', '.join(known)}")
 
 
 def answer(command, text, about):
     """Print a table and one line of JSON; exit status 1 if a run failed."""
     print(text)
-    print(evaluation.to_json({"command": command} | about))
+    print(to_json({"command": command} | about))
     if about.get("failed"):
         raise SystemExit(1)
 
@@ -813,4 +817,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    evaluation.command(main)
+    run_program(main)

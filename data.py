@@ -12,7 +12,7 @@ and, with its own encoding and metrics, papers/squad.py:
     from data import Task, own, read_texts
     MY_TASK = Task("mine", "classify", ("accuracy",), read_texts, files=own(".csv"), columns=("said", None, "mood"))
 
-What is foreign is used, is listed in IRRELEVANT, or is named in one line on stderr.
+Columns and files of the user's that are not read are named in one line on stderr, but for columns in IRRELEVANT.
 """
 
 import csv
@@ -37,7 +37,7 @@ from extras.fetch import fetch
 from extras.images import channels_first, fit, image_settings, read_image
 from extras.source import own_module
 from extras.tokenizer import Tokenizer
-from model import UserError, cache_folder, note
+from model import UserError, cache_folder, distinct, note
 
 # columns that hold text which no task learns from: names and places of rows, what other columns say in another form
 IRRELEVANT = set("""
@@ -81,14 +81,6 @@ def suffix(path):
     return Path(Path(path).name.removesuffix(".gz")).suffix
 
 
-def distinct(pairs, where=""):
-    """Return the dict of (name, value) pairs. UserError: a name is there twice, so one of the values would be lost."""
-    names = [name for name, _ in pairs]
-    if len({*names}) < len(names):
-        raise UserError(f"{where}{max(names, key=names.count)[:40]!a} is there twice: rename or remove one")
-    return dict(pairs)
-
-
 def read_table(path, header=None, skip_short=False, quoted=False):
     """Yield (where, {column: text}) for the rows of a tab-separated or .csv file.
 
@@ -125,7 +117,7 @@ def read_table(path, header=None, skip_short=False, quoted=False):
         note(f"{path}: skipped {skipped} short row{'s' * (skipped > 1)}")
 
 
-def read_json(path):
+def json_rows(path):
     """Yield (where, dict) for a JSON object, for each object of a JSON list, or for each line of JSON lines."""
     text = read_text(path)
     one_a_line = re.match(r"\s*\{.*\}\s*?(\n|$)", text)
@@ -183,7 +175,7 @@ def name_others(task, data):
     """Note what else in a folder has an ending that the task reads; of a published set only a read file's .gz."""
     read = {path for split in task.files for path in find_files(task, data, split)}
     names, endings = {path.name for path in read}, {suffix(name) for name in sum(task.files.values(), ())}
-    for folder in {path.parent for path in read if Path(data or cache_folder()).is_dir()}:
+    for folder in {path.parent for path in read} if Path(data or cache_folder()).is_dir() else ():
         others = [path.name for path in sorted(folder.glob("[!.]*")) if path not in read and suffix(path) in endings
                   and (suffix(path) or path.is_dir()) and (not task.sources or path.with_suffix("") in read)]
         if others:
@@ -200,10 +192,12 @@ def locate(task, data, split):
         fetch(task, split, there=bool(find_files(task, None, split)))
     paths = find_files(task, data, split)
     if not paths:
-        folder = Path(data or cache_folder())
+        folder, several = Path(data or cache_folder()), ' or '.join(task.files[split])[:200]
+        if folder.is_file():
+            raise UserError(f"--data {folder}: {task.name} reads {several}: rename the file, or name its folder")
         there = ", ".join(ascii(path.name) for path in sorted(folder.glob("[!.]*")))[:200] or "no files"
         raise UserError(f"{folder / task.folder / task.files[split][0]}: no such file, in {folder} there are {there}: "
-                        f"correct --data to name a file or its folder, with {' or '.join(task.files[split])[:200]}")
+                        f"correct --data to name a file or its folder, with {several}")
     return paths
 
 
@@ -240,7 +234,7 @@ def read_texts(task, data, split):
     """GLUE's files (MRPC's are Microsoft's with GLUE's list of dev pairs), and the user's own with names in TEXTS."""
     path, columns, unlabelled = locate(task, data, split)[0], task.columns, 0
     if suffix(path).startswith(".json"):
-        rows = read_json(path)
+        rows = json_rows(path)
     else:
         rows = read_table(path, task.header, skip_short=task.skip_short, quoted=not task.sources)
     if path.name == "msr_paraphrase_train.txt":
@@ -270,7 +264,7 @@ def read_instructions(task, data, split, change=lambda where, row: row):
     """Rows of COLUMNS' layouts; change(where, row) returns what a row is read as, None to leave it out."""
     rows, skipped = [], 0
     for path in locate(task, data, split):
-        for where, row in read_json(path):
+        for where, row in json_rows(path):
             row = change(where, row)
             if row is None:
                 continue
@@ -676,10 +670,10 @@ class Processor:
     def evaluation(self, s):
         """{name: Split} of the task's evaluation splits; prompts that answers are generated for stay whole."""
         length, which = None if self.task.new_tokens else s.max_length, getattr(s, "eval_half", "all")
-        return {name: self.training(half(read(self.task, s.data, name, s.limit_eval), which), length)
+        return {name: self.encoded(half(read(self.task, s.data, name, s.limit_eval), which), length)
                 for name in self.task.eval_splits}
 
-    def training(self, rows, max_length):
+    def encoded(self, rows, max_length):
         """Split of rows, cut to `max_length`. UserError: no token, ids without embedding, only some rows are pairs."""
         self.first = self.first or rows[0]
         odd = [row for row in rows if (row.get("pair") is None) != (self.first.get("pair") is None)]
@@ -853,9 +847,9 @@ class Batches:
         return [w for w in widths if w <= (self.s.max_length or 0)] if self.s.compile != "off" else None
 
     def take(self, least_rows=0):
-        """The passes of the next step (train.Training.step): `accumulate` batches of an epoch, or `least_rows` rows."""
+        """The next step's (passes, rows): `accumulate` batches, fewer at an epoch's end, more up to `least_rows`."""
         taken, rows = [], 0
-        while not taken or len(taken) < self.s.accumulate and self.drawn % self.per_epoch or rows < least_rows:
+        while not taken or rows < least_rows or (len(taken) < self.s.accumulate and self.drawn % self.per_epoch):
             epoch, i = divmod(self.drawn, self.per_epoch)
             if epoch != self.epoch:
                 self.epoch = epoch
@@ -902,7 +896,7 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
     elif size >= 1024:
         chosen.update(warmup=0.03, weight_decay=0.0)
     chosen.update(task.settings)
-    reasons, rank = {}, rank or chosen["rank"]
+    reasons, given, rank = {}, rank, rank or chosen["rank"]
     if method in ("full", "bitfit"):
         chosen["lr"] = (1e-3 if task.kind == "image" else 2e-5) if method == "full" else 1e-3
         reasons["lr"] = "usual without adapters"
@@ -919,7 +913,7 @@ def hyperparameters(task, family, size, method="lora", rank=None, adalora_init_r
         reasons["lalora_gamma"] = f"for rank {rank}: the budget's ceiling is {rank} times its start"
     elif method in ("weightlora", "weightlora+", "random"):
         chosen["warmup"], reasons["warmup"] = 0.0, "none: it would slow omega, and WeightLoRA's GLUE script has none"
-    elif method in ("linear-decay", "attention-heavy", "empirical") and task.kind == "lm":
+    elif method in ("linear-decay", "attention-heavy", "empirical") and task.kind == "lm" and not given:
         chosen.update(rank=16, alpha=16 * chosen["alpha"] / chosen["rank"])
         reasons.update(rank="its paper's", alpha="LoRA's scale")
     return chosen, reasons

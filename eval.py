@@ -8,14 +8,12 @@
 The last line on stdout is one JSON object with the result.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from dataclasses import field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +28,8 @@ import lora
 import model as models
 from extras import devices
 from extras.adapter_files import load_adapter
-from model import UserError
+from extras.flags import Parser, number, path_of, run_program, say, to_json
+from model import UserError, note
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -195,7 +194,7 @@ def _generated(model, task, split, batch_size, tokenizer, samples):
                 written[i] |= {"answer": found, "target": row["target"]}
         rate = new_tokens / (bar.format_dict["elapsed"] or math.inf)  # 0 where TQDM_DISABLE is set
         bar.set_postfix_str(f"{hits} of {len(written)} right, {rate:.0f} tokens/s", refresh=False)
-    print(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+    say(f"note: generated {new_tokens:,} tokens, {rate:.0f} tokens/s")
     if samples is not None:
         samples += [written[i] for i in sorted(written)]
     return {task.metrics[0]: hits / len(split)} if "target" in split.rows[0] else {}
@@ -271,7 +270,7 @@ def load(s, task, adapted=False):
     scoring(s, task)  # complain before the model is loaded
     config, folder = models.find_config(s.model, s.init_weights)
     if folder and (folder / "adapter_config.json").is_file():
-        data.note(f"{folder}: the adapter in it is not applied: name it by --adapter")
+        note(f"{folder}: the adapter in it is not applied: name it by --adapter")
     if (task.kind == "image") != (config.kind == "vit"):
         raise UserError(f"--task {task.name}: {s.model} does not do '{task.kind}': choose another")
     if task.kind != "image":
@@ -295,17 +294,16 @@ def load(s, task, adapted=False):
         model.config.raw["label2id"] = {label: i for i, label in enumerate(task.labels)}
     if s.init_weights == "checkpoint" and not adapted:
         if model.unused_outputs:
-            data.note(f"the head of {s.model} is not used: its {model.unused_outputs} outputs ({listed(names)}) "
+            note(f"the head of {s.model} is not used: its {model.unused_outputs} outputs ({listed(names)}) "
                       f"are not this task's ({listed(task.labels or ['a number'])})")
         if model.fresh:
-            data.note(f"{', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}")
+            note(f"{', '.join(model.fresh)} not in the checkpoint: initialised from seed {s.seed}")
         elif remark:
-            data.note(f"the head of {s.model}: {remark}")
+            note(f"the head of {s.model}: {remark}")
     model.labels, model.head_rows, model.head_remark = task.labels, outputs or None, remark
-    positions = getattr(model, "max_length", s.max_length)
-    if s.max_length > positions:
-        data.note(f"{s.model} has {positions} positions: --max-length {s.max_length} is cut to that")
-        s.max_length = positions
+    if s.max_length > model.max_length:
+        note(f"{s.model} has {model.max_length} positions: --max-length {s.max_length} is cut to that")
+        s.max_length = model.max_length
     return model, processor
 
 
@@ -393,7 +391,7 @@ def load_run(folder, changes, shard=None):
     vars(s).update(changes, shard=shard is not None)  # one process alone loads the model as usual
     task = data.find_task(s.task, s.data, labels)
     if s.device.startswith("cuda") and not torch.cuda.is_available() and "device" not in changes:
-        data.note(f"the run's device {s.device} is not here: evaluating on the CPU")
+        note(f"the run's device {s.device} is not here: evaluating on the CPU")
         s.device = "cpu"
     if (folder / "model").is_dir():
         where = {"model": str(folder / "model"), "init_weights": "checkpoint"}
@@ -443,7 +441,7 @@ def read_run(folder):
 
 def read_log(file):
     """The lines of a run's log, as dicts; raises UserError where there is none."""
-    lines = [line for _, line in data.read_json(file)]
+    lines = [line for _, line in data.json_rows(file)]
     if not lines:
         raise UserError(f"{file}: empty; the run has not logged a step yet")
     return lines
@@ -452,12 +450,12 @@ def read_log(file):
 def rewind_log(file, step):
     """Drop what a run's log says of later than `step`, and half a line at its end; UserError names a damaged line."""
     lines, kept = file.read_bytes().splitlines(keepends=True) if file.exists() else [], []
-    for number, text in enumerate(lines, start=1):
+    for i, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text) if text.endswith(b"}\n") or number < len(lines) else {"step": math.inf}
+            line = json.loads(text) if text.endswith(b"}\n") or i < len(lines) else {"step": math.inf}
             kept += [text] if line["step"] < step + ("eval" not in line) else []
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} line {number}: no line of a run's log ({error!r}): remove it") from None
+            raise UserError(f"{file} line {i}: no line of a run's log ({error!r}): remove it") from None
     with models.publish(file, folder=False) as part:
         part.write_bytes(b"".join(kept))
 
@@ -471,7 +469,7 @@ def save_model(model, processor, folder):
         models.save(model, part)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
                      "merges.txt", "added_tokens.json", "chat_template.jinja",
-                     "preprocessor_config.json", "generation_config.json"):
+                     "preprocessor_config.json", "processor_config.json", "generation_config.json"):
             if processor.folder and (processor.folder / name).is_file():
                 shutil.copy(processor.folder / name, part)
 
@@ -493,15 +491,15 @@ def merge(folder, out, changes):
 # ---------------------------------------------------------------------------------------------- words for numbers
 
 
-def say(message):
-    """A line for the person who watches, on stderr."""
-    tqdm.write(message, file=sys.stderr)
-
-
 def variant(s):
     """A run's method with what is combined with it, for names: lora, lora-pissa, lalora-dora, lora-plus16, lora-fa."""
     return "-".join([s.method.rpartition(":")[2], *[s.init] * (s.init != "lora"), *["dora"] * s.dora,
                      *["fa"] * s.freeze_a, *[f"plus{s.lora_plus_ratio:g}"] * (s.lora_plus_ratio != 1)])
+
+
+def free_folder(stem):
+    """The first of the run folders `stem`, `stem`-2, `stem`-3 ... that there is none of yet."""
+    return next(name for name in [stem] + [f"{stem}-{n}" for n in range(2, 10_000)] if not Path(name).exists())
 
 
 def summary(metrics):
@@ -512,107 +510,23 @@ def summary(metrics):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, and whose help ends each line with the default."""
-
-    def __init__(self, description, usage="[flags]"):
-        super().__init__(description=description, usage="%(prog)s " + usage, allow_abbrev=False,
-                         formatter_class=lambda prog: Help(prog, max_help_position=26, width=120))
-
-    def error(self, message):
-        raise UserError(f"{self.prog}: {message}; see --help")
-
-
-class Help(argparse.HelpFormatter):
-    def _get_help_string(self, action):
-        shown = action.default not in (None, argparse.SUPPRESS, False, 0, "") and "default" not in action.help
-        choices = f": {', '.join(action.choices)}" if action.choices else ""
-        return action.help + choices + (" (default: %(default)s)" if shown else "")
-
-
-def setting(default, group, help, choices=None, low=0, high=2**63):
-    """A field of a program's settings, which is a flag with this --help; numbers go from `low` to below `high`."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices, "bounds": (low, high)})
-
-
-def parser_of(settings_class, description):
-    """An ArgumentParser with one flag per field of the dataclass, grouped as its fields say."""
-    parser, groups = Parser(description), {}
-    for f in fields(settings_class):
-        m = f.metadata
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
-        convert = number(f.type, *m["bounds"]) if f.type in (int, float) else f.type
-        if f.type is list:
-            convert = lambda text: [part for part in text.split(",") if part]  # noqa: E731
-        options = {"type": convert, "choices": m["choices"], "metavar": "X"}
-        if f.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), default=f.default, help=m["help"], **options)
-    return parser
-
-
-def number(kind, low=0, high=2**63):
-    """What reads a flag's text as a number of this kind, from `low` to below `high`."""
-    def read(text):
-        value = kind(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text}: {expected(low, high)}")
-        return value
-
-    read.__name__ = kind.__name__  # as errors have it
-    return read
-
-
-def expected(low, high):
-    """What a number out of its bounds should have been, for a message."""
-    return f"must be from {low} to below {high:g}"
-
-
-def told(s, names):
-    """The flags of those settings that are not the defaults, for a message."""
-    return ", ".join("--" + name.replace("_", "-") for name in names if getattr(s, name) != getattr(type(s), name))
-
-
-def check_bounds(settings):
-    """Raises UserError for a number out of its bounds: settings made in Python, or of a run.json, had no parser."""
-    for f in fields(settings):
-        value, (low, high) = getattr(settings, f.name), f.metadata["bounds"]
-        if isinstance(value, (int, float)) and not low <= value < high:
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: {expected(low, high)}")
-
-
-def command(main):
-    """Run a program's main(); bad input becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def to_json(value, indent=None):
-    """JSON text, of tensors too; numbers that JSON has no word for become null."""
-    plain = json.dumps(value, default=lambda tensor: tensor.tolist())  # a subclass has its own
-    return json.dumps(json.loads(plain, parse_constant=lambda word: None), indent=indent)
-
-
 def main(argv=None):
     """Parse the command line, evaluate, print the result as one line of JSON."""
     parser = Parser(__doc__.split("\n\n")[0],
                     "RUN_OR_MODEL [flags]  |  %(prog)s merge RUN OUT  |  %(prog)s --plot RUN ...")
     add = parser.add_argument
-    add("what", metavar="RUN_OR_MODEL", nargs="+", help="a run folder, or a model name, Hub id or folder; "
-        "merge RUN OUT: write a run's merged model to OUT; --plot: runs")
+    add("what", type=path_of, metavar="RUN_OR_MODEL", nargs="+", help="a run folder, or a model name, Hub id or "
+        "folder; merge RUN OUT: write a run's merged model to OUT; --plot: runs")
     add("--plot", action="store_true",
         help="draw a run's curves and ranks into its folder, or several runs' curves into the folder that holds them")
-    add("--task", metavar="X", help="task of an untouched model, or mine.py:MY_TASK; default: the run's")
-    add("--adapter", metavar="X", help="folder of a PEFT adapter to put on the model")
+    add("--task", type=path_of, metavar="X", help="task of an untouched model, or mine.py:MY_TASK; default: the run's")
+    add("--adapter", type=path_of, metavar="X", help="folder of a PEFT adapter to put on the model")
     add("--random-head", action="store_true", help="evaluate although the head was drawn at random: what chance gives")
     add("--score", choices=("generation", "likelihood"), metavar="X",
         help="score the answers that the model generates, or the likeliest of the allowed ones")
-    add("--samples", metavar="FILE", help="write generated answers to score elsewhere: .json a list, else JSON lines")
-    add("--data", metavar="X", help="the task's folder or file; default: the run's, else the cache")
+    add("--samples", type=path_of, metavar="FILE",
+        help="write generated answers to score elsewhere: .json a list, else JSON lines")
+    add("--data", type=path_of, metavar="X", help="the task's folder or file; default: the run's, else the cache")
     add("--limit-eval", type=number(int), metavar="X", help="use only the first N rows; 0 = all")
     add("--batch-size", type=number(int, 1), metavar="X", dest="eval_batch_size",
         help="examples at a time; default: the run's, else 32, on a GPU what fits it")
@@ -625,6 +539,8 @@ def main(argv=None):
     if ":" in changes.get("task", ""):
         changes["task"] = os.path.abspath(changes["task"])  # as a run's settings have it
     if args.plot:
+        if changes or args.adapter or args.samples or args.random_head:
+            parser.error("--plot takes runs, and no other flag")
         from extras import pictures  # which imports this module
         print(to_json({"plots": [str(path) for path in pictures.plot(args.what)]}))
         return
@@ -637,7 +553,7 @@ def main(argv=None):
         parser.error(f"unexpected {' '.join(places)}")
     if args.samples:
         changes["samples"], file = [], Path(args.samples).absolute()
-        if not file.parent.is_dir() or file.is_dir():
+        if not file.parent.is_dir() or file.exists() and not file.is_file():
             raise UserError(f"--samples {args.samples}: no file can be there; name another place")
     if not (Path(what) / "run.json").exists():
         loaded = load_untrained(what, args.adapter, args.random_head, changes)
@@ -646,14 +562,15 @@ def main(argv=None):
     else:
         loaded = load_run(what, changes)
     (s, task, *_), metrics = loaded, evaluate_loaded(*loaded)
+    print(to_json({"task": task.name, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed,
+                   **metrics}))
     if args.samples:
         generator = Path(what).resolve().name
         samples = [{**sample, "generator": generator} if "generator" in sample else sample for sample in s.samples]
         text = json.dumps(samples, indent=1) if file.suffix == ".json" else "\n".join(map(json.dumps, samples))
-        file.write_text(text + "\n", encoding="utf-8")
-    print(to_json({"task": task.name, "method": getattr(s, "method", None), "model": s.model, "seed": s.seed,
-                   **metrics}))
+        with models.publish(file, folder=False) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_program(main)

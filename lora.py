@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
         if self.enabled and not self.merged:
             h = F.linear(dropout(flat, self.dropout * self.training), self.A.to(x.dtype))  # (N, R)
             y.addmm_(h, transposed(self.scaled_B(), x.dtype))  # in place: y is read once
-        elif not (self.enabled or self.merged or self.start is None):  # W was this one and what was split off
+        elif self.start is not None and not self.merged:  # switched off: give W back what was split off it
             A, B = (t.to(x.device, x.dtype) for t in self.start)
             y = y + self.scale * (flat @ A.T @ B.T)
         return y.view(*x.shape[:-1], -1)
@@ -150,8 +150,8 @@ class DoraLinear(LoraLinear):
         A, B = self.A.to(x.dtype), self.scaled_B()
         y = self.linear.forward(kept)  # (N, out)
         y.addmm_(F.linear(kept, A), transposed(B, x.dtype))
-        factor = self.magnitude / self.lengths(A, B)  # float32: near 1, where bfloat16 would round training away
-        y = y * factor
+        factor = self.magnitude / self.lengths(A, B)  # c, float32: near 1, where bfloat16 would round training away
+        y = y * factor  # c (W z + b + s B A z); missing: W (x - z) + b - c b, and without dropout z = x
         if self.training and self.dropout:
             y = y + self.linear.forward(flat - kept)
         elif self.bias is not None:
@@ -258,7 +258,8 @@ def disabled(model):
 #
 # With hundreds of matrices, an optimizer or a policy that goes through them one by one spends its time starting
 # kernels. So the adapters of one shape are one parameter, (n, R, in) and (n, out, R), of which the layers hold views:
-# forward and backward passes know nothing of it, all that follows is a few operations on the stacks.
+# forward and backward passes know nothing of it, all that follows is a few operations on the stacks. Parameters carry
+# what it needs: a stack `parts`, a part `place` (its stack, index), `active` (mask_updates), `lr_ratio` and `decays`.
 
 
 def stacked(parameters):
@@ -297,18 +298,18 @@ def gather_gradients(params):
 
 def may_move(p):
     """The tensor of 0 and 1, broadcastable to the parameter, that says which of its components may move; None: all."""
-    masks = [getattr(part, "active", None) for part in getattr(p, "parts", [p])]
-    given = [mask for mask in masks if mask is not None]
-    if not given or not hasattr(p, "parts"):
-        return masks[0]
-    return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])
+    if not hasattr(p, "parts"):
+        return getattr(p, "active", None)
+    masks = [getattr(part, "active", None) for part in p.parts]
+    some = next((mask for mask in masks if mask is not None), None)
+    return None if some is None else torch.stack([torch.ones_like(some) if mask is None else mask for mask in masks])
 
 
 # ---------------------------------------------------------------------------------------------- optimizer
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW in which a component that may not be updated does not move by one bit (La-LoRA, LeLoRA).
+    """AdamW (Loshchilov & Hutter 2019, Alg. 2) whose masked components do not move by one bit (La-LoRA, LeLoRA).
 
     Where `may_move` is 0, its value and moments stand still, and its own step count, so that the bias correction is
     right when it comes back. Without masks the steps are torch.optim.AdamW's.
@@ -329,8 +330,8 @@ class AdamW(torch.optim.Optimizer):
                 active = torch._foreach_mul(active, 1 - self.found_inf)
             for p, a in zip(params, active):
                 if not self.state[p]:
-                    self.state[p] = {"steps": torch.zeros_like(a), "exp_avg": torch.zeros_like(p),
-                                     "exp_avg_sq": torch.zeros_like(p)}
+                    moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"steps": torch.zeros_like(a)} | moments
             beta1, beta2 = group["betas"]
             grads = [p.grad for p in params]
             counts, m, v = ([self.state[p][k] for p in params] for k in ("steps", "exp_avg", "exp_avg_sq"))
@@ -406,7 +407,7 @@ def held(optimizer):
 
 
 def optimizers_for(s, params):
-    """The run's optimizers; where a policy holds components still or a step is bad, none moves what may not move."""
+    """The optimizers of `--optimizer`; masked components (`may_move`) and everything in a bad step stay as they are."""
     groups, masked = groups_for(s, params), any(may_move(p) is not None for p in params)
     adamw = AdamW if masked else functools.partial(torch.optim.AdamW, fused=True)
     if s.optimizer == "sgd":
@@ -456,11 +457,11 @@ def on_parts(optimizer):
 
 # ---------------------------------------------------------------------------------------------- state
 #
-# What a run must save is named where it is made, in `saved`; these two functions are all that reads it.
+# What a run must save is named where it is made, in `saved`, which `state_of` and `restore` read through `children`.
 
 
 def children(thing, name):
-    """{name: part} of something with state: of dicts and lists the entries, of modules their tensors, else `saved`."""
+    """{name: part} of what has state: entries of dicts and lists, tensors of modules and optimizers, else `saved`."""
     if isinstance(thing, dict):
         return thing
     if isinstance(thing, list):
@@ -505,7 +506,7 @@ def restore(thing, state, name="run"):
     elif isinstance(thing, torch.Generator):
         thing.set_state(state[name].cpu())
     elif isinstance(thing, torch.optim.Optimizer):
-        entries, groups = {}, thing.state_dict()["param_groups"]
+        entries, groups = {}, thing.state_dict()["param_groups"]  # keys: {name}.3.exp_avg, {name}.group0.lr
         for key, value in state.items():
             if key.startswith(f"{name}."):
                 i, entry = key[len(name) + 1:].split(".")

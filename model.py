@@ -177,7 +177,7 @@ RELATIVE = dict(TEXT, layer_norm_eps=1e-7, type_vocab_size=0, pos_att_type=None,
                 pooler_dropout=0.0, cls_dropout=None, relative_attention=False)
 ROTARY = dict(SHAPE, vocab_size=..., hidden_act="silu", rms_norm_eps=1e-6, attention_dropout=0.0, pad_token_id=-1,
               num_key_value_heads=0, head_dim=0, attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-              rope_theta=None, rope_scaling=None, rope_parameters=None)
+              rope_theta=None, rope_scaling=None, rope_parameters=None, original_max_position_embeddings=None)
 WINDOWS = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 LEARNED = dict(COMMON, vocab_size=..., n_embd=..., n_layer=..., n_head=..., n_inner=0, n_positions=1024,
                activation_function="gelu_new", layer_norm_epsilon=1e-5, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1,
@@ -215,7 +215,7 @@ IRRELEVANT = re.compile(
     r"directionality|encoder_stride|finetuning_task|task_specific_params|is_llama_config|rope_interleaved|return_dict|"
     r"tie_(word_embeddings|encoder_decoder)|initializer_factor|cross_attention_hidden_size|temperature|top_[kp]|legacy|"
     r"typical_p|do_sample|num_return_sequences|early_stopping|remove_invalid_values|bad_words_ids|auto_map|label2id|"
-    r"reorder_and_upcast_attn|embedding_size|attention_head_size|max_position_embeddings")
+    r"reorder_and_upcast_attn|embedding_size|attention_head_size|max_position_embeddings|is_causal")
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 ROPE = {"default": [], "linear": ["factor"],
@@ -245,13 +245,23 @@ def find_config(name, weights="checkpoint", changes=None):
     return normalise(read_json(path) | (changes or {}), path), folder
 
 
+def distinct(pairs, where=""):
+    """The dict of (name, value) pairs; raises UserError if a name is there twice: one of the values would be lost."""
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise UserError(f"{where}{max(names, key=names.count)[:40]!a} is there twice: rename or remove one")
+    return dict(pairs)
+
+
 def read_json(path):
     """The dict in a JSON file; raises UserError if there is none in it."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}, expected an object")
-    except (OSError, ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: is {path.parent} the folder that was meant?") from None
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not a JSON object ({error}); mend it, or download it again") from None
     return raw
 
@@ -276,7 +286,7 @@ def normalise(raw, path):
     _, kind, settings = FAMILIES[family]
     family = "roberta" if family == "xlm-roberta" else family  # which differs in its vocabulary and its class's name
     c = Config(family=family, kind=kind, raw=raw)
-    for key, only in FIXED.items():
+    for key, only in (FIXED | {"is_causal": kind == "decoder"}).items():
         if raw.get(key) not in (None, only):
             refuse(key, f"{only}: nothing else is supported")
     for key, default in settings.items():
@@ -314,6 +324,7 @@ def normalise(raw, path):
     if "rope_theta" in settings:  # transformers 5 writes rope_scaling and rope_theta into rope_parameters
         rope = c.rope_scaling or c.rope_parameters or {}
         rope = {"rope_theta": c.rope_theta or 1e4, **(rope if isinstance(rope, dict) else {"type": rope})}
+        rope |= {key: raw[key] for key in ROPE["llama3"][3:] if raw.get(key)}  # which wins there
         rope["rope_type"] = str(rope.get("rope_type", rope.get("type", "default")))
         numbers = [rope.get(key) for key in ["rope_theta", *ROPE.get(rope["rope_type"], ["unknown"])]]
         if not (all(isinstance(n, (int, float)) and 0 < n < 1e12 for n in numbers)
@@ -585,6 +596,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.family, self.head_kind = config, config.family, head  # head "lm", "classify" or "span"
         self.tied = head == "lm" and config.tie_word_embeddings  # the head is the embedding
+        self.max_length = math.inf  # tokens that there are positions for
         self.checkpointing = False  # True: in training, recompute each block's activations in the backward pass
         self.fresh, self.plain_names = [], []  # parameters that the checkpoint lacked; all, without later adapters
         self.unused_outputs = 0  # of a trained head in the checkpoint that was left out
@@ -741,7 +753,8 @@ class Decoder(Transformer):
         if cache is not None:
             cache.length += T
         if self.head_kind == "classify":
-            last = T - 1 if mask is None else (torch.arange(T, device=x.device) * mask).argmax(1)
+            real = (tokens != self.config.pad_token_id) & (mask is None or mask)  # transformers asks for the id alone
+            last = (torch.arange(T, device=x.device) * real).argmax(1)
             return self.classify(self.norm(x[torch.arange(len(x), device=x.device), last]))
         if positions is not None:
             x = x.flatten(0, 1)[positions]
@@ -797,9 +810,10 @@ def model_class(config):
 
 # settings of generation_config.json that change what transformers decodes, with the values that do not
 DECODING = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0,
-            "guidance_scale": 1, **dict.fromkeys("""bad_words_ids suppress_tokens begin_suppress_tokens penalty_alpha
+            "guidance_scale": 1, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0,
+            "token_healing": False, **dict.fromkeys("""bad_words_ids suppress_tokens begin_suppress_tokens penalty_alpha
             forced_bos_token_id forced_eos_token_id min_new_tokens sequence_bias stop_strings
-            exponential_decay_length_penalty""".split())}
+            exponential_decay_length_penalty watermarking_config max_time dola_layers constraints""".split())}
 
 
 def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", weights="checkpoint", seed=0,
@@ -822,7 +836,7 @@ def load(name, head=None, num_labels=None, dtype=torch.float32, device="cpu", we
     there = config.num_labels  # outputs of the checkpoint's head, by its config.json
     if head == "span" or num_labels is not None:
         config.num_labels = 2 if head == "span" else num_labels
-    if outputs is None:
+    if outputs is None:  # the checkpoint's own, if they are as many
         there, outputs = config.num_labels, list(range(config.num_labels))
     if config.num_labels < 1:
         raise UserError(f"num_labels is {config.num_labels}, expected 1 (regression) or more")

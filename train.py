@@ -34,10 +34,11 @@ import data
 import eval as evaluation
 import lora
 import model as models
-from eval import check_bounds, criterion, parser_of, say, setting, told, validation
+from eval import criterion, validation
 from extras import devices, source
 from extras.adapter_files import load_adapter, save_adapter
 from extras.cards import write_cards
+from extras.flags import check_bounds, parser_of, run_program, say, setting, to_json, told
 from extras.processes import add_up, after_process_0, compare, largest, process_and_count, processes, shard, start_alike
 from model import UserError
 
@@ -54,7 +55,7 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets at first; lelora: none", low=1e-9)
+    alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets at first; lelora: none", low=1e-9, high=1e9)
     dropout: float = setting(None, "adapter", "on the adapter's input; none on W's own components", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, own R or sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
@@ -103,7 +104,7 @@ class Settings:
 
     r_min: int = setting(4, "static shapes", "smallest rank r_min; a lower --rank is raised to it", low=1)
     r_max: int = setting(32, "static shapes", "largest rank; a higher --rank is cut to it", low=1)
-    empirical_depth: str = setting("text", "static shapes", "block i's depth: i / L, or i / (L - 1)", ("text", "code"))
+    empirical_depth: str = setting("text", "empirical", "block i's depth: i / L, or i / (L - 1)", ("text", "code"))
     adalora_init_ratio: float = setting(1.5, "AdaLoRA", "capacity over --rank: the first budget over the last", low=1)
     adalora_t_init: int = setting(None, "AdaLoRA", "t_i, steps before the first pruning; default 10 %% of the run")
     adalora_t_final: int = setting(None, "AdaLoRA", "t_f, steps with the final budget; default 50 %% of the run")
@@ -148,20 +149,18 @@ DEFAULTS = {  # by kind of model: the projections that the papers adapt, a task,
     "decoder": (["query", "key", "value", "up", "down"], "commonsense", ("lm", "classify", "regress")),
     "vit": (["query", "value"], "digits-rot90", ("image",))}
 READERS = {  # groups of settings that are policies' own
-    "static shapes": ("linear-decay", "attention-heavy", "empirical"), "AdaLoRA": ("adalora",), "La-LoRA": ("lalora",),
-    "WeightLoRA": ("weightlora", "weightlora+", "random"), "credit": ("credit",), "LeLoRA": ("lelora",)}
-UNREAD = {"lelora": "alpha dropout", **dict.fromkeys(("full", "bitfit"), "rank alpha dropout targets"),
-          **dict.fromkeys(("linear-decay", "attention-heavy"), "empirical_depth"),
-          "random": "weightlora_steps weightlora_examples weightlora_lr weightlora_threshold weightlora_rank_by"}
+    "static shapes": ("linear-decay", "attention-heavy", "empirical"), "empirical": ("empirical",),
+    "WeightLoRA": ("weightlora", "weightlora+", "random"), "AdaLoRA": ("adalora",), "La-LoRA": ("lalora",),
+    "credit": ("credit",), "LeLoRA": ("lelora",)}
 BROUGHT = ("method", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "ranks")  # by an --adapter
 
 
 def settle(s, config):
     """Fill the settings that are None: from the task's table row and the papers' values for the model's family."""
-    unread = told(s, (f.name for f in dataclasses.fields(s) if f.name in UNREAD.get(s.method, "").split()
-                      or s.method not in READERS.get(f.metadata["group"], [s.method])))
-    if unread and s.method in allocators.METHODS and not s.resume:
-        say(f"note: --method {s.method} does not read {unread}")
+    policy, foreign = allocators.policy(s.method), [group for group in READERS if s.method not in READERS[group]]
+    others = [f.name for f in dataclasses.fields(s) if f.metadata["group"] in foreign or f.name in policy.unread]
+    if told(s, others) and s.method in allocators.METHODS and not s.resume:
+        say(f"note: --method {s.method} does not read {told(s, others)}")
     targets, default, takes = DEFAULTS[config.kind]
     s.task = s.task or default
     task = data.find_task(s.task, s.data)
@@ -179,9 +178,8 @@ def settle(s, config):
         say(f"{s.method}: " + ", ".join(taken))
     devices.settle(s, adapters=allocators.base_method(s.method) not in ("full", "bitfit"))
     if not s.out:
-        stem = f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}"
-        s.out = next(name for name in [stem] + [f"{stem}-{n}" for n in range(2, 10_000)] if not Path(name).exists())
-    check(s, allocators.policy(s.method))
+        s.out = evaluation.free_folder(f"runs/{evaluation.variant(s)}-{Path(s.model).name}-{task.name}-{s.seed}")
+    check(s, policy)
     return task
 
 
@@ -458,7 +456,7 @@ class Survival(contextlib.ExitStack):
             return
         if file.tell():
             raise UserError(f"{out}: another run has begun in this folder; choose another --out")
-        file.write(evaluation.to_json(about, indent=2) + "\n")
+        file.write(to_json(about, indent=2) + "\n")
         file.flush()
         models.sync(out / "run.json")
         models.sync(out)
@@ -467,7 +465,7 @@ class Survival(contextlib.ExitStack):
         """Append a dict to a file of JSON lines."""
         if process_and_count()[0] == 0:
             with open(Path(self.s.out) / name, "a", encoding="utf-8") as file:
-                file.write(evaluation.to_json(line) + "\n")
+                file.write(to_json(line) + "\n")
 
     def save(self, training, batches, step, seconds):
         """Write checkpoints/step-N: beside, synced, then renamed; the newest `keep` stay."""
@@ -588,7 +586,7 @@ def run(s):
             say("warning: " + warning)
         write_cards(out, train_rows)
         with models.publish(out / "result.json", folder=False) as part:  # the last: it is finished
-            part.write_text(evaluation.to_json(result, indent=2) + "\n", encoding="utf-8")
+            part.write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
         return result
 
 
@@ -603,7 +601,7 @@ def set_up(s, alive):
     elif s.resume:
         alive.claim()
         source.warn_if_changed(s)
-    warmup_is_ours = s.warmup is None
+    warmup_is_ours, name_is_ours = s.warmup is None, s.out is None
     task = settle(s, models.find_config(s.model, s.init_weights)[0])
     torch.manual_seed(s.seed)
     policy = allocators.policy(s.method)
@@ -614,7 +612,7 @@ def set_up(s, alive):
         raise UserError(f"--method {s.method} keeps {policy.validation_rows} of {len(rows)} rows aside: use more")
     aside, rows = data.drawn(rows, policy.validation_rows, s.seed)
     model, processor = evaluation.load(s, task, adapted=s.adapter is not None)
-    split = processor.training(rows, s.max_length)
+    split = processor.encoded(rows, s.max_length)
     splits, batches = processor.evaluation(s), data.Batches(s, split, process, count)
     if s.compile == "auto":  # that takes 15 to 60 s, which few steps do not win back (RESULTS.md)
         s.compile = "on" if s.device.startswith("cuda") and batches.total_steps >= 1000 else "off"
@@ -632,12 +630,14 @@ def set_up(s, alive):
         s.dora = any(layer.magnitude is not None for layer in layers.values())
     allocator = policy(model, s, batches.total_steps)
     if aside:
-        allocator.validation_loss = validation(model, task.kind, processor.training(aside, s.max_length), s.device)
+        allocator.validation_loss = validation(model, task.kind, processor.encoded(aside, s.max_length), s.device)
     training = Training(s, model, task.kind, allocator)
     model.checkpointing = s.checkpointing
     if s.compile != "off":
         say("the first steps compile the blocks, which may take a minute (--compile off)")
         models.compile_blocks(model.blocks, s.compile == "graphs")
+    if process == 0 and name_is_ours:
+        s.out = evaluation.free_folder(s.out)  # another run of that name may have begun since
     if count > 1 and process == 0:
         after_process_0(s)
     if s.shard:
@@ -667,9 +667,9 @@ def main(argv=None):
         except TypeError as error:
             raise UserError(f"{s.resume}/run.json: of another version ({error}); start again") from None
     local = {"data": s.data, "adapter": s.adapter, "ranks": s.ranks, "method": ":" in s.method,
-             "task": ":" in (s.task or ""), "model": os.path.isdir(os.path.expanduser(s.model))}
+             "task": ":" in (s.task or ""), "model": os.path.isdir(s.model)}
     for name in filter(local.get, local):  # the run folder must find them from anywhere
-        setattr(s, name, os.path.abspath(os.path.expanduser(getattr(s, name))))
+        setattr(s, name, os.path.abspath(getattr(s, name)))
     try:
         result = run(s)
     except (Interrupted, RunError, RuntimeError, OSError, SafetensorError) as error:
@@ -693,8 +693,8 @@ def main(argv=None):
             say(reason)
         raise SystemExit(status) from None
     if result:
-        print(evaluation.to_json(result))
+        print(to_json(result))
 
 
 if __name__ == "__main__":
-    evaluation.command(main)
+    run_program(main)

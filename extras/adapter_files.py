@@ -49,7 +49,7 @@ def save_adapter(model, folder, base, task_type=None, head=True):
         "modules_to_save": sorted(heads) or None,
     }
     tensors = {f"base_model.model.{path}": tensor.contiguous().cpu() for path, tensor in tensors.items()}
-    labels = {"labels": json.dumps(model.labels)} if heads and getattr(model, "labels", ()) else {}
+    labels = {"labels": json.dumps(model.labels)} if heads and model.labels else {}
     with publish(Path(folder)) as part:
         one = labels or {"format": "pt"}  # safetensors writes several entries in any order
         save_file(tensors, part / "adapter_model.safetensors", metadata=one)
@@ -68,7 +68,7 @@ def stack_factors(layers):
     for layer in layers:
         if isinstance(layer, LoraLinear):
             A, B = layer.factors()
-            B, length = B * (layer.scale / first.scale), layer.magnitude
+            B, length = B * (layer.scale / (first.scale or 1)), layer.magnitude
         else:
             A, B = first.A.new_zeros(0, layer.in_features), first.B.new_zeros(layer.out_features, 0)
             length = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32) if dora else None
@@ -224,7 +224,7 @@ def rows_of_head(model, labels, count, file):
     `labels` are those of its rows, in order, if this project wrote it; else it is taken to have the base model's rows,
     or if that has others those of the data, which is said.
     """
-    wanted = list(getattr(model, "labels", ()))
+    wanted = list(model.labels)
     if not wanted:
         return list(range(count))
     if not labels:

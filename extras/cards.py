@@ -9,6 +9,7 @@ import numpy as np
 import data
 import lora
 import model as models
+from allocators import policy
 from eval import read_log, read_run
 from extras.report import markdown
 
@@ -48,9 +49,10 @@ def write_cards(folder, train_rows):
     shown = ("seed", "rank", "alpha", "dropout", "targets", "scaling", "init", "dora", "lora_plus_ratio", "freeze_a",
              "lr", "schedule", "warmup", "weight_decay", "clip", "batch_size", "accumulate", "epochs", "max_length",
              "limit_train", "limit_eval", "dtype")
-    unused = ("alpha", "dropout", "scaling") if s.method == "lelora" else ()
+    unused = {*policy(s.method).unread, *policy(s.method).refuses}
     values = {key: getattr(s, key, None) for key in shown if key not in unused}
-    values["targets"] = ", ".join(s.targets or [])
+    if "targets" in values:
+        values["targets"] = ", ".join(s.targets or [])
     lines += markdown(["setting", "value"], [[key, value] for key, value in values.items()
                                              if value not in (None, "") and value is not False])
     if ranks["ranks"]:

@@ -61,9 +61,9 @@ def own_device():
 
 
 def settle(s, adapters=True):
-    """Fill a program's `device` and `dtype` where they are "auto"; returns whether it runs on a GPU.
+    """Fill a program's `device` and `dtype` where they are "auto", and a process's own GPU; returns whether on a GPU.
 
-    A model that is trained itself, not through `adapters`, needs float32's small steps.
+    A model that is trained itself, not through `adapters`, needs float32's small steps; in float32 a GPU gets TF32.
     """
     if s.device == "auto":
         s.device = find_device("auto")

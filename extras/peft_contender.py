@@ -14,8 +14,7 @@ def build(s, base, kind):
 
     Each of its blocks is compiled on its own, as ours are, if `s.compile` says so. Returns (model, its trained
     parameters, loss(inputs, labels), the mean loss, and after(step), PEFT's allocation, or None), what bench.Contender
-    takes.
-    Raises UserError for GPT-2.
+    takes. Raises UserError for GPT-2.
     """
     if base.family == "gpt2":
         raise UserError("PEFT adapts GPT-2's query, key and value as one matrix: nothing here compares with it")

@@ -20,7 +20,7 @@ import numpy as np
 import data
 from eval import read_log, read_run
 from extras.cards import grid
-from model import UserError
+from model import UserError, note, publish
 
 LOGGED = {"step", "eval", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "examples_per_second",
           "trainable_params"}  # by the loop itself; what else is in metrics.jsonl is the policy's
@@ -53,7 +53,7 @@ def read_runs(folders, finished=False):
                 add_result(run)
             runs.append(run)
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            data.note(f"left out, no {'finished ' * finished}run: {folder.name} ({error})")
+            note(f"left out, no {'finished ' * finished}run: {folder.name} ({error})")
     if not runs:
         raise UserError(f"no {'finished ' * finished}run among {len(folders)} paths; name folders that train.py wrote")
     return runs
@@ -77,7 +77,8 @@ def save_figures(plt, runs, figures):
     """Write {file name: figure} into the one run's folder, or the innermost that holds all runs; returns the paths."""
     folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([run.folder.parent for run in runs]))
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
+        with publish(folder / name, folder=False) as part:
+            figure.savefig(part, dpi=120, format="png")
         plt.close(figure)
     return [folder / name for name in figures]
 
@@ -89,7 +90,7 @@ def plot(folders):
     """
     plt, runs = pyplot(), read_runs(folders)
     figures = {"curves.png": plot_curves(plt, runs)}
-    if len(folders) == 1 and runs[0].ranks[-1]["ranks"]:
+    if len(runs) == 1 and runs[0].ranks[-1]["ranks"]:
         figures["ranks.png"] = plot_ranks(plt, runs[0].ranks)
     return save_figures(plt, runs, figures)
 
@@ -103,14 +104,15 @@ def plot_curves(plt, runs):
         curves.setdefault((data.task_row(run.s.task).name, title), []).append((label, points))
 
     for (task, label), group in alike(runs).items():
-        metric = data.task_row(task).metrics[0]
+        metric = next(iter(data.task_row(task).metrics), "loss")
         if any(metric not in line.get("eval", metric) for run in group for line in run.metrics):
             metric = "loss"  # answers are generated and scored at the end only
         for run in group:
             add("training loss", label, run, lambda line: line.get("loss"))
             add(metric, label, run, lambda line: line.get("eval", {}).get(metric))
             add(BUDGET, label, run, lambda line: line["trainable_params"]["now"])
-    for key in dict.fromkeys(key for line in runs[0].metrics for key in line if key not in LOGGED and len(runs) == 1):
+    own = [(key, value) for line in runs[0].metrics for key, value in line.items() if key not in LOGGED]
+    for key in dict.fromkeys(key for key, value in own if len(runs) == 1 and isinstance(value, (int, float))):
         add("the policy's own numbers", key, runs[0], lambda line: line.get(key))
     figure, axes = panels(plt, list(curves), 4.6, 3.8)
     labels, shown = list(dict.fromkeys(label for panel in curves.values() for label, _ in panel)), {}
@@ -190,7 +192,9 @@ def plot_quality(file, over_steps, runs, metrics):
         return {metrics[run.task]: run.line[metrics[run.task]]}
 
     if groups:
-        plot_points(pyplot(), groups, x, xlabel, quality, log=True).savefig(file, dpi=120)
+        figure = plot_points(pyplot(), groups, x, xlabel, quality, log=True)
+        with publish(Path(file), folder=False) as part:
+            figure.savefig(part, dpi=120, format=Path(file).suffix[1:])
 
 
 def alike(runs, *ignored):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import UserError, note
+from model import UserError, note, publish
 
 LEVEL = 0.1  # of the sign-flip test: with 5 seeds its least p is 1/16
 LOSSES = ("loss", "perplexity")  # metrics of which less is better; all others are shares, shown as percent
@@ -109,7 +109,7 @@ def write_csv(path, runs):
         plain = {key: value for key, value in run.line.items() if isinstance(value, (int, float, str))}
         sizes = {f"trainable_{key}": value for key, value in run.line["trainable_params"].items()}
         rows.append(run.line["settled"] | plain | sizes | {"row": run.row})
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with publish(Path(path), folder=False) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

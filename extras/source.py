@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import modulefinder
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from model import UserError, digest, note, read_settings
 @functools.cache
 def own_module(flag, place):
     """(module, name) of `file.py:Name`, a place in a Python file of the user's own, which runs; UserError: no file."""
-    file, _, name = place.rpartition(":")
+    file, _, name = os.path.expanduser(place).rpartition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
         raise UserError(f"{flag} {place}: there is no file {file}; name it as in my_file.py:Name")
     folder = str(Path(file).resolve().parent)

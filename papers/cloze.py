@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data import TASKS, Split, collate, get, join_answers, locate, name_unread, read_json
+from data import TASKS, Split, collate, get, join_answers, json_rows, locate, name_unread
 from eval import logits
 from model import UserError, require_finite
 
@@ -25,7 +25,7 @@ ANSWER = re.compile(r"(Answer\d): (.+?)(?= Answer\d: |$)", re.S)
 def read_choices(task, data, split):
     """LLM-Adapters' rows as {prompt, answer: the right one, answers: the texts of all}."""
     for path in locate(task, data, split):
-        for where, row in read_json(path):
+        for where, row in json_rows(path):
             name_unread(where, row, ("instruction", "answer", "output"))  # the last: the answer's number, in a sentence
             asked = ASKED.fullmatch(get(row, "instruction", where).strip())
             answers = {name.lower(): " " + text.strip() for name, text in ANSWER.findall(asked[2])} if asked else {}

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import Parser, command, to_json
 from extras.adapter_files import read_adapter
 from extras.cards import grid
+from extras.flags import Parser, run_program, to_json
 from extras.pictures import alike, heat, panels, plot_points, pyplot, read_runs, save_figures
 
 
@@ -195,4 +195,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command(main)
+    run_program(main)

@@ -19,10 +19,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench  # noqa: E402
-import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import model as models  # noqa: E402
-import train  # noqa: E402
+from extras.flags import parser_of, run_program, setting  # noqa: E402
 from model import UserError  # noqa: E402
 
 VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
@@ -32,8 +31,8 @@ VARIANTS = ("base", "unmerged", "unmerged, half the rank", "merged")
 class Latency(bench.Bench):
     """What to measure, as in bench.py; --methods and --modes play no part."""
 
-    model: str = train.setting("llama2-7b", "what", "short name, Hub id or folder of a decoder")
-    new_tokens: int = train.setting(32, "what", "tokens to generate", low=3)
+    model: str = setting("llama2-7b", "what", "short name, Hub id or folder of a decoder")
+    new_tokens: int = setting(32, "what", "tokens to generate", low=3)
 
 
 def inference(b):
@@ -86,10 +85,10 @@ def generate(b, model):
 
 def main(argv=None):
     """Parse the command line, measure, print the table and one line of JSON."""
-    b = Latency(**vars(train.parser_of(Latency, __doc__.split("\n\n")[0]).parse_args(argv)))
+    b = Latency(**vars(parser_of(Latency, __doc__.split("\n\n")[0]).parse_args(argv)))
     bench.settle(b)
     bench.report("inference", b, inference(b))
 
 
 if __name__ == "__main__":
-    evaluation.command(main)
+    run_program(main)

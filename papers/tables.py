@@ -20,9 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
 from extras import report  # noqa: E402
+from extras.flags import parser_of, run_program, setting  # noqa: E402
 import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
 from model import UserError  # noqa: E402
 
 TABLES = ROOT / "papers" / "tables.json"
@@ -32,14 +31,14 @@ TABLES = ROOT / "papers" / "tables.json"
 class Published:
     """What to do about a table of a paper."""
 
-    run: bool = train.setting(False, "table", "make the runs that are not made yet")
-    small: bool = train.setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
-    metric: str = train.setting(None, "table", "the number to compare; default: the table's")
-    seeds: int = train.setting(0, "table", "0 = the paper's number")
-    jobs: int = train.setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
-    keep_old: bool = train.setting(False, "table", "take results of another version of the program, input or device")
-    results: str = train.setting("runs/tables.jsonl", "table", "file of finished runs, a line each")
-    runs: str = train.setting("runs/tables", "table", "folder of their run folders")
+    run: bool = setting(False, "table", "make the runs that are not made yet")
+    small: bool = setting(False, "table", "the same comparison on a small model and few rows, for 2 cores")
+    metric: str = setting(None, "table", "the number to compare; default: the table's")
+    seeds: int = setting(0, "table", "0 = the paper's number")
+    jobs: int = setting(1, "table", "runs at a time; they share out the GPUs or the CPU's cores", low=1)
+    keep_old: bool = setting(False, "table", "take results of another version of the program, input or device")
+    results: str = setting("runs/tables.jsonl", "table", "file of finished runs, a line each")
+    runs: str = setting("runs/tables", "table", "folder of their run folders")
 
 
 class Run(bench.Run):
@@ -152,7 +151,7 @@ def published(name, q, flags):
 def main(argv=None):
     """Parse the command line, make the runs if --run, print the table and one line of JSON."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = train.parser_of(Published, __doc__.split("\n\n")[0])
+    parser = parser_of(Published, __doc__.split("\n\n")[0])
     parser.usage = "%(prog)s [NAME] [flags] [train.py's flags]"
     named = bool(argv) and not argv[0].startswith("-")
     own, flags = parser.parse_known_args(argv[named:])
@@ -165,4 +164,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    evaluation.command(main)
+    run_program(main)

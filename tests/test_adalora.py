@@ -53,7 +53,8 @@ def converted(allocator, dtype):
         stack.data = stack.data.to(dtype)
         for part, view in zip(stack.parts, stack.data):
             part.data = view
-    allocator.smooth, allocator.unsure = ([t.to(dtype) for t in ts] for ts in (allocator.smooth, allocator.unsure))
+    allocator.sensitivity, allocator.uncertainty = (
+        [t.to(dtype) for t in ts] for ts in (allocator.sensitivity, allocator.uncertainty))
 
 
 @pytest.mark.parametrize("seed,blocks,targets,steps,changes", CASES)

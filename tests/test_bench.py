@@ -263,11 +263,11 @@ def test_jobs_share_out_the_gpus_that_are_named(named, shares, monkeypatch):
     ("quality --task cola", "use --methods, --tasks"), ("quality --seeds 0", "--seeds: 0: must be"),
     ("quality --methods 'lora --seed=7'", "use --meth"), ("quality --picture c.txt", "is written"),
     ("quality --rank 2 --budgets 1,2", "leave one"), ("quality --methods lora,nothing", "choose from"),
-    ("quality --methods lalora --match-budget", "add lora"), ("quality --csv no/x", "no such fol"),
+    ("quality --methods lalora --match-budget", "add lora"), ("quality --csv no/x", "no file can"),
     ("quality --methods 'lora --lr 1' --tune lr=1,2", "'lora --lr 1': its --lr"),
-    ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --nonsense 1", "unrecognized"),
+    ("quality --tune lr=1,2 --first-seed 999", "--first-seed 999"), ("quality --tasks no", "no task 'no'"),
     ("quality --tune speed=1,2", "--tune speed=1,2"), ("quality --methods \"lora '\"", "close the quotation"),
-    ("quality --tune lr=1,,2", "--tune lr=1,,2"), ("quality --tune alpha=much", "invalid float"),
+    ("quality --tune 'lr=1 lr=2'", "is there twice"), ("quality --tune alpha=much", "invalid float"),
     ("quality --tune rank=1,2 --match-budget", "what --match-b"), ("quality --no-run --results no", "no such fi"),
     ("speed --methods nothing", "choose from"), ("quick", "invalid choice"), ("speed --modes fast", "eager, compiled"),
     ("inference --model vit-digits", "choose a decoder"), ("table nothing", "lalora-table5"),
@@ -276,7 +276,7 @@ def test_what_is_refused(flags, message, capsys):
     program, *rest = shlex.split(flags)
     own = {"inference": inference, "table": tables}.get(program)
     with pytest.raises(SystemExit) as stopped:
-        bench.evaluation.command(lambda: own.main(rest) if own else bench.main([program, *rest]))
+        bench.evaluation.run_program(lambda: own.main(rest) if own else bench.main([program, *rest]))
     error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message in error[-1] and "Traceback" not in "".join(error)
 

@@ -207,8 +207,7 @@ def test_context_and_system_prompt_are_read_and_the_rest_is_named(tmp_path, capl
             {"prompt": "Q", "chosen": [{"role": role, "content": role[0]} for role in ("Q", "A", "R")]},
             {"prompt": "Q", "chosen": [{"role": role, "content": role} for role in ("assistant", "user")]}]
     path = write(tmp_path / "rows.jsonl", jsonl(rows * 5))
-    read = data.read(TASKS["instructions"], path)
-    task = "Below is an instruction that describes a task"
+    read, task = data.read(TASKS["instructions"], path), "Below is an instruction that describes a task"
     ask = " Write a response that appropriately completes the request.\n\n### Instruction:\nQ\n\n"
     plain = f"{task}.{ask}### Response:\n"
     whole = f"{task}, paired with an input that provides further context.{ask}### Input:\nC\n\n### Response:\n"
@@ -301,8 +300,9 @@ def jpg(i):
 
 
 def settings(folder, **processor):
-    """image_settings of a model of 3 x 24 x 24 pixels with this preprocessor_config.json."""
-    write(folder / "preprocessor_config.json", processor)
+    """image_settings of a model of 3 x 24 x 24 pixels with this preprocessor_config.json, a fast one as in 5.x."""
+    whole, nested = ("processor_config.json", {"image_processor": processor}), "Fast" in str(processor)
+    write(folder / (whole[0] if nested else "preprocessor_config.json"), whole[1] if nested else processor)
     return data.image_settings(folder, (3, 24, 24))
 
 
@@ -360,7 +360,7 @@ PROCESSORS = {"ViTImageProcessor": {**SQUARE, "resample": 0, "do_normalize": Fal
     "ViTFeatureExtractor": {"size": 24, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.9] * 3},
     "DeiTImageProcessor": {"size": {"height": 27, "width": 29}, **CROP},
     "CLIPImageProcessor": {"size": {"shortest_edge": 24}, **CROP},
-    "CLIPFeatureExtractor": {"size": 26, "crop_size": 24, "do_convert_rgb": True},
+    "CLIPFeatureExtractor": {"size": 26, "crop_size": 24, "do_convert_rgb": True, "default_to_square": True},
     "CLIPImageProcessorFast": {**SQUARE, **CROP}}
 
 
@@ -408,14 +408,14 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "the dog", "", "naïve 
          "unseen žluťoučký", "中文 The\tFOX\n [SEP] </s> fox", " Fox  dog"]
 
 
-def make_tokenizer(folder, kind="Roberta", model_type=None, texts=TEXTS[:4], **settings):
-    """Train and save a tokenizer of transformers' class; settings: more for tokenizer_config.json."""
-    untrained = getattr(transformers, f"{kind}Tokenizer")()
-    texts = [*texts * 5, "the correct answer is true", "\n"]
+def make_tokenizer(folder, kind="Roberta", model_type=None, texts=TEXTS[:4], file=None, **settings):
+    """Train and save a tokenizer of transformers' class; settings, file: more for tokenizer_config, tokenizer.json."""
+    untrained, texts = getattr(transformers, f"{kind}Tokenizer")(), [*texts * 5, "the correct answer is true", "\n"]
     trained = untrained.train_new_from_iterator(texts, 400, show_progress=False)
     trained.backend_tokenizer.enable_truncation(5)  # settings left in the file must not matter
     trained.backend_tokenizer.enable_padding(length=50)
     trained.save_pretrained(folder)
+    write(folder / "tokenizer.json", json.loads((folder / "tokenizer.json").read_text()) | (file or {}))
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | settings
     write(folder / "tokenizer_config.json", {key: value for key, value in settings.items() if value is not None})
     family = {"Bert": "bert", "DebertaV2": "deberta-v2", "XLMRoberta": "xlm-roberta"}.get(kind, "llama")
@@ -432,34 +432,37 @@ def compare_with_transformers(folder):
             theirs = fast(TEXTS, second, truncation=length is not None, max_length=length, return_token_type_ids=True)
             assert [list(row) for row in ids] == theirs["input_ids"]
             assert [list(row) for row in types] == theirs["token_type_ids"]
-    ids, _ = ours.encode(TEXTS, special=False)
-    assert [list(row) for row in ids] == fast(TEXTS, add_special_tokens=False)["input_ids"]
+    plain = ours.encode(TEXTS, special=False)[0]
+    assert [list(row) for row in plain] == fast(TEXTS, add_special_tokens=False)["input_ids"]
     for text in TEXTS[:2]:
         assert ours.decode(ours.encode([text])[0][0]) == fast.decode(fast(text)["input_ids"], skip_special_tokens=True)
     return ours
 
 
-FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+FAST, LOWER = {"tokenizer_class": "PreTrainedTokenizerFast"}, {"file": {"normalizer": {"type": "Lowercase"}}}
 # name: (transformers' class, what tokenizer_config.json says against tokenizer.json, family); oracle: AutoTokenizer
 OVERRIDES = {"as it is": ("Roberta", FAST), "bert": ("Bert", {}), "split": ("Bert", {"split_special_tokens": True}),
     "no class": ("Bert", {"tokenizer_class": None, "do_lower_case": False}),
     "accents, chinese": ("Bert", {"strip_accents": False, "tokenize_chinese_chars": False}),
     "left": ("Bert", {"truncation_side": "left"}), "special tokens": ("Bert", {"cls_token": "[UNK]"}),
-    "not for this class": ("Bert", FAST | {"do_lower_case": False}),
-    "added": ("Bert", {"added_tokens_decoder": {"900": {"content": "quick", "normalized": False},
-                                                "5": {"content": "fox", "special": True}}}),
+    "not for this class": ("Bert", FAST | {"do_lower_case": False}), "added": ("Bert", {"added_tokens_decoder": {
+        "900": {"content": "quick", "normalized": False}, "5": {"content": "fox", "special": True}}}),
     "electra": ("Bert", {"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}),
-    "untyped": ("Bert", {"model_input_names": ["input_ids"]}),
+    "untyped": ("Bert", {"model_input_names": ["input_ids"]}), "bert unk": ("Bert", {"unk_token": "fox"}),
     "untyped class": ("Bert", {"tokenizer_class": "DistilBertTokenizer"}),
-    "extra": ("Roberta", FAST | {"additional_special_tokens": ["fox"], "pad_token": "<|pad|>", "mask_token": "dog"}),
+    "extra": ("Roberta", FAST | {"pad_token": "<|pad|>", "mask_token": "dog", "additional_special_tokens": [
+        {"content": "fox", "lstrip": True, "special": True, "__type": "AddedToken"}]}),
     "named extra": ("Bert", {"extra_special_tokens": {"animal_token": "fox"}}),
     "roberta": ("Roberta", {}, "roberta"), "roberta space": ("Roberta", {"add_prefix_space": True}, "roberta"),
     "gpt2": ("GPT2", {"add_prefix_space": True}, "gpt2"), "eos": ("Roberta", FAST | {"add_eos_token": True}),
     "llama": ("Llama", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}),
     "llama no space": ("Llama", {"add_prefix_space": False}), "llama legacy": ("Llama", {"legacy": True}),
-    "llama byte level": ("Roberta", {"tokenizer_class": "LlamaTokenizer"}),
-    "deberta": ("DebertaV2", {}), "deberta changed": ("DebertaV2", {"do_lower_case": True, "split_by_punct": True}),
-    "xlm": ("XLMRoberta", {}), "xlm no space": ("XLMRoberta", {"add_prefix_space": False})}
+    "llama byte level": ("Roberta", {"tokenizer_class": "LlamaTokenizer"}), "bart": ("GPT2", {
+        "tokenizer_class": "BartTokenizer", **LOWER}), "qwen2, whatever is named": ("GPT2", FAST | LOWER, "qwen2"),
+    "deberta": ("DebertaV2", {}), "deberta changed, no class": ("DebertaV2", {
+        "tokenizer_class": None, "do_lower_case": True, "split_by_punct": True}), "gemma": ("Gemma", LOWER),
+    "xlm": ("XLMRoberta", {}), "xlm no space or class": ("XLMRoberta", {
+        "tokenizer_class": None, "add_prefix_space": False})}
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
@@ -469,8 +472,7 @@ def test_encoding_equals_transformers(tmp_path, name):
     assert ours.types == (kind in ("Bert", "DebertaV2") and "untyped" not in name)
     if name == "as it is":
         assert (ours.pad_id, ours.eos_id, ours.eos_ids, ours.prefix) == (0, 3, [1, 3, 7], [2])
-    if kind in ("DebertaV2", "XLMRoberta"):
-        assert ours.pad_id == (kind == "XLMRoberta")
+    assert kind not in ("DebertaV2", "XLMRoberta") or ours.pad_id == (kind == "XLMRoberta")
 
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2-135m"])
@@ -505,7 +507,7 @@ def test_settings_of_a_tokenizer_that_are_not_followed_are_named(tmp_path, caplo
     folder = make_tokenizer(tmp_path, "Llama", tokenizer_class="BertTokenizer", add_eos_token=True, model_max_length=8,
                             added_tokens_decoder={"77": {"content": "<new>"}})
     size = data.Tokenizer.from_folder(folder).backend.get_vocab_size()
-    processor(folder, "sst2", size).training([{"text": "the dog", "label": 0}], 32)
+    processor(folder, "sst2", size).encoded([{"text": "the dog", "label": 0}], 32)
     make_tokenizer(tmp_path, "Bert")
     write(folder / "tokenizer_config.json", {"tokenizer_class": "X", "unk_token": "[UNK]", "normalise_numbers": True})
     write(folder / "config.json", {"model_type": "bert", "eos_token_id": 3})
@@ -515,7 +517,7 @@ def test_settings_of_a_tokenizer_that_are_not_followed_are_named(tmp_path, caplo
     write(folder / "config.json", "{}")
     (folder / "generation_config.json").unlink()
     assert data.Tokenizer.from_folder(folder).pad_id == 1
-    for named in ("add_eos_token is True", "<new>' has id 77", "BertTokenizer does not fit", "model_max_length, 8",
+    for named in ("add_eos_token is True", "<new>' has id 77", "BertTokenizer does not fit", "length, 8", "class 'X'",
                   "tokenizer_config.json: not used: 'normalise_numbers'"):
         assert named in caplog.text
 
@@ -524,18 +526,18 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     size = data.Tokenizer.from_folder(make_tokenizer(tmp_path, "Bert")).backend.get_vocab_size()
     rows = [{"text": "the dog", "pair": "fox", "label": 0}]
     ready = processor(tmp_path, vocab_size=size)
-    assert len(ready.training(rows, 32)) == len(ready.training(rows, 4)) == 1
+    assert len(ready.encoded(rows, 32)) == len(ready.encoded(rows, 4)) == 1
     with refused("row .*'text': 'fox'.*: only some rows are pairs"):    # as another split's may be
-        ready.training([{"text": "fox", "label": 0}], 32)
+        ready.encoded([{"text": "fox", "label": 0}], 32)
     for model, length, message in (
             ({"vocab_size": 20}, 32, "row 'the dog': token .* has id .*: fetch the model's own tokenizer"),
             ({"vocab_size": 999}, 32, f"the tokenizer has {size} tokens, the model 999"),
             ({"types": 1}, 32, "a pair's texts have 2 types, the model only 1"),
             ({}, 2, "max length 2 leaves no room for text")):
         with refused(message):
-            processor(tmp_path, **model).training(rows, length)
+            processor(tmp_path, **model).encoded(rows, length)
     with refused("the tokenizer has no eos token"):
-        processor(tmp_path, "boolq").training([{"prompt": "a", "answer": "b"}], 32)
+        processor(tmp_path, "boolq").encoded([{"prompt": "a", "answer": "b"}], 32)
     make_tokenizer(tmp_path, **FAST, pad_token="<|pad|>")
     size = data.Tokenizer.from_folder(tmp_path).pad_id
     assert processor(tmp_path, "sst2", size).tokenizer.pad_id == 3
@@ -543,7 +545,7 @@ def test_tokens_are_checked_against_the_model(tmp_path, caplog):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     write(tmp_path / "tokenizer.json", content | {"post_processor": None})
     with refused("sst2, row '': no token: remove the row"):
-        processor(tmp_path, "sst2", size).training([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
+        processor(tmp_path, "sst2", size).encoded([{"text": "a", "label": 0}, {"text": "", "label": 1}], 32)
 
 
 @pytest.mark.parametrize("kind, settings", [("Llama", {}), ("GPT2", {}), ("Roberta", FAST | {"add_bos_token": True}),
@@ -623,6 +625,7 @@ PAPERS = [
     ("gsm8k", "qwen3", 4096, {}, dict(steps=5000, warmup=500, batch_size=32, alpha=32, max_length=512)),  # and 11
     ("rte", "roberta", 768, dict(method="adalora", rank=4), dict(alpha=16 * 6, lr=1.2e-3, weight_decay=0.01)),
     ("boolq", "llama", 4096, dict(method="empirical"), dict(rank=16, alpha=32)),
+    ("boolq", "llama", 4096, dict(method="empirical", rank=8), {}),  # LoRA's alpha, and so its scale
     ("boolq", "llama", 4096, dict(method="adalora", adalora_init_ratio=1.25), dict(alpha=16 * 40, lr=6e-4)),
     ("rte", "roberta", 768, dict(method="lalora", rank=64), dict(lalora_gamma=2.2)),
     *(("rte", "roberta", 768, dict(method=method), dict(warmup=0)) for method in ("weightlora+", "random"))]

@@ -77,7 +77,7 @@ def command_line(rank, port, cache, argv, stderr):
     os.dup2(os.open(f"{stderr}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     join(rank, port, cache)
     train.Training.count = disturbed(train.Training.count, rank, "crash", 11)
-    evaluation.command(lambda: train.main(argv))
+    evaluation.run_program(lambda: train.main(argv))
 
 
 def two_processes(target, cache, *args):

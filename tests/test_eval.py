@@ -162,8 +162,7 @@ def test_a_trained_head_gives_transformers_logits_for_the_datas_labels(names, ro
     theirs, file = bert(tmp_path, MOOD[::-1], names)
     _, model, _, splits = loaded(tmp_path, "text-classification", file)
     inputs, _ = data.collate(splits["dev"], list(range(6)))
-    texts = [row["text"] for row in splits["dev"].rows]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts, tokenizer = [row["text"] for row in splits["dev"].rows], transformers.AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, rows]
         torch.testing.assert_close(evaluation.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)

@@ -153,8 +153,7 @@ class Sign(torch.optim.Optimizer):
 def test_any_optimizer_holds_components_still(cls, options):
     """Each component goes as under the optimizer alone, fed only the steps in which it may move and none is bad."""
     torch.manual_seed(0)
-    whole = lora.stacked([torch.nn.Parameter(torch.randn(4, 5)) for _ in range(3)])
-    masks = torch.ones(3, 4)
+    whole, masks = lora.stacked([torch.nn.Parameter(torch.randn(4, 5)) for _ in range(3)]), torch.ones(3, 4)
     for part, mask in zip(whole.parts, masks):
         part.active = mask[:, None]
     alone = [[torch.nn.Parameter(row.clone()) for row in part] for part in whole.data]

@@ -84,8 +84,7 @@ def test_follows_the_papers_equations(changes):
     s = settings(**{"method": "lalora", "lalora_gamma": 1.0, "rank": 6, "lr": 2e-2, "weight_decay": 0.1, **changes})
     allocator = allocators.LaLora(Tiny(blocks=4), s, 200)
     oracle = Oracle(weights_of(allocator), allocator.blocks, s)
-    history = [list(oracle.ranks)]
-    see = allocator.after_backward
+    history, see = [list(oracle.ranks)], allocator.after_backward
 
     def after_backward(step):
         oracle.see_gradients(by_block(allocator, [allocator.gradients(name) for name in allocator.names]))

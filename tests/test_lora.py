@@ -252,7 +252,7 @@ REFUSED = {  # what is said about which settings, where matrices are 32 x 32 and
     "--credit-steps 60": dict(method="credit", credit_steps=60),
     "--weightlora-keep 7": dict(method="weightlora", weightlora_keep=7),
     "--weightlora-keep -1": dict(method="random", weightlora_keep=-1),
-    "--weightlora-steps 1": dict(method="weightlora", weightlora_steps=1),
+    "at least 3 steps": dict(method="weightlora", weightlora_steps=2, warmup=0.06),
     "--rank 17: weightlora+": dict(method="weightlora+", rank=17),
     "overlap where a matrix has 32 singular components; use at most 8": dict(method="lelora", rank=9),
     "--lelora-dims ['0']": dict(method="lelora", lelora_dims=["0"]),

@@ -104,9 +104,8 @@ def test_math_as_it_is_in_the_official_archive(tmp_path):
 # hand-checked; the phrase counts before the box, its last occurrence, up to a full stop that ends a line
 ANSWERS = [("... so x = 2.\nThe answer is: 12", "12"), ("The answer is: 1.\nThe answer is: 3.5.\nmore", "3.5"),
     ("The answer is: $5", "$5"), ("\\boxed{7} The answer is: 8.", "8"), ("the answer is 4", ""),
-    ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"),
-    ("\\boxed 9$ and", "9"), ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""),
-    ("}{\\boxed}{", ""), ("", ""),
+    ("\\boxed{1} and \\boxed{2}.", "2"), ("$\\boxed{\\text{(A)} x^{2}}$", "\\text{(A)}x^{2}"), ("\\boxed 9$ and", "9"),
+    ("\\fbox{x}", "x"), ("\\boxed{1} \\fbox{2}", "1"), ("\\boxed{unclosed {3}", ""), ("}{\\boxed}{", ""), ("", ""),
     # hendrycks/math, modeling/math_equivalence_test.py: both sides of its cases of equal answers
     ("\\boxed{\\tfrac{1}{2} +\\! \\frac1{72}}", "\\frac{1}{2}+\\frac{1}{72}"),
     ("\\boxed{\\\\dfrac{1}{2} +\\frac{1}{72}}", "\\frac{1}{2}+\\frac{1}{72}"),

@@ -27,8 +27,7 @@ def questions(split, version2, rng=random.Random(0)):
     paragraphs = []
     for n, length in enumerate((40, 160, 90)):
         words, asked = rng.choices(WORDS, k=length), []
-        starts = np.cumsum([0] + [len(word) + 2 for word in words])
-        context = "  ".join(words) + "."
+        starts, context = np.cumsum([0] + [len(word) + 2 for word in words]), "  ".join(words) + "."
         for k in range(6):
             first = rng.randrange(length - 4)
             text = context[starts[first]:starts[first + rng.randrange(1, 4)] - 2]
@@ -132,7 +131,7 @@ def test_a_run_and_its_answers(family, name, tmp_path, capsys, monkeypatch):
     theirs = loaded["model"].base_model  # without PEFT's class for question answering, which drops token types
     rows, scores = data.read(getattr(squad, name), tmp_path / "data", "dev"), []
     for row in rows:
-        split, windows = processor.training([row], 256), []
+        split, windows = processor.encoded([row], 256), []
         for i in range(len(split)):
             inputs, _ = data.collate(split, [i])
             types = {"token_type_ids": inputs["types"]} if "types" in inputs else {}

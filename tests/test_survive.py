@@ -55,7 +55,7 @@ def child(argv, stderr, acts):
     torch.set_num_threads(1)
     if acts:
         act_at(*acts)
-    evaluation.command(lambda: train.main([str(a) for a in argv]))
+    evaluation.run_program(lambda: train.main([str(a) for a in argv]))
 
 
 def start(*argv, stderr, acts=()):
@@ -173,7 +173,7 @@ def test_what_a_run_starts_from_is_found_from_another_folder(tmp_path, monkeypat
 # before the run folder, in the warm-up, at a checkpoint's names on disk and its file, an old one's removal, a line of
 # the log, the very end
 KILLS = {"evaluation.load": 1, "Training.count": 7, "models.sync": 6, "save_file": 2, "shutil.rmtree": 11,
-         "evaluation.to_json": 9, "save_adapter": 1}
+         "to_json": 9, "save_adapter": 1}
 
 
 @pytest.mark.parametrize("method", METHODS if "SLOW" in os.environ else ["weightlora+"])  # each takes minutes

@@ -155,6 +155,8 @@ def test_runs_learn_and_what_they_save_is_what_they_trained(method, place, check
     unread = capsys.readouterr().err.partition("does not read ")[2].partition("\n")[0]
     assert ("--r-min" in unread) != (method in train.READERS["static shapes"])
     assert ("--dropout" in unread) == (method in ("full", "bitfit", "lelora"))
+    still = {p.dim() for p in trained[0].parameters() if not getattr(p, "decays", True)}
+    assert method not in ("full", "bitfit") or still == {1}  # biases and norms
     losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
     assert np.mean(losses[-2:]) < losses[0] and ("raise --lalora-gamma" in str(result)) == (method == "lalora")
     *_, task, _, again = evaluation.load_run(out, {})
@@ -221,7 +223,7 @@ def test_the_loop_is_the_plain_one(checkpoints, texts, tmp_path, monkeypatch):
     s, task = settled(*flags, "--out", tmp_path / "plain")
     torch.manual_seed(3)
     model, processor = evaluation.load(s, task)
-    split = processor.training(data.read(task, s.data), s.max_length)
+    split = processor.encoded(data.read(task, s.data), s.max_length)
     model.head.bias.data.fill_(split.labels.mean())  # a new regression head starts at the mean label
     layers = lora.attach(model, {name: 4 for name, _, _ in lora.sites(model, s.targets)}, s.alpha)
     params = [p for layer in layers.values() for p in (layer.A, layer.B)]
@@ -287,7 +289,7 @@ def test_texts_longer_than_the_models_positions_are_cut(checkpoints, tmp_path, c
 def refused(program, argv, capsys, status=2):
     """The line in which the main of train.py or eval.py ends, with this status."""
     with pytest.raises(SystemExit) as stop:
-        evaluation.command(lambda: program.main([str(a) for a in argv]))
+        evaluation.run_program(lambda: program.main([str(a) for a in argv]))
     printed = capsys.readouterr()
     line = printed.err.strip().splitlines()[-1]
     assert "Traceback" not in printed.err and stop.value.code == status, printed.err[-3000:]

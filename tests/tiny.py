@@ -37,7 +37,7 @@ class Block(nn.Module):
 class Tiny(nn.Module):
     """A frozen network with the attributes that lora.py and allocators.py read: blocks, head, family, hf_name."""
 
-    family, prefix, fresh, head_kind, head_names, tied = "tiny", "tiny", (), "classify", {"head": "head"}, False
+    family, prefix, fresh, labels, head_kind, head_names, tied = "tiny", "tiny", (), (), "classify", {"head": "head"}, 0
 
     def __init__(self, blocks=3, dim=12, hidden=20, labels=3, seed=0):
         super().__init__()
