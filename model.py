@@ -946,12 +946,13 @@ def read_weights(model, folder, there, outputs, **options):
     if config.tie_word_embeddings and not any(names.get(key) == ["embed.weight"] for key in stored):
         names["lm_head.weight"] = ["embed.weight"]
     body = {model.prefix, *(name.split(".")[0] for name in model.names.values())}  # where all tensors have to be known
+    heads = {path.split(".")[0] for path in model.head_names.values()}
     for path, file in files.items():
         for key in file.keys():
             hf = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             ours, expected = names.get(hf, []), None
             if not ours and (IGNORED.search(hf) or hf.split(".")[0] not in body):
-                others += [] if IGNORED.search(hf) else [key]
+                others += [] if IGNORED.search(hf) and hf.split(".")[0] not in heads else [key]
                 continue
             kind, shape = file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()
             if ours and missing.issuperset(ours):

@@ -55,7 +55,7 @@ class Settings:
     seed: int = setting(0, "what", "seed of initialisation, data order, dropout and policies")
 
     rank: int = setting(None, "adapter", "nominal rank r; capacity of each adapter for most methods", low=1)
-    alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets at first; lelora: none", low=1e-9, high=1e9)
+    alpha: float = setting(None, "adapter", "LoRA alpha; adalora: 16 x triplets; lelora: none", low=1e-9, high=1e9)
     dropout: float = setting(None, "adapter", "on the adapter's input; none on W's own components", high=1)
     targets: list = setting(None, "adapter", "projections, of query,key,value,out,gate,up,down; default by family")
     scaling: str = setting("nominal", "adapter", "alpha / r, own R or sqrt(r) (rsLoRA)", ("nominal", "own", "rslora"))
