@@ -114,8 +114,9 @@ def load_adapter(model, folder, name=None):
         elif base is None or not torch.equal(base, tensor.to(base)):
             raise UserError(f"{file}: {key!r} {list(tensor.shape)}: not for this {model.family} model of "
                             f"{len(model.blocks)} blocks and its head: is it the adapter's base model, and its task? "
-                            f"LoRA may be on {', '.join(TARGETS)}{', pooler and head' if top else ''}; for all else merge "
-                            "the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as --model")
+                            f"LoRA may be on {', '.join(TARGETS)}{', pooler and head' if top else ''}; for all else "
+                            "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the result as "
+                            "--model")
     untrained = [name for name in model.fresh if name.startswith("head.") and name not in changed]
     if untrained and top:
         raise UserError(f"{file}: no {model.hf_name(untrained[0])} in it, and the base model has none; the adapter was "
