@@ -217,6 +217,7 @@ def configure(backend, names, kind, tokens, legacy):
         return
     for name, value in settings.items():
         setattr(backend.model, name, value)
+    file = rules(backend)
     if kind == "BertTokenizer":
         backend.model.unk_token = tokens.get("unk", "[UNK]")
         backend.normalizer = normalizers.BertNormalizer(
@@ -259,3 +260,12 @@ def configure(backend, names, kind, tokens, legacy):
         backend.model.unk_token = tokens["unk"]
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.pre_tokenizer = before.Split(" ", "merged_with_previous")
+    replaced = [name for name, rule in rules(backend).items() if file[name] not in ("None", rule)]
+    if replaced and makes == "BPE" and kind != "LlamaTokenizer":    # of which transformers 4 wrote other files
+        note(f"tokenizer.json: its {' and '.join(replaced)} is not used, {kind} has its own, as in transformers 5")
+
+
+def rules(backend):
+    """What a backend does to a text before its model does, as text, but for what tokenizer_config.json may change."""
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    return {name: re.sub(r"(trim_offsets|add_prefix_space)=\w+", "", str(part)) for name, part in parts.items()}
