@@ -336,7 +336,8 @@ class AdaLora(Allocator):
         if allocate:
             scores = self.scores()
             pruned = scores.numel() - self.triplets(step)
-            self.kept.copy_(scores > scores.flatten().sort().values[pruned - 1] if pruned else self.kept)
+            if pruned:
+                self.kept.copy_(scores > scores.flatten().sort().values[pruned - 1])
             self.current.copy_(self.kept.sum(1))
             self.last, self.allocations = step, self.allocations + 1
         if allocate or step >= self.end:
@@ -618,7 +619,8 @@ class LeLora(Allocator):
     refuses = ("init", "dora", "lora_plus_ratio", "freeze_a", "scaling")  # A and B are W's own components, scale 1
     unread = ("alpha", "dropout")
     dynamic, validation_rows = True, 32
-    saved = tuple("choice features entropy lowest reward mean spread before policy optimizer generator".split())
+    saved = ("choice", "features", "entropy", "lowest_entropy", "reward", "baseline", "variance", "loss_before",
+             "policy", "optimizer", "generator")
 
     def setup(self):
         s, n, ranks = self.settings, len(self.names), [min(size) for size in self.sizes]
@@ -649,9 +651,9 @@ class LeLora(Allocator):
         optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[s.lelora_policy_optimizer]
         self.optimizer = optimizer(self.policy.parameters(), lr=s.lelora_policy_lr)
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
-        self.reward, self.mean, self.spread, self.before = (torch.zeros((), device=self.device) for _ in range(4))
+        self.reward, self.baseline, self.variance, self.loss_before = torch.zeros(4, device=self.device)
         self.heads = [(i, head) for i, head in enumerate(("rank", "location")) if self.masks.shape[i] > 1]  # that learn
-        self.lowest = torch.ones(2, device=self.device)  # entropy, of which 1 is uniform
+        self.lowest_entropy = torch.ones(2, device=self.device)  # of the heads; 1 is uniform
         self.act(0)
 
     def characteristics(self):
@@ -670,7 +672,7 @@ class LeLora(Allocator):
         heads = [log_p.detach().exp() for log_p in self.log_p]  # (n, dims), (n, locations)
         self.entropy = torch.stack([torch.special.entr(p).sum(1).mean() / math.log(max(2, p.shape[1])) for p in heads])
         if step <= self.steps / 10:
-            self.lowest.clamp_max_(self.entropy)
+            self.lowest_entropy.clamp_max_(self.entropy)
         draws = [p / torch.empty_like(p).exponential_(generator=self.generator) for p in heads]
         self.choice = torch.stack([draw.argmax(1) for draw in draws], 1)  # torch.multinomial would synchronise
         self.active.copy_(self.masks[self.choice[:, 0], self.choice[:, 1]])
@@ -685,23 +687,23 @@ class LeLora(Allocator):
         return False
 
     def learn(self, after):
-        """Reinforce or weaken the last action by the validation loss `after` it, 0-d; `before` is the one before."""
+        """Reinforce or weaken the last action by the validation loss `after` it, 0-d."""
         trend = self.settings.lelora_baseline == "trend"
-        change = torch.where(self.before == 0, 0, after - self.before)  # 0: there is none before
+        change = torch.where(self.loss_before == 0, 0, after - self.loss_before)  # 0: there is none before
         reward = change if trend else after + self.settings.lelora_reward_alpha * change  # Eqs. 2-4, to be minimised
         lesson = reward.isfinite() & self.ok
-        self.reward.copy_(torch.where(lesson, reward, self.mean))
-        self.mean.copy_(torch.where(self.mean == 0, self.reward, self.mean))  # the first reward, or the first change
-        advantage = self.reward - self.mean
+        self.reward.copy_(torch.where(lesson, reward, self.baseline))
+        self.baseline.copy_(torch.where(self.baseline == 0, self.reward, self.baseline))  # the first reward or change
+        advantage = self.reward - self.baseline
         if trend:
-            self.spread.lerp_(advantage.square(), 0.1 * lesson)
-            advantage = advantage / self.spread.sqrt().clamp_min(1e-12)
+            self.variance.lerp_(advantage.square(), 0.1 * lesson)
+            advantage = advantage / self.variance.sqrt().clamp_min(1e-12)
         log_p = sum(head.gather(1, choice[:, None]) for head, choice in zip(self.log_p, self.choice.T))  # (n, 1)
         (advantage * log_p.mean()).backward()  # Eq. 9
         self.optimizer.step()  # Eq. 10
         self.optimizer.zero_grad()
-        self.before.copy_(torch.where(after.isfinite(), after, self.before))
-        self.mean.lerp_(self.reward, 0.1)  # running mean of some 10 rewards
+        self.loss_before.copy_(torch.where(after.isfinite(), after, self.loss_before))
+        self.baseline.lerp_(self.reward, 0.1)  # running mean of some 10 rewards
 
     def log(self):
         windows = [WINDOWS.index(self.locations[i]) for i in self.choice[:, 1].tolist()]
@@ -709,7 +711,7 @@ class LeLora(Allocator):
         return {"reward": self.reward, **entropies, "location": dict(zip(self.names, windows))}
 
     def warning(self):
-        fallen = " and ".join(head for i, head in self.heads if self.lowest[i] < 0.01)
+        fallen = " and ".join(head for i, head in self.heads if self.lowest_entropy[i] < 0.01)
         if fallen:
             return (f"LeLoRA's policy collapsed: the entropy of {fallen} fell below 1 % of its maximum before a tenth "
                     "of training, so matrices stay as they happened to be; lower --lelora-policy-lr")

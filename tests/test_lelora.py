@@ -221,7 +221,7 @@ def test_a_falling_loss_teaches_nothing_with_the_baseline_that_follows_it():
         allocator = build(loss=lambda _: torch.tensor(next(losses)), lelora_baseline=baseline, lelora_start="uniform")
         drive(allocator, 40)
         heads = torch.cat([head.weight.flatten() for head in allocator.policy.heads])
-        return heads.norm().item(), allocator.spread.item() ** 0.5
+        return heads.norm().item(), allocator.variance.item() ** 0.5
     assert moved("mean", 0)[0] > 1e-4 and moved("trend", 0)[0] < 1e-6
     step, spread = moved("trend", 0.1)
     larger, wider = moved("trend", 0.2)
@@ -245,7 +245,7 @@ def test_reinforce_gradient_is_unbiased():
     estimate = torch.zeros_like(exact)
     for action in itertools.product(range(2), repeat=4):
         policy.load_state_dict(start)
-        allocator.allocations, allocator.mean = 1, torch.tensor(0.7)  # a baseline that is not the mean
+        allocator.allocations, allocator.baseline = 1, torch.tensor(0.7)  # a baseline that is not the mean
         allocator.restored()
         allocator.choice, allocator.validation_loss = torch.tensor(action).view(2, 2), lambda: rewards[action]
         allocator.after_step(1)  # a plain gradient step of size 1
@@ -277,7 +277,7 @@ def test_one_validation_forward_per_action_and_the_papers_reward(every):
     np.testing.assert_allclose(rewards, [2.0, first, mean, second, third], rtol=1e-5)
     for reward in (mean, second, third):
         mean = 0.9 * mean + 0.1 * reward
-    assert allocator.mean.item() == pytest.approx(mean, rel=1e-5)
+    assert allocator.baseline.item() == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(lelora_every=3), dict(lelora_reward_alpha=0.0)], ids=str)

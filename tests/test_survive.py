@@ -290,7 +290,7 @@ def test_a_bad_batch_moves_nothing(method, kind):
         tiny.train(training, tiny.batches(1), first=7)
     after, counts = tiny.checkpoint(training), r"run\.(bad|steps|total)|policy\.allocations"
     if method == "lelora":
-        counts += r"|policy\.(before|reward|choice|current|generator)|run\.vectors\..*"
+        counts += r"|policy\.(loss_before|reward|choice|current|generator)|run\.vectors\..*"
     assert before.keys() == after.keys() and training.bad.tolist() == [2, 2, 2]
     for name in before:
         assert torch.equal(before[name], after[name]) or re.fullmatch(counts, name), name
