@@ -567,7 +567,7 @@ class Credit(WeightLora):
     cost_i is what a unit of rank costs: in_i + out_i parameters, or 1 where `credit_budget` counts "ranks". What
     uniform LoRA of rank r' = `credit_share` r costs is dealt out: `credit_floor` r' units to each, then one by one to
     the largest share_i / (units_i + 1), at most `credit_cap` r (or its own) each. Then plain LoRA starts at one scale,
-    or at each matrix's own (`scaling`), which on text is stuck less often and costs nothing on the ViT (RESULTS.md).
+    or each matrix's own (`scaling`): stuck less often on text, on the ViT not told apart (RESULTS.md).
     """
 
     saved, group = ("credit",), "credit"

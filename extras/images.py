@@ -57,11 +57,12 @@ def channels_first(pixels, where):
 
 # image_processor_type -> what its processor does by default
 VIT = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-       "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224}
+       "do_normalize": True, "image_mean": 0.5, "image_std": 0.5, "crop_size": 224,
+       "default_to_square": True}   # what a number as size means; False: the shortest edge
 PROCESSORS = {
     "ViT": VIT,
     "DeiT": {**VIT, "size": 256, "resample": 3, "do_center_crop": True},
-    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
+    "CLIP": {**VIT, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "default_to_square": False,
              "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
 NO_STEPS = ("size", "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "device",
             "return_tensors", "data_format", "input_data_format", "disable_grouping")
@@ -85,10 +86,9 @@ def image_settings(folder, image_size=None):
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given.get(named) or "ViT"))
     steps = {"size": target, **PROCESSORS.get(kind, VIT), **given}
     edge = isinstance(steps["size"], dict) and [*steps["size"]] == ["shortest_edge"]
-    square = steps.get("default_to_square", kind != "CLIP")
     if edge:
         steps["size"] = steps["size"]["shortest_edge"]
-    elif not square:    # a number, as earlier releases wrote it
+    elif not steps["default_to_square"]:    # a number, as earlier releases wrote it
         edge = type(steps["size"]) is int
 
     def check(fits, key):
@@ -106,7 +106,7 @@ def image_settings(folder, image_size=None):
 
     check(kind in PROCESSORS, named)
     for key, value in given.items():
-        check(not value or key == "default_to_square" or key in VIT or key in NO_STEPS or key.startswith("_"), key)
+        check(not value or key in VIT or key in NO_STEPS or key.startswith("_"), key)
     check(type(steps["resample"]) is int and steps["resample"] in (0, 2, 3), "resample")    # as torch has them too
     resize = numbers("size", 2, 0, (int,)) if steps["do_resize"] else None
     if steps["do_center_crop"]:

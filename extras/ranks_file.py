@@ -16,13 +16,14 @@ def given_ranks(s, names, cost):
     if not s.ranks:
         return dict.fromkeys(names, s.rank)
     path = Path(s.ranks)
-    file = path / "ranks.jsonl" if path.is_dir() else path
+    of_run = path.is_dir()
+    file = path / "ranks.jsonl" if of_run else path
     try:
-        if path.is_dir() and not (path / "result.json").exists():
+        if of_run and not (path / "result.json").exists():
             raise ValueError("that run has not finished")
         text = file.read_text(encoding="utf-8")
-        ranks = json.loads(text.splitlines()[-1] if path.is_dir() else text, object_pairs_hook=distinct)
-        ranks = ranks["ranks"] if path.is_dir() else ranks
+        ranks = json.loads(text.splitlines()[-1] if of_run else text, object_pairs_hook=distinct)
+        ranks = ranks["ranks"] if of_run else ranks
         wrong = [name for name, rank in ranks.items() if name not in names or type(rank) is not int or rank < 0]
         if wrong or not any(ranks.values()):
             raise ValueError(f"{', '.join(wrong)} is no target or has no whole rank from 0, or all ranks are 0")
